@@ -1,0 +1,39 @@
+//! Digests of what must not change unseen: keys, playbook texts, the exact
+//! thing an approver was shown.
+
+use sha2::{Digest, Sha256};
+
+/// SHA-256.
+pub fn sha256(bytes: impl AsRef<[u8]>) -> [u8; 32] {
+    Sha256::digest(bytes).into()
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut out, byte| {
+        let _ = write!(out, "{byte:02x}");
+        out
+    })
+}
+
+/// The key that an outgoing call of a step carries: the same over retries and
+/// takeovers, another for every step of every run.
+pub fn idempotency_key(run: super::ids::RunId, step_id: &str) -> String {
+    hex(&sha256(format!("capx/effect/v1\0{run}\0{step_id}"))[..16])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::ids::RunId;
+
+    #[test]
+    fn an_effect_key_is_stable_and_particular() {
+        let (a, b) = (RunId::new(), RunId::new());
+        assert_eq!(idempotency_key(a, "x"), idempotency_key(a, "x"));
+        assert_ne!(idempotency_key(a, "x"), idempotency_key(a, "y"));
+        assert_ne!(idempotency_key(a, "x"), idempotency_key(b, "x"));
+        assert_eq!(hex(&sha256("")), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    }
+}

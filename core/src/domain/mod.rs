@@ -1,0 +1,16 @@
+//! Pure decisions. Nothing here reads a clock, draws randomness on its own,
+//! does I/O or knows SQL: what varies is an argument, so that every rule can
+//! be tested as a function.
+
+pub mod backoff;
+pub mod digest;
+pub mod duration;
+pub mod event;
+pub mod ids;
+pub mod key;
+pub mod money;
+pub mod outcome;
+pub mod plan;
+pub mod playbook;
+pub mod run;
+pub mod storable;

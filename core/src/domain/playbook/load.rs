@@ -1,0 +1,301 @@
+//! From a tree of YAML to a [`Playbook`], every problem collected with its
+//! place. The dialects differ in names only, so each key has its synonyms:
+//! `id`/`name`, `role`/`agent`, `action`/`tool`, `params`/`with`.
+
+use std::collections::HashSet;
+
+use serde_json::{Map, Value};
+
+use super::model::{InputKind, InputSpec, Playbook, Step, Trigger};
+use super::problem::{Pos, Problem, did_you_mean};
+use super::template;
+use super::yaml::{self, Kind, Node};
+use super::{INPUTS_MAX, STEPS_MAX};
+
+mod check;
+mod fields;
+mod step;
+
+pub(crate) use fields::Fields;
+
+const TOP_KEYS: &[&str] = &[
+    "name", "playbook", "description", "version", "trigger", "schedule", "inputs", "steps",
+    "rubric", "output", "tags",
+];
+/// Keys of the language that this version does not carry out yet; refused, so
+/// that nobody believes in a guard that is not there.
+const TOP_KEYS_LATER: &[&str] = &[
+    "execution", "concurrency", "finally", "idempotency_key", "secrets", "catch_up", "budget",
+    "role",
+];
+
+/// The tools that run without an agent's model.
+pub const TOOLS: &[&str] = &["http.request", "file.read", "file.write", "transform"];
+
+/// Reads and checks a playbook: the model, or every problem at once.
+pub fn load(text: &str) -> Result<Playbook, Vec<Problem>> {
+    let root = yaml::read(text).map_err(|problem| vec![problem])?;
+    let mut loader = Loader { problems: Vec::new() };
+    let playbook = loader.playbook(&root);
+    let mut problems = loader.problems;
+    problems.sort_by_key(|p| (p.at.line, p.at.column));
+    match playbook {
+        Some(playbook) if problems.is_empty() => Ok(playbook),
+        _ => Err(problems),
+    }
+}
+
+pub(crate) struct Loader {
+    problems: Vec<Problem>,
+}
+
+impl Loader {
+    fn error(&mut self, at: Pos, path: impl Into<String>, message: impl Into<String>) {
+        self.problems.push(Problem::error(at, path, message));
+    }
+
+    fn suggest(&mut self, at: Pos, path: &str, message: String, suggestion: Option<String>) {
+        self.problems.push(Problem::error(at, path, message).suggest(suggestion));
+    }
+
+    fn playbook(&mut self, root: &Node) -> Option<Playbook> {
+        let fields = Fields::open(self, root, "", TOP_KEYS, TOP_KEYS_LATER)?;
+        let name = fields.one_of(self, &["name", "playbook"]).and_then(|node| self.text(node, "name"));
+        if name.is_none() && !fields.has("name") && !fields.has("playbook") {
+            self.error(root.at, "name", "a playbook needs a `name`");
+        }
+        let description = fields.get("description").and_then(|n| self.text(n, "description"));
+        if let Some(version) = fields.get("version")
+            && !matches!(version.kind, Kind::Int(n) if n > 0)
+        {
+            self.error(version.at, "version", "the version is a whole number from 1");
+        }
+        let trigger = self.trigger(&fields);
+        let inputs = self.inputs(fields.get("inputs"));
+        let steps = self.steps(root, fields.get("steps"));
+        let rubric = fields.get("rubric").map(|node| {
+            if !matches!(node.kind, Kind::Map(_)) {
+                let found = node.describe();
+                self.error(node.at, "rubric", format!("expected a map of limits, found {found}"));
+            }
+            node.to_json()
+        });
+        let output = fields.get("output").and_then(|node| self.template(node, "output"));
+        check::references(self, &steps, &inputs, output.as_ref());
+        Some(Playbook {
+            name: name?,
+            description,
+            trigger: trigger?,
+            inputs,
+            steps: steps.into_iter().map(|(step, _)| step).collect(),
+            rubric,
+            output: output.map(|(template, _)| template),
+        })
+    }
+
+    /// Text, also written as a number; anything else is a problem.
+    fn text(&mut self, node: &Node, path: &str) -> Option<String> {
+        let text = match &node.kind {
+            Kind::Str(text) => text.trim().to_owned(),
+            Kind::Int(n) => n.to_string(),
+            _ => {
+                let found = node.describe();
+                self.error(node.at, path, format!("expected text, found {found}"));
+                return None;
+            }
+        };
+        if text.is_empty() {
+            self.error(node.at, path, "must not be empty");
+            return None;
+        }
+        Some(text)
+    }
+
+    fn template(&mut self, node: &Node, path: &str) -> Option<(template::Template, Pos)> {
+        match template::compile(&node.to_json()) {
+            Ok(template) => Some((template, node.at)),
+            Err(message) => {
+                self.error(node.at, path, message);
+                None
+            }
+        }
+    }
+
+    /// `trigger` as a map, as a word beside `schedule`, or not at all.
+    fn trigger(&mut self, top: &Fields<'_>) -> Option<Trigger> {
+        let Some(node) = top.get("trigger") else {
+            return match top.get("schedule") {
+                Some(schedule) => self.schedule(schedule, None, "schedule"),
+                None => Some(Trigger::Manual),
+            };
+        };
+        match &node.kind {
+            Kind::Str(word) => self.trigger_of(word, node, top, "trigger"),
+            Kind::Map(_) => {
+                let keys = ["type", "schedule", "cron", "timezone", "event"];
+                let later = ["catch_up", "dst_gap", "dst_overlap", "jitter", "match"];
+                let fields = Fields::open(self, node, "trigger", &keys, &later)?;
+                match fields.get("type").map(|n| &n.kind) {
+                    Some(Kind::Str(word)) => self.trigger_of(word, node, &fields, "trigger"),
+                    None => self.trigger_of("schedule", node, &fields, "trigger"),
+                    Some(_) => {
+                        self.error(node.at, "trigger.type", "expected text");
+                        None
+                    }
+                }
+            }
+            _ => {
+                let found = node.describe();
+                self.error(node.at, "trigger", format!("expected a map or a word, found {found}"));
+                None
+            }
+        }
+    }
+
+    fn trigger_of(&mut self, word: &str, node: &Node, fields: &Fields<'_>, path: &str) -> Option<Trigger> {
+        const WORDS: &[&str] = &["schedule", "scheduled", "manual", "webhook", "event", "event-driven"];
+        match word {
+            "manual" => Some(Trigger::Manual),
+            "schedule" | "scheduled" => match fields.one_of(self, &["schedule", "cron"]) {
+                Some(cron) => self.schedule(cron, fields.get("timezone"), path),
+                None => {
+                    self.suggest(node.at, path, "a scheduled trigger needs a `schedule`".into(),
+                        Some("write a cron expression such as '0 9 * * MON'".into()));
+                    None
+                }
+            },
+            "webhook" | "event" | "event-driven" => {
+                let Some(event) = fields.get("event").and_then(|n| self.text(n, "trigger.event")) else {
+                    self.error(node.at, path, format!("a trigger of type `{word}` needs an `event`"));
+                    return None;
+                };
+                Some(if word == "webhook" { Trigger::Webhook { event } } else { Trigger::Event { event } })
+            }
+            other => {
+                self.suggest(node.at, path, format!("unknown trigger `{other}`"),
+                    did_you_mean(other, WORDS.iter().copied()));
+                None
+            }
+        }
+    }
+
+    fn schedule(&mut self, node: &Node, zone: Option<&Node>, path: &str) -> Option<Trigger> {
+        let cron = self.text(node, path)?;
+        if let Err(message) = check::cron(&cron) {
+            self.suggest(node.at, path, message,
+                Some("write five fields such as '0 9 * * MON', or @hourly, @daily, @weekly".into()));
+            return None;
+        }
+        let timezone = zone.and_then(|n| self.text(n, "trigger.timezone"));
+        Some(Trigger::Schedule { cron, timezone })
+    }
+
+    fn inputs(&mut self, node: Option<&Node>) -> Vec<InputSpec> {
+        let Some(node) = node else { return Vec::new() };
+        let Kind::Map(entries) = &node.kind else {
+            let found = node.describe();
+            self.error(node.at, "inputs", format!("expected a map of names, found {found}"));
+            return Vec::new();
+        };
+        if entries.len() > INPUTS_MAX {
+            self.error(node.at, "inputs", format!("over the limit of {INPUTS_MAX} inputs"));
+        }
+        entries.iter().filter_map(|(key, spec)| self.input(&key.text, spec)).collect()
+    }
+
+    fn input(&mut self, name: &str, node: &Node) -> Option<InputSpec> {
+        let path = format!("inputs.{name}");
+        let mut input = InputSpec {
+            name: name.to_owned(),
+            kind: InputKind::Any,
+            required: false,
+            default: None,
+            description: None,
+        };
+        match &node.kind {
+            // `topic: string` for short, `topic:` for anything.
+            Kind::Null => return Some(input),
+            Kind::Str(_) => input.kind = self.input_kind(node, &path)?,
+            Kind::Map(_) => {
+                let keys = ["type", "required", "default", "description"];
+                let fields = Fields::open(self, node, &path, &keys, &["enum", "min", "max", "pattern"])?;
+                if let Some(kind) = fields.get("type") {
+                    input.kind = self.input_kind(kind, &path)?;
+                }
+                match fields.get("required").map(|n| &n.kind) {
+                    None => {}
+                    Some(Kind::Bool(required)) => input.required = *required,
+                    Some(_) => self.error(node.at, format!("{path}.required"), "expected true or false"),
+                }
+                input.default = fields.get("default").map(Node::to_json);
+                input.description = fields.get("description").and_then(|n| self.text(n, &path));
+            }
+            _ => {
+                let found = node.describe();
+                self.error(node.at, path, format!("expected a type or a map, found {found}"));
+                return None;
+            }
+        }
+        if let Some(default) = &input.default
+            && !input.kind.holds(default)
+        {
+            self.error(node.at, path, format!("the default is no {}", input.kind.as_str()));
+        }
+        Some(input)
+    }
+
+    fn input_kind(&mut self, node: &Node, path: &str) -> Option<InputKind> {
+        let word = self.text(node, path)?;
+        let found = InputKind::NAMES.iter().find(|(name, _)| *name == word).map(|(_, kind)| *kind);
+        if found.is_none() {
+            let names = InputKind::NAMES.iter().map(|(name, _)| *name);
+            self.suggest(node.at, path, format!("unknown type `{word}`"), did_you_mean(&word, names).or_else(
+                || Some("use string, number, integer, boolean, array, object or any".into())));
+        }
+        found
+    }
+
+    fn steps(&mut self, root: &Node, node: Option<&Node>) -> Vec<(Step, Pos)> {
+        let Some(node) = node else {
+            self.error(root.at, "steps", "a playbook needs `steps`");
+            return Vec::new();
+        };
+        let Kind::Seq(items) = &node.kind else {
+            let found = node.describe();
+            self.suggest(node.at, "steps", format!("expected a list, found {found}"),
+                Some("begin each step with a dash".into()));
+            return Vec::new();
+        };
+        if items.is_empty() {
+            self.error(node.at, "steps", "a playbook needs at least one step");
+        }
+        if items.len() > STEPS_MAX {
+            self.error(node.at, "steps", format!("{} steps, over the limit of {STEPS_MAX}", items.len()));
+            return Vec::new();
+        }
+        let mut taken = HashSet::new();
+        let mut steps = Vec::with_capacity(items.len());
+        for (index, item) in items.iter().enumerate() {
+            if let Some(step) = step::step(self, item, index, &mut taken) {
+                steps.push((step, item.at));
+            }
+        }
+        steps
+    }
+}
+
+/// An object of parameters, empty when not written.
+fn params(loader: &mut Loader, node: Option<&Node>, path: &str) -> Map<String, Value> {
+    match node.map(|n| (n, n.to_json())) {
+        None | Some((_, Value::Null)) => Map::new(),
+        Some((_, Value::Object(map))) => map,
+        Some((node, _)) => {
+            let found = node.describe();
+            loader.error(node.at, path, format!("expected a map of parameters, found {found}"));
+            Map::new()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,94 @@
+//! Checks over the whole playbook: references lead somewhere, schedules fire.
+
+use super::Loader;
+use crate::domain::playbook::model::{InputSpec, Step};
+use crate::domain::playbook::problem::{Pos, did_you_mean};
+use crate::domain::playbook::template::{Reference, Template};
+
+/// What a step shows to later ones: `steps.ID.…`.
+const STEP_FIELDS: &[&str] = &["output"];
+const ROOTS: &[&str] = &["inputs", "steps", "run"];
+/// What `run.…` holds.
+const RUN_FIELDS: &[&str] = &["id", "playbook", "company_id"];
+
+pub(super) fn references(
+    loader: &mut Loader,
+    steps: &[(Step, Pos)],
+    inputs: &[InputSpec],
+    output: Option<&(Template, Pos)>,
+) {
+    for (index, (step, at)) in steps.iter().enumerate() {
+        let path = format!("steps.{index}.params");
+        for reference in step.template.references() {
+            check(loader, reference, *at, &path, &steps[..index], steps, inputs);
+        }
+    }
+    if let Some((template, at)) = output {
+        for reference in template.references() {
+            check(loader, reference, *at, "output", steps, steps, inputs);
+        }
+    }
+}
+
+fn check(
+    loader: &mut Loader,
+    reference: &Reference,
+    at: Pos,
+    path: &str,
+    before: &[(Step, Pos)],
+    all: &[(Step, Pos)],
+    inputs: &[InputSpec],
+) {
+    let name = reference.name(1).unwrap_or_default();
+    match reference.name(0).unwrap_or_default() {
+        "inputs" => {
+            // Without declared inputs a run may bring any.
+            if !inputs.is_empty() && !inputs.iter().any(|input| input.name == name) {
+                loader.suggest(at, path, format!("`${{{reference}}}`: there is no input `{name}`"),
+                    did_you_mean(name, inputs.iter().map(|input| input.name.as_str())));
+            }
+        }
+        "steps" => {
+            if !before.iter().any(|(step, _)| step.id == name) {
+                let ids = before.iter().map(|(step, _)| step.id.as_str());
+                let message = if all.iter().any(|(step, _)| step.id == name) {
+                    format!("`${{{reference}}}`: the step `{name}` does not come before this one")
+                } else {
+                    format!("`${{{reference}}}`: there is no step `{name}`")
+                };
+                loader.suggest(at, path, message, did_you_mean(name, ids));
+            } else if !STEP_FIELDS.contains(&reference.name(2).unwrap_or_default()) {
+                let rest = reference.to_string().split('.').skip(2).collect::<Vec<_>>().join(".");
+                let tail = if rest.is_empty() { String::new() } else { format!(".{rest}") };
+                loader.suggest(at, path, format!("`${{{reference}}}`: a step shows its `output`"),
+                    Some(format!("write `${{steps.{name}.output{tail}}}`")));
+            }
+        }
+        "run" => {
+            if !RUN_FIELDS.contains(&name) {
+                loader.suggest(at, path, format!("`${{{reference}}}`: a run has no `{name}`"),
+                    Some(format!("it has {}", RUN_FIELDS.join(", "))));
+            }
+        }
+        other => loader.suggest(at, path, format!("`${{{reference}}}`: there is no `{other}`"),
+            did_you_mean(other, ROOTS.iter().copied()).or_else(|| Some("begin with `inputs` or `steps`".into()))),
+    }
+}
+
+/// Whether an expression is one that fires. `31 2` reads as a pattern and
+/// would only be found out when the first fire is computed.
+pub(super) fn cron(expression: &str) -> Result<(), String> {
+    let words = expression.split_whitespace().count();
+    if !expression.starts_with('@') && words != 5 {
+        return Err(format!("`{expression}` is no cron expression: five fields, found {words}"));
+    }
+    let cron: croner::Cron = expression
+        .parse()
+        .map_err(|error| format!("`{expression}` is no cron expression: {error}"))?;
+    let from = jiff::Timestamp::from_second(1_767_225_600)
+        .unwrap_or_default()
+        .to_zoned(jiff::tz::TimeZone::UTC);
+    cron.find_next_occurrence(&from, false)
+        .map(|_| ())
+        .map_err(|_| format!("`{expression}` never fires"))
+}

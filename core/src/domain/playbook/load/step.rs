@@ -1,0 +1,243 @@
+//! One step of a playbook.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::{Fields, Loader, TOOLS, params};
+use crate::domain::backoff::Backoff;
+use crate::domain::duration;
+use crate::domain::outcome::ErrorClass;
+use crate::domain::playbook::model::{
+    Approval, MAX_ATTEMPTS_MAX, OnTimeout, Retry, STEP_TIMEOUT, Step,
+};
+use crate::domain::playbook::problem::{did_you_mean, nearest};
+use crate::domain::playbook::template::{self, Template};
+use crate::domain::playbook::yaml::{Kind, Node};
+
+const KEYS: &[&str] = &[
+    "id", "name", "role", "agent", "action", "tool", "params", "with", "retry", "timeout",
+    "approval", "adapter", "model", "rubric",
+];
+const KEYS_LATER: &[&str] = &[
+    "if", "goto", "max_retries", "for_each", "max_parallel", "min_success", "on_item_failure",
+    "needs", "compensate", "sleep", "wait_for", "playbook", "on_failure", "output", "concurrency",
+    "on_unknown", "prompt",
+];
+
+/// Reads one step; `taken` holds the ids before it.
+pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut HashSet<String>) -> Option<Step> {
+    let path = format!("steps.{index}");
+    let fields = Fields::open(loader, node, &path, KEYS, KEYS_LATER)?;
+    let role = fields
+        .one_of(loader, &["role", "agent"])
+        .and_then(|n| loader.text(n, &format!("{path}.role")))
+        // A reference by another dialect: `agent.marketing` is the role.
+        .map(|role| role.strip_prefix("agent.").map(str::to_owned).unwrap_or(role));
+    let action_node = fields.one_of(loader, &["action", "tool"]);
+    let action = action_node.and_then(|n| loader.text(n, &format!("{path}.action")));
+    if action_node.is_none() {
+        let flow = KEYS_LATER.iter().any(|key| fields.has(key));
+        // A flow step has been refused already, for its own key.
+        if !flow {
+            loader.error(node.at, format!("{path}.action"), "a step needs an `action`");
+        }
+    }
+    if let (Some(action), Some(at)) = (&action, action_node) {
+        check_action(loader, action, at, role.is_some(), &path);
+    }
+    let params_node = fields.one_of(loader, &["params", "with"]);
+    let params = params(loader, params_node, &format!("{path}.params"));
+    let template = match template::compile(&Value::Object(params.clone())) {
+        Ok(template) => template,
+        Err(message) => {
+            let at = params_node.map_or(node.at, |n| n.at);
+            loader.error(at, format!("{path}.params"), message);
+            Template::Plain(Value::Null)
+        }
+    };
+    let retry = fields.get("retry").and_then(|n| retry(loader, n, &format!("{path}.retry")));
+    let timeout = fields.get("timeout").and_then(|n| duration_of(loader, n, &format!("{path}.timeout")));
+    let approval = fields.get("approval").and_then(|n| approval(loader, n, &format!("{path}.approval")));
+    let adapter = fields.get("adapter").and_then(|n| loader.text(n, &format!("{path}.adapter")));
+    let model = fields.get("model").and_then(|n| loader.text(n, &format!("{path}.model")));
+    let given = fields.one_of(loader, &["id", "name"]).and_then(|n| Some((loader.text(n, &format!("{path}.id"))?, n)));
+    let id = match given {
+        Some((id, at)) => {
+            check_id(loader, &id, at, &path, taken);
+            id
+        }
+        None => free_id(action.as_deref().unwrap_or("step"), taken),
+    };
+    taken.insert(id.clone());
+    Some(Step {
+        id,
+        role,
+        action: action?,
+        params,
+        template,
+        retry: retry.unwrap_or_default(),
+        timeout: timeout.unwrap_or(STEP_TIMEOUT),
+        approval,
+        adapter,
+        model,
+    })
+}
+
+fn check_action(loader: &mut Loader, action: &str, at: &Node, has_role: bool, path: &str) {
+    if TOOLS.contains(&action) {
+        return;
+    }
+    let path = format!("{path}.action");
+    // What looks like a tool's name and is nearly one is a slip, not a wish
+    // for an agent to interpret.
+    if let Some(near) = nearest(action, TOOLS.iter().copied())
+        && (action.contains('.') || !has_role)
+    {
+        loader.suggest(at.at, &path, format!("unknown tool `{action}`"), Some(format!("did you mean `{near}`?")));
+    } else if !has_role {
+        loader.suggest(at.at, &path, format!("`{action}` is no tool, so the step needs a `role` to do it"),
+            Some(format!("the tools are {}", TOOLS.join(", "))));
+    }
+}
+
+fn check_id(loader: &mut Loader, id: &str, at: &Node, path: &str, taken: &HashSet<String>) {
+    let path = format!("{path}.id");
+    if !id.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') || id.len() > 64 {
+        loader.error(at.at, path, format!(
+            "`{id}` cannot be referred to; use up to 64 letters, digits, `_` and `-`"));
+    } else if taken.contains(id) {
+        loader.error(at.at, path, format!("another step is called `{id}` already"));
+    }
+}
+
+/// A step without an id is called after its action.
+fn free_id(action: &str, taken: &HashSet<String>) -> String {
+    let base: String = action
+        .chars()
+        .take(60)
+        .map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' })
+        .collect();
+    std::iter::once(base.clone())
+        .chain((2..).map(|n| format!("{base}_{n}")))
+        .find(|id| !taken.contains(id))
+        .unwrap_or(base)
+}
+
+fn duration_of(loader: &mut Loader, node: &Node, path: &str) -> Option<Duration> {
+    let text = loader.text(node, path)?;
+    match duration::parse(&text) {
+        Ok(d) if d.is_zero() => {
+            loader.error(node.at, path, "must be longer than nothing");
+            None
+        }
+        Ok(d) => Some(d),
+        Err(error) => {
+            loader.error(node.at, path, error.to_string());
+            None
+        }
+    }
+}
+
+/// `retry: 3`, or a map.
+fn retry(loader: &mut Loader, node: &Node, path: &str) -> Option<Retry> {
+    let mut retry = Retry::default();
+    if let Kind::Int(_) = node.kind {
+        retry.max_attempts = attempts(loader, node, path)?;
+        return Some(retry);
+    }
+    let keys = ["max_attempts", "backoff", "initial", "max", "jitter", "on"];
+    let fields = Fields::open(loader, node, path, &keys, &[])?;
+    if let Some(n) = fields.get("max_attempts") {
+        retry.max_attempts = attempts(loader, n, &format!("{path}.max_attempts"))?;
+    }
+    let mut backoff = Backoff::default();
+    if let Some(n) = fields.get("initial") {
+        backoff.initial = duration_of(loader, n, &format!("{path}.initial"))?;
+        backoff.max = backoff.max.max(backoff.initial);
+    }
+    if let Some(n) = fields.get("max") {
+        backoff.max = duration_of(loader, n, &format!("{path}.max"))?;
+    }
+    match fields.get("jitter").map(|n| (&n.kind, n.at)) {
+        None => {}
+        Some((Kind::Bool(jitter), _)) => backoff.jitter = *jitter,
+        Some((_, at)) => loader.error(at, format!("{path}.jitter"), "expected true or false"),
+    }
+    match fields.get("backoff").map(|n| (&n.kind, n.at)) {
+        None => {}
+        Some((Kind::Str(word), _)) if word == "exponential" => {}
+        Some((Kind::Str(word), _)) if word == "constant" || word == "fixed" => backoff.factor = 1.0,
+        Some((Kind::Int(n), _)) if *n >= 1 => backoff.factor = *n as f64,
+        Some((Kind::Float(n), _)) if *n >= 1.0 => backoff.factor = *n,
+        Some((_, at)) => {
+            loader.error(at, format!("{path}.backoff"), "expected `exponential`, `constant` or a factor from 1");
+        }
+    }
+    retry.backoff = backoff;
+    if let Some(n) = fields.get("on") {
+        retry.on = classes(loader, n, &format!("{path}.on"))?;
+    }
+    Some(retry)
+}
+
+fn attempts(loader: &mut Loader, node: &Node, path: &str) -> Option<u32> {
+    match node.kind {
+        Kind::Int(n) if (1..=i64::from(MAX_ATTEMPTS_MAX)).contains(&n) => u32::try_from(n).ok(),
+        _ => {
+            loader.error(node.at, path, format!("expected a number from 1 to {MAX_ATTEMPTS_MAX}"));
+            None
+        }
+    }
+}
+
+fn classes(loader: &mut Loader, node: &Node, path: &str) -> Option<Vec<ErrorClass>> {
+    let Kind::Seq(items) = &node.kind else {
+        loader.error(node.at, path, "expected a list of error classes");
+        return None;
+    };
+    let names = ["transient", "rate_limited", "timeout", "invalid", "governance"];
+    items
+        .iter()
+        .map(|item| {
+            let word = loader.text(item, path)?;
+            let class = ErrorClass::from_name(&word).filter(|_| names.contains(&word.as_str()));
+            if class.is_none() {
+                loader.suggest(item.at, path, format!("unknown error class `{word}`"),
+                    did_you_mean(&word, names).or_else(|| Some(format!("the classes are {}", names.join(", ")))));
+            }
+            class
+        })
+        .collect()
+}
+
+/// `approval: required`, or a map.
+fn approval(loader: &mut Loader, node: &Node, path: &str) -> Option<Approval> {
+    match &node.kind {
+        Kind::Str(word) if word == "required" => return Some(Approval::default()),
+        Kind::Bool(true) => return Some(Approval::default()),
+        Kind::Bool(false) => return None,
+        Kind::Str(word) if word == "none" => return None,
+        Kind::Str(word) => {
+            let near = did_you_mean(word, ["required"]);
+            loader.suggest(node.at, path, format!("unknown approval `{word}`"), near.or_else(|| Some("write `required`".into())));
+            return None;
+        }
+        _ => {}
+    }
+    let keys = ["required", "timeout", "on_timeout", "message"];
+    let fields = Fields::open(loader, node, path, &keys, &["reviewers"])?;
+    let mut approval = Approval::default();
+    if let Some(n) = fields.get("timeout") {
+        approval.timeout = duration_of(loader, n, &format!("{path}.timeout"))?;
+    }
+    match fields.get("on_timeout").map(|n| (&n.kind, n.at)) {
+        None => {}
+        Some((Kind::Str(word), _)) if word == "reject" => {}
+        Some((Kind::Str(word), _)) if word == "approve" => approval.on_timeout = OnTimeout::Approve,
+        Some((_, at)) => loader.error(at, format!("{path}.on_timeout"), "expected `reject` or `approve`"),
+    }
+    approval.message = fields.get("message").and_then(|n| loader.text(n, &format!("{path}.message")));
+    Some(approval)
+}

@@ -1,0 +1,122 @@
+use std::time::Duration;
+
+use super::*;
+use crate::domain::playbook::model::OnTimeout;
+
+const WEEKLY: &str = "name: Weekly Market Report
+trigger:
+  schedule: '0 9 * * MON'
+steps:
+  - role: researcher
+    action: research
+    params:
+      topic: 'market trends'
+      depth: comprehensive
+  - role: writer
+    action: compile_report
+    params:
+      format: pdf
+      sections: [summary, data, recommendations]
+rubric:
+  min_sources: 5
+  max_cost: 5.00
+";
+
+fn problems(text: &str) -> Vec<String> {
+    load(text).expect_err("has problems").iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn the_api_dialect_loads_as_printed() {
+    let playbook = load(WEEKLY).expect("loads");
+    assert_eq!(playbook.name, "Weekly Market Report");
+    let ids: Vec<_> = playbook.steps.iter().map(|s| s.id.as_str()).collect();
+    assert_eq!(ids, ["research", "compile_report"]);
+    assert_eq!(playbook.trigger.to_json(), serde_json::json!({"type": "schedule", "schedule": "0 9 * * MON"}));
+    assert_eq!(playbook.rubric, Some(serde_json::json!({"min_sources": 5, "max_cost": 5.0})));
+}
+
+#[test]
+fn the_guide_and_platform_dialects_are_the_same_model() {
+    let guide = load("name: hello-world\nversion: 1\ntrigger: {type: scheduled, cron: '0 9 * * 1-5'}\nsteps:\n  - id: greet\n    agent: strategist\n    tool: send_message\n    with: { channel: general, body: hi }\n").expect("loads");
+    assert_eq!(guide.steps[0].role.as_deref(), Some("strategist"));
+    assert_eq!(guide.steps[0].action, "send_message");
+    let platform = load("playbook: content\nversion: 3\ntrigger: scheduled\nschedule: '0 9 * * MON'\ninputs:\n  topic: { type: string, required: true }\n  tone: { type: string, default: professional }\nsteps:\n  - name: research\n    agent: strategist\n    tool: web-research\n    with: { query: '${inputs.topic}', depth: comprehensive }\n    rubric: { relevance: 0.8 }\n  - name: review\n    agent: strategist\n    tool: content-review\n    with: { draft: '${steps.research.output}' }\n    approval: required\n").expect("loads");
+    assert_eq!(platform.inputs.len(), 2);
+    let approval = platform.steps[1].approval.as_ref().expect("a gate");
+    assert_eq!((approval.timeout, approval.on_timeout), (Duration::from_secs(86_400), OnTimeout::Reject));
+}
+
+#[test]
+fn every_problem_is_told_at_once_with_its_place() {
+    let found = problems("nam: x\nsteps:\n  - role: writer\n    action: write\n    params: {a: '${steps.reserch.output}'}\n    timout: 5s\n  - id: b\n    action: http.requst\n    timeout: 5\n");
+    assert_eq!(found, [
+        "1:1: nam: unknown key `nam`; did you mean `name`?",
+        "1:1: name: a playbook needs a `name`",
+        "3:5: steps.0.params: `${steps.reserch.output}`: there is no step `reserch`",
+        "6:5: steps.0.timout: unknown key `timout`; did you mean `timeout`?",
+        "8:13: steps.1.action: unknown tool `http.requst`; did you mean `http.request`?",
+        "9:14: steps.1.timeout: `5` is not a duration; write a number and a unit, such as 100ms, 2s, 5m, 1h or 1d",
+    ]);
+}
+
+#[test]
+fn references_must_lead_to_what_comes_before() {
+    let head = "name: x\ninputs: {topic: string}\nsteps:\n  - {id: a, role: w, action: t, params: {v: '";
+    let tail = "'}}\n  - {id: b, role: w, action: t}\n";
+    for (reference, expected) in [
+        ("${inputs.topc}", "there is no input `topc`; did you mean `topic`?"),
+        ("${steps.b.output}", "the step `b` does not come before this one"),
+        ("${secrets.x}", "there is no `secrets`; begin with"),
+        ("${run.idd}", "a run has no `idd`"),
+        ("${inputs.topic", "has no closing brace"),
+    ] {
+        let found = problems(&format!("{head}{reference}{tail}"));
+        assert!(found[0].contains(expected), "{reference}: {found:?}");
+    }
+}
+
+#[test]
+fn a_schedule_must_be_one_that_fires() {
+    for (cron, expected) in [
+        ("every monday 9am", "is no cron expression: five fields, found 3"),
+        ("99 9 * * MON", "is no cron expression"),
+        ("0 0 31 2 *", "never fires"),
+    ] {
+        let found = problems(&format!("name: x\ntrigger: {{schedule: '{cron}'}}\nsteps: [{{role: a, action: b}}]\n"));
+        assert!(found[0].contains(expected), "{cron}: {found:?}");
+    }
+    for good in ["@daily", "@hourly", "@weekly", "0 9 * * 1-5", "*/15 * * JAN MON"] {
+        load(&format!("name: x\ntrigger: {{schedule: '{good}'}}\nsteps: [{{role: a, action: b}}]\n")).expect(good);
+    }
+}
+
+#[test]
+fn retry_timeout_and_approval_are_read_and_bounded() {
+    let text = "name: x\nsteps:\n  - role: a\n    action: b\n    timeout: 90s\n    retry: {max_attempts: 3, initial: 2s, max: 1m, backoff: constant, jitter: false, on: [transient]}\n    approval: {timeout: 4h, on_timeout: approve, message: look}\n";
+    let step = load(text).expect("loads").steps.remove(0);
+    assert_eq!(step.timeout, Duration::from_secs(90));
+    assert_eq!(step.retry.max_attempts, 3);
+    assert_eq!(step.retry.backoff.delay(5, 0.5), Duration::from_secs(2));
+    assert_eq!(step.approval.expect("a gate").on_timeout, OnTimeout::Approve);
+    for (key, expected) in [
+        ("retry: 0", "a number from 1 to 100"),
+        ("retry: {max_attempts: 1000}", "a number from 1 to 100"),
+        ("retry: {on: [oops]}", "unknown error class `oops`"),
+        ("approval: requierd", "did you mean `required`?"),
+        ("timeout: 0s", "longer than nothing"),
+        ("for_each: [1]", "does not carry out `for_each` yet"),
+    ] {
+        let found = problems(&format!("name: x\nsteps:\n  - role: a\n    action: b\n    {key}\n"));
+        assert!(found[0].contains(expected), "{key}: {found:?}");
+    }
+}
+
+#[test]
+fn synonyms_must_agree_and_ids_be_unique() {
+    let found = problems("name: x\nsteps:\n  - {id: a, role: w, agent: v, action: t}\n  - {id: a, role: w, action: t}\n  - {id: 'a b', role: w, action: t}\n  - {action: dance}\n");
+    assert!(found[0].contains("`role` and `agent` mean the same"), "{found:?}");
+    assert!(found[1].contains("another step is called `a`"), "{found:?}");
+    assert!(found[2].contains("`a b` cannot be referred to"), "{found:?}");
+    assert!(found[3].contains("needs a `role`"), "{found:?}");
+}

@@ -1,0 +1,229 @@
+//! The one model that every dialect of playbook loads into.
+
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+use super::template::Template;
+use crate::domain::backoff::Backoff;
+use crate::domain::outcome::ErrorClass;
+
+/// A checked playbook.
+#[derive(Debug, Clone)]
+pub struct Playbook {
+    /// Unique within the company.
+    pub name: String,
+    /// For people.
+    pub description: Option<String>,
+    /// What starts a run, besides a person.
+    pub trigger: Trigger,
+    /// What a run can be given, in the order written.
+    pub inputs: Vec<InputSpec>,
+    /// In the order they run.
+    pub steps: Vec<Step>,
+    /// Limits and criteria of the whole run, as written.
+    pub rubric: Option<Value>,
+    /// What the run's `output` is made of.
+    pub output: Option<Template>,
+}
+
+/// What starts a run.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Trigger {
+    /// A person or another playbook.
+    Manual,
+    /// A cron expression in a time zone (IANA name; UTC without).
+    Schedule {
+        /// Five fields, or `@daily` and its kin.
+        cron: String,
+        /// The zone.
+        timezone: Option<String>,
+    },
+    /// A request to the company's webhook address.
+    Webhook {
+        /// The name at the end of that address.
+        event: String,
+    },
+    /// A named event of the company.
+    Event {
+        /// Its name.
+        event: String,
+    },
+}
+
+impl Trigger {
+    /// As answers show it; `null` for a manual one, which has none.
+    pub fn to_json(&self) -> Value {
+        match self {
+            Self::Manual => Value::Null,
+            Self::Schedule { cron, timezone: None } => {
+                serde_json::json!({"type": "schedule", "schedule": cron})
+            }
+            Self::Schedule { cron, timezone: Some(zone) } => {
+                serde_json::json!({"type": "schedule", "schedule": cron, "timezone": zone})
+            }
+            Self::Webhook { event } => serde_json::json!({"type": "webhook", "event": event}),
+            Self::Event { event } => serde_json::json!({"type": "event", "event": event}),
+        }
+    }
+}
+
+/// One declared input.
+#[derive(Debug, Clone, PartialEq)]
+pub struct InputSpec {
+    /// Its name.
+    pub name: String,
+    /// What it must be.
+    pub kind: InputKind,
+    /// Whether a run needs it.
+    pub required: bool,
+    /// What it is when not given.
+    pub default: Option<Value>,
+    /// For people.
+    pub description: Option<String>,
+}
+
+/// The types that an input can have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InputKind {
+    /// Anything.
+    Any,
+    /// Text.
+    String,
+    /// Any number.
+    Number,
+    /// A whole number.
+    Integer,
+    /// `true` or `false`.
+    Boolean,
+    /// A list.
+    Array,
+    /// A map.
+    Object,
+}
+
+impl InputKind {
+    /// Name and kind.
+    pub const NAMES: &'static [(&'static str, Self)] = &[
+        ("any", Self::Any),
+        ("string", Self::String),
+        ("number", Self::Number),
+        ("integer", Self::Integer),
+        ("boolean", Self::Boolean),
+        ("array", Self::Array),
+        ("object", Self::Object),
+    ];
+
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        Self::NAMES.iter().find(|(_, kind)| *kind == self).map_or("any", |(name, _)| name)
+    }
+
+    /// Whether a value is of this kind.
+    pub fn holds(self, value: &Value) -> bool {
+        match self {
+            Self::Any => true,
+            Self::String => value.is_string(),
+            Self::Number => value.is_number(),
+            Self::Integer => value.is_i64() || value.is_u64(),
+            Self::Boolean => value.is_boolean(),
+            Self::Array => value.is_array(),
+            Self::Object => value.is_object(),
+        }
+    }
+}
+
+/// One step.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// Unique within the playbook; what `steps.ID.output` names.
+    pub id: String,
+    /// Whose work it is; a registered tool can do without.
+    pub role: Option<String>,
+    /// A tool's name, or what the role's agent is asked to do.
+    pub action: String,
+    /// The arguments, with templates.
+    pub params: Map<String, Value>,
+    /// The same, compiled.
+    pub template: Template,
+    /// When and how often it is tried again.
+    pub retry: Retry,
+    /// How long one attempt may take.
+    pub timeout: Duration,
+    /// A person must say yes before it is tried.
+    pub approval: Option<Approval>,
+    /// Overrides the agent's adapter.
+    pub adapter: Option<String>,
+    /// Overrides the agent's model.
+    pub model: Option<String>,
+}
+
+/// The hard limit of one attempt when the step names none.
+pub const STEP_TIMEOUT: Duration = Duration::from_secs(3600);
+/// Tries of a step for transient classes when it names none.
+pub const MAX_ATTEMPTS: u32 = 5;
+/// The most tries a step may ask for.
+pub const MAX_ATTEMPTS_MAX: u32 = 100;
+/// When an approval is rejected by itself.
+pub const APPROVAL_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+
+/// When and how often a failed step is tried again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Retry {
+    /// Tries in all, the first included.
+    pub max_attempts: u32,
+    /// The pause between them.
+    pub backoff: Backoff,
+    /// Which classes are worth another try.
+    pub on: Vec<ErrorClass>,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self {
+            max_attempts: MAX_ATTEMPTS,
+            backoff: Backoff::default(),
+            on: vec![ErrorClass::Transient, ErrorClass::RateLimited, ErrorClass::Timeout],
+        }
+    }
+}
+
+/// A gate before a step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Approval {
+    /// Who may decide; empty = whoever holds the scope.
+    pub reviewers: Vec<String>,
+    /// When it decides itself.
+    pub timeout: Duration,
+    /// What it then decides.
+    pub on_timeout: OnTimeout,
+    /// What the approver reads.
+    pub message: Option<String>,
+}
+
+/// What a gate does when nobody decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// The step does not run, the run fails.
+    Reject,
+    /// The step runs.
+    Approve,
+}
+
+impl Default for Approval {
+    fn default() -> Self {
+        Self {
+            reviewers: Vec::new(),
+            timeout: APPROVAL_TIMEOUT,
+            on_timeout: OnTimeout::Reject,
+            message: None,
+        }
+    }
+}
+
+impl Playbook {
+    /// The step with an id.
+    pub fn step_index(&self, id: &str) -> Option<usize> {
+        self.steps.iter().position(|step| step.id == id)
+    }
+}

@@ -1,0 +1,107 @@
+//! What is wrong with a playbook, said so that its author can mend it.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// A place in the text, both counted from 1.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Pos {
+    /// The line.
+    pub line: u64,
+    /// The column, in characters.
+    pub column: u64,
+}
+
+/// One problem: where, what, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Problem {
+    /// Where it stands.
+    #[serde(flatten)]
+    pub at: Pos,
+    /// The dotted path of the key, e.g. `steps.1.timeout`; empty for the file.
+    pub path: String,
+    /// The cause.
+    pub message: String,
+    /// What was probably meant, or what to write instead.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub suggestion: Option<String>,
+    /// Not wrong yet: it will fail at run time unless something changes.
+    pub warning: bool,
+}
+
+impl Problem {
+    /// An error.
+    pub fn error(at: Pos, path: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { at, path: path.into(), message: message.into(), suggestion: None, warning: false }
+    }
+
+    /// With a suggestion, when there is one.
+    #[must_use]
+    pub fn suggest(mut self, suggestion: Option<String>) -> Self {
+        self.suggestion = suggestion;
+        self
+    }
+
+    /// The offending line with a caret under the column.
+    pub fn excerpt(&self, text: &str) -> Option<String> {
+        let line = text.lines().nth(usize::try_from(self.at.line).ok()?.checked_sub(1)?)?;
+        let before = usize::try_from(self.at.column).ok()?.checked_sub(1)?;
+        let number = self.at.line.to_string();
+        Some(format!(
+            "{number} | {line}\n{} | {}^",
+            " ".repeat(number.len()),
+            " ".repeat(before.min(line.chars().count()))
+        ))
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: ", self.at.line, self.at.column)?;
+        if !self.path.is_empty() {
+            write!(f, "{}: ", self.path)?;
+        }
+        f.write_str(&self.message)?;
+        if let Some(suggestion) = &self.suggestion {
+            write!(f, "; {suggestion}")?;
+        }
+        Ok(())
+    }
+}
+
+/// `did you mean …?` for the nearest of the known words, when one is near.
+pub fn did_you_mean<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
+    nearest(word, known).map(|near| format!("did you mean `{near}`?"))
+}
+
+/// The nearest of the known words, when one is near enough to be meant.
+pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let word_chars = word.chars().count();
+    known
+        .into_iter()
+        .map(|candidate| (strsim::damerau_levenshtein(word, candidate), candidate))
+        // A third of the word may differ, so that short words do not match all.
+        .filter(|(distance, _)| *distance > 0 && *distance * 3 <= word_chars.max(3))
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn suggests_only_what_is_near() {
+        let known = ["timeout", "retry", "params"];
+        assert_eq!(did_you_mean("timout", known).as_deref(), Some("did you mean `timeout`?"));
+        assert_eq!(did_you_mean("colour", known), None);
+        assert_eq!(did_you_mean("id", known), None);
+    }
+
+    #[test]
+    fn the_caret_stands_under_the_column() {
+        let problem = Problem::error(Pos { line: 2, column: 3 }, "a", "bad");
+        assert_eq!(problem.excerpt("x: 1\n  y: 2\n").as_deref(), Some("2 |   y: 2\n  |   ^"));
+    }
+}

@@ -1,0 +1,486 @@
+//! Moving runs on: the outcomes of attempts, decided one by one and
+//! committed together. This is the hot path.
+//!
+//! An attempt whose lease is gone writes nothing and is told so. A batch that
+//! the database refuses is committed one by one, so that a bad outcome harms
+//! only its own run, and that one fails with the reason.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::claim::StepWork;
+use super::gates::{approval_of, waiting_on};
+use super::{Engine, EngineError, repeating};
+use crate::domain::event::{
+    APPROVAL_REQUESTED, Event, PLAYBOOK_COMPLETED, PLAYBOOK_FAILED, PLAYBOOK_SUSPENDED, STEP_COMPLETED, STEP_FAILED,
+    STEP_STARTED,
+};
+use crate::domain::ids::{AgentId, ApprovalId, RunId};
+use crate::domain::money::Nanos;
+use crate::domain::outcome::{Failure, Outcome};
+use crate::domain::plan::{DeadReason, Decision, Gate};
+use crate::domain::run::{RunStatus, StepStatus};
+use crate::domain::storable::{self, OUTPUT_BYTES_MAX};
+use crate::failpoint;
+use crate::store::approvals::{NewApproval, NewDeadLetter};
+use crate::store::jobs::{ClaimedJob, Lease, kind};
+use crate::store::steps::{NextJob, RunChange, StepChange, StepCommit};
+use crate::store::{StoreError, approvals, jobs, steps};
+
+/// How many steps of a run one worker does in a row before the run queues
+/// again, and for how long, so that others get their turn.
+const CHAIN_STEPS_MAX: u32 = 16;
+const CHAIN_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// A finished attempt at a step.
+#[derive(Debug)]
+pub struct Finished {
+    /// The job and its lease.
+    pub job: ClaimedJob,
+    /// The run.
+    pub work: Box<StepWork>,
+    /// How the attempt ended.
+    pub outcome: Outcome,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// What became of a finished attempt.
+#[derive(Debug)]
+pub enum Committed {
+    /// Written; this worker goes on with the next step, already leased.
+    Continue(ClaimedJob, Box<StepWork>),
+    /// Written; the job is no longer this worker's.
+    Settled,
+    /// The lease was gone: nothing was written.
+    Lost,
+}
+
+/// A decided attempt: what to write, and what to go on with.
+struct Decided {
+    commit: StepCommit,
+    approval: Option<NewApproval>,
+    letter: Option<NewDeadLetter>,
+    next: Option<(ClaimedJob, Box<StepWork>)>,
+}
+
+/// Commits finished attempts; one answer each, in order. `stay` allows this
+/// worker to go on with the runs itself. An error means that nothing is known
+/// to be written: the caller waits and calls [`commit_again`].
+pub async fn commit(engine: &Engine, finished: Vec<Finished>, stay: bool) -> Result<Vec<Committed>, (EngineError, Pending)> {
+    let decided = finished.into_iter().map(|f| decide(f, stay, rand::random())).collect();
+    commit_again(engine, Pending { decided, maybe_landed: false }).await
+}
+
+/// Outcomes that are decided but perhaps not written.
+pub struct Pending {
+    decided: Vec<Decided>,
+    maybe_landed: bool,
+}
+
+impl std::fmt::Debug for Pending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Pending({} attempts)", self.decided.len())
+    }
+}
+
+/// Commits what an earlier call could not. Where that call's commit may have
+/// landed unseen, the epochs tell (hazard H8).
+pub async fn commit_again(engine: &Engine, mut pending: Pending) -> Result<Vec<Committed>, (EngineError, Pending)> {
+    let held = match write(engine, &pending.decided).await {
+        Ok(held) => held,
+        Err(EngineError::Store(error)) if error.is_passing() => {
+            pending.maybe_landed = true;
+            return Err((error.into(), pending));
+        }
+        Err(_) => return one_by_one(engine, pending).await,
+    };
+    let mut committed = Vec::with_capacity(held.len());
+    for (decided, held) in pending.decided.iter_mut().zip(held) {
+        let landed = if held || !pending.maybe_landed {
+            held
+        } else {
+            match has_landed(engine, &decided.commit).await {
+                Ok(landed) => landed,
+                Err(_) => false,
+            }
+        };
+        committed.push(match (landed, decided.next.take()) {
+            (true, Some((job, work))) => Committed::Continue(job, work),
+            (true, None) => Committed::Settled,
+            (false, _) => Committed::Lost,
+        });
+    }
+    if !engine.pool.is_closed() && pending.decided.iter().any(|d| wakes(&d.commit)) {
+        engine.waker.wake();
+    }
+    Ok(committed)
+}
+
+fn wakes(commit: &StepCommit) -> bool {
+    commit.job.as_ref().is_some_and(|job| !job.held && job.delay.is_zero())
+}
+
+/// Whether an earlier commit of the same attempt is in: the job's row is gone
+/// as it should be, or carries the epoch that only that commit gives.
+async fn has_landed(engine: &Engine, commit: &StepCommit) -> Result<bool, StoreError> {
+    let epoch = jobs::epoch_of(&engine.pool, commit.lease.job).await?;
+    Ok(match &commit.job {
+        None => epoch.is_none(),
+        Some(_) => epoch == Some(commit.lease.epoch + 1),
+    })
+}
+
+async fn one_by_one(engine: &Engine, pending: Pending) -> Result<Vec<Committed>, (EngineError, Pending)> {
+    let mut committed = Vec::with_capacity(pending.decided.len());
+    let mut rest = pending.decided.into_iter();
+    while let Some(mut decided) = rest.next() {
+        let mut written = write(engine, std::slice::from_ref(&decided)).await;
+        if let Err(EngineError::Store(error)) = &written
+            && !error.is_passing()
+        {
+            tracing::warn!(run.id = %decided.commit.run, job.id = decided.commit.lease.job, %error, "a result could not be stored");
+            decided = unstorable(decided, error);
+            written = write(engine, std::slice::from_ref(&decided)).await;
+        }
+        match written {
+            Ok(held) => committed.push(match (held.first(), decided.next.take()) {
+                (Some(true), Some((job, work))) => Committed::Continue(job, work),
+                (Some(true), None) => Committed::Settled,
+                _ => Committed::Lost,
+            }),
+            Err(EngineError::Store(error)) if error.is_passing() => {
+                // Those before it are written: to repeat them is harmless, as
+                // their leases are spent.
+                let decided = std::iter::once(decided).chain(rest).collect();
+                return Err((error.into(), Pending { decided, maybe_landed: true }));
+            }
+            Err(error) => {
+                // Not even the failure can be written. The deadline takes the
+                // job away, and after three such deaths it is quarantined.
+                tracing::error!(run.id = %decided.commit.run, %error, "an attempt could not be committed");
+                committed.push(Committed::Lost);
+            }
+        }
+    }
+    Ok(committed)
+}
+
+/// The failure that takes the place of a result the database refuses.
+fn unstorable(decided: Decided, error: &StoreError) -> Decided {
+    let commit = decided.commit;
+    let failure = Failure::invalid(format!("the result could not be stored: {error}"));
+    let error = json!({"code": "invalid", "message": failure.message, "index": commit.step});
+    Decided {
+        commit: StepCommit {
+            job: None,
+            change: RunChange {
+                status: Some(RunStatus::Failed),
+                error: Some(error.to_string()),
+                ..RunChange::default()
+            },
+            checkpoint: commit.checkpoint.map(|step| StepChange {
+                status: StepStatus::Failed,
+                output: None,
+                error: Some(error.to_string()),
+                ..step
+            }),
+            events: vec![Event::new(PLAYBOOK_FAILED, json!({"error": error}))],
+            ..commit
+        },
+        approval: None,
+        letter: None,
+        next: None,
+    }
+}
+
+async fn write(engine: &Engine, decided: &[Decided]) -> Result<Vec<bool>, EngineError> {
+    repeating(|| write_once(engine, decided)).await
+}
+
+async fn write_once(engine: &Engine, decided: &[Decided]) -> Result<Vec<bool>, EngineError> {
+    let commits: Vec<StepCommit> = decided.iter().map(|d| d.commit.clone()).collect();
+    let plain = decided.iter().all(|d| d.approval.is_none() && d.letter.is_none());
+    if failpoint::reach("commit.before").await {
+        return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
+    }
+    let held = if plain {
+        steps::commit(&engine.pool, &commits).await?
+    } else {
+        let mut tx = engine.pool.begin().await?;
+        let held = steps::commit(&mut *tx, &commits).await?;
+        for (decided, _) in decided.iter().zip(&held).filter(|(_, held)| **held) {
+            if let Some(approval) = &decided.approval {
+                approvals::insert(&mut *tx, approval).await?;
+            }
+            if let Some(letter) = &decided.letter {
+                approvals::bury_letter(&mut *tx, letter).await?;
+            }
+        }
+        tx.commit().await?;
+        held
+    };
+    if failpoint::reach("commit.after").await {
+        // As if the answer had been lost on its way.
+        return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
+    }
+    Ok(held)
+}
+
+/// One attempt: pure, but for the ids of its events.
+fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
+    let Finished { job, mut work, outcome, took } = finished;
+    let (outcome, output) = storable_outcome(outcome);
+    let step = usize::try_from(job.step).unwrap_or(usize::MAX);
+    let attempt = u32::try_from(job.attempt).unwrap_or(0);
+    let decision = work.context.decide(step, attempt, &outcome, draw);
+    let agent = work.agent(step).map(|agent| agent.agent);
+    let facts = Facts { job, work, outcome, output, took, agent, stay };
+    match decision {
+        Decision::Advance { next, gate: None } => facts.advance(next),
+        Decision::Advance { next, gate: Some(gate) } => facts.suspend(next, &gate),
+        Decision::Complete { output } => facts.complete(output),
+        Decision::Retry { delay, charged } => facts.retry(delay, charged),
+        Decision::Fail { reason } => facts.fail(reason),
+        Decision::Release { delay } => facts.release(delay),
+    }
+}
+
+/// What cannot be stored becomes a failure with the reason (hazard H17).
+fn storable_outcome(outcome: Outcome) -> (Outcome, Option<String>) {
+    match outcome {
+        Outcome::Done { output, cost } => match storable::to_json(&output, OUTPUT_BYTES_MAX) {
+            Ok(text) => (Outcome::Done { output, cost }, Some(text)),
+            Err(error) => {
+                let failure = Failure::invalid(format!("the step's output {error}"));
+                (Outcome::Failed { failure, cost }, None)
+            }
+        },
+        other => (other, None),
+    }
+}
+
+struct Facts {
+    job: ClaimedJob,
+    work: Box<StepWork>,
+    outcome: Outcome,
+    output: Option<String>,
+    took: Duration,
+    agent: Option<AgentId>,
+    stay: bool,
+}
+
+impl Facts {
+    fn cost(&self) -> Nanos {
+        match &self.outcome {
+            Outcome::Done { cost, .. } | Outcome::Failed { cost, .. } => *cost,
+            Outcome::Released { .. } => Nanos::ZERO,
+        }
+    }
+
+    fn failure(&self) -> Option<&Failure> {
+        match &self.outcome {
+            Outcome::Failed { failure, .. } => Some(failure),
+            _ => None,
+        }
+    }
+
+    fn step_id(&self) -> &str {
+        let index = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        self.work.context.playbook.steps.get(index).map_or("", |step| &step.id)
+    }
+
+    fn completed_event(&self) -> Event {
+        let index = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        let step = self.work.context.playbook.steps.get(index);
+        Event::new(
+            STEP_COMPLETED,
+            json!({
+                "step": self.step_id(), "index": self.job.step, "agent_id": self.agent,
+                "role": step.and_then(|s| s.role.as_deref()), "action": step.map(|s| s.action.as_str()),
+                "attempt": self.job.attempt, "cost": self.cost().to_usd(), "duration_ms": jobs::millis(self.took),
+            }),
+        )
+    }
+
+    fn error_json(&self) -> serde_json::Value {
+        let failure = self.failure();
+        json!({
+            "code": failure.map(|f| f.class.as_str()), "message": failure.map(|f| f.message.as_str()),
+            "step": self.step_id(), "index": self.job.step, "attempt": self.job.attempt,
+        })
+    }
+
+    fn failed_event(&self, will_retry: Option<Duration>) -> Event {
+        let mut data = self.error_json();
+        data["will_retry"] = will_retry.is_some().into();
+        data["retry_in_ms"] = will_retry.map(jobs::millis).into();
+        Event::new(STEP_FAILED, data)
+    }
+
+    fn checkpoint(&self, status: StepStatus) -> Option<StepChange> {
+        Some(StepChange {
+            status,
+            agent: self.agent,
+            attempt: self.job.attempt,
+            output: if status == StepStatus::Completed { self.output.clone() } else { None },
+            error: self.failure().map(|_| self.error_json().to_string()),
+            took: self.took,
+        })
+    }
+
+    fn commit(&self, job: Option<NextJob>, change: RunChange, checkpoint: Option<StepChange>, events: Vec<Event>) -> StepCommit {
+        StepCommit {
+            lease: self.job.lease,
+            company: self.job.company,
+            run: self.work.context.run,
+            step: self.job.step,
+            job,
+            change,
+            checkpoint,
+            cost: self.cost(),
+            events,
+        }
+    }
+
+    fn plain(self, commit: StepCommit) -> Decided {
+        Decided { commit, approval: None, letter: None, next: None }
+    }
+
+    fn next_job(&self, held: bool, kind: &'static str, next: usize, delay: Duration, attempt: i32) -> NextJob {
+        let timeout = self.work.context.playbook.steps.get(next).map_or(self.job.timeout, |step| step.timeout);
+        NextJob { held, kind, step: i32::try_from(next).unwrap_or(i32::MAX), delay, timeout, attempt }
+    }
+
+    /// The next step: by this worker when it may stay, else by the queue.
+    fn advance(mut self, next: usize) -> Decided {
+        let held = self.stay
+            && self.work.chain + 1 < CHAIN_STEPS_MAX
+            && self.work.chain_began.elapsed() < CHAIN_TIME_MAX;
+        let job = self.next_job(held, kind::STEP, next, Duration::ZERO, i32::from(held));
+        let timeout = job.timeout;
+        let events = vec![self.completed_event()];
+        let commit = self.commit(Some(job), RunChange::default(), self.checkpoint(StepStatus::Completed), events);
+        if !held {
+            return self.plain(commit);
+        }
+        self.work.chain += 1;
+        let next_job = ClaimedJob {
+            lease: Lease { job: self.job.lease.job, epoch: self.job.lease.epoch + 1 },
+            step: commit.job.as_ref().map_or(0, |job| job.step),
+            attempt: 1,
+            crash_count: 0,
+            timeout,
+            ..self.job
+        };
+        Decided { commit, approval: None, letter: None, next: Some((next_job, self.work)) }
+    }
+
+    /// The next step waits for a person: the job becomes the gate's timer.
+    fn suspend(self, next: usize, gate: &Gate) -> Decided {
+        let id = ApprovalId::new();
+        let waiting = waiting_on(id);
+        let job = self.next_job(false, kind::GATE_TIMEOUT, next, gate.approval.timeout, 0);
+        let events = vec![
+            self.completed_event(),
+            Event::new(APPROVAL_REQUESTED, json!({"approval_id": id, "context": gate.context})),
+            Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting})),
+        ];
+        let change = RunChange {
+            status: Some(RunStatus::Suspended),
+            waiting_on: Some(waiting.to_string()),
+            ..RunChange::default()
+        };
+        let commit = self.commit(Some(job), change, self.checkpoint(StepStatus::Completed), events);
+        let agent = self.work.agent(next).map(|agent| agent.agent);
+        let approval = approval_of(id, gate, &self.work.context, self.job.lease.job, agent);
+        Decided { commit, approval: Some(approval), letter: None, next: None }
+    }
+
+    fn complete(self, output: Option<serde_json::Value>) -> Decided {
+        let output = output.and_then(|value| storable::to_json(&value, OUTPUT_BYTES_MAX).ok());
+        let events = vec![
+            self.completed_event(),
+            Event::new(
+                PLAYBOOK_COMPLETED,
+                json!({"playbook_id": self.work.context.playbook_id, "step_count": self.work.context.playbook.steps.len()}),
+            ),
+        ];
+        let change = RunChange { status: Some(RunStatus::Completed), output, ..RunChange::default() };
+        let commit = self.commit(None, change, self.checkpoint(StepStatus::Completed), events);
+        self.plain(commit)
+    }
+
+    fn retry(self, delay: Duration, charged: bool) -> Decided {
+        let attempt = if charged { self.job.attempt } else { (self.job.attempt - 1).max(0) };
+        let step = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        let job = self.next_job(false, kind::STEP, step, delay, attempt);
+        let events = vec![self.failed_event(Some(delay))];
+        let commit = self.commit(Some(job), RunChange::default(), self.checkpoint(StepStatus::Waiting), events);
+        self.plain(commit)
+    }
+
+    fn fail(self, reason: DeadReason) -> Decided {
+        let error = self.error_json();
+        let events = vec![self.failed_event(None), Event::new(PLAYBOOK_FAILED, json!({"error": error}))];
+        let change = RunChange {
+            status: Some(RunStatus::Failed),
+            error: Some(error.to_string()),
+            ..RunChange::default()
+        };
+        let commit = self.commit(None, change, self.checkpoint(StepStatus::Failed), events);
+        let letter = NewDeadLetter {
+            company: self.job.company,
+            queue: self.job.queue.clone(),
+            kind: self.job.kind.clone(),
+            ref_id: self.job.ref_id,
+            step: self.job.step,
+            reason: reason.as_str(),
+            attempt: self.job.attempt,
+            crash_count: i32::from(self.job.crash_count),
+            error,
+        };
+        Decided { commit, approval: None, letter: Some(letter), next: None }
+    }
+
+    fn release(self, delay: Duration) -> Decided {
+        let step = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        let job = self.next_job(false, kind::STEP, step, delay, (self.job.attempt - 1).max(0));
+        let commit = self.commit(Some(job), RunChange::default(), None, Vec::new());
+        self.plain(commit)
+    }
+}
+
+/// What is shown of an attempt that lives longer than a blink.
+#[derive(Debug)]
+pub struct Started {
+    job: ClaimedJob,
+    run: RunId,
+    agent: Option<AgentId>,
+    event: Event,
+}
+
+impl Started {
+    /// Of an attempt at a step.
+    pub fn of(job: &ClaimedJob, work: &StepWork) -> Option<Self> {
+        let index = usize::try_from(job.step).ok()?;
+        let step = work.context.playbook.steps.get(index)?;
+        let agent = work.agent(index).map(|agent| agent.agent);
+        let event = Event::new(
+            STEP_STARTED,
+            json!({
+                "step": step.id, "index": job.step, "role": step.role, "action": step.action,
+                "agent_id": agent, "attempt": job.attempt,
+            }),
+        );
+        Some(Self { job: job.clone(), run: work.context.run, agent, event })
+    }
+}
+
+/// Writes that an attempt has begun, for those who watch; under its lease.
+pub async fn mark_started(engine: &Engine, started: &Started, began: Instant) -> Result<(), EngineError> {
+    let Started { job, run, agent, event } = started;
+    steps::mark_started(&engine.pool, job, *run, *agent, began.elapsed(), event).await?;
+    Ok(())
+}

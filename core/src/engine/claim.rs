@@ -1,0 +1,182 @@
+//! Claiming: which jobs a worker takes, and what each attempt needs to begin,
+//! loaded for all of them at once.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use uuid::Uuid;
+
+use super::{Engine, EngineError};
+use crate::domain::ids::{CompanyId, PlaybookId, RunId};
+use crate::domain::plan::{CRASHES_MAX, RunContext};
+use crate::failpoint;
+use crate::store::jobs::{self, ClaimedJob, kind};
+use crate::store::tenants::AgentRow;
+use crate::store::{steps, tenants};
+
+/// A claimed job and what to do about it.
+#[derive(Debug)]
+pub struct Claimed {
+    /// The job and its lease.
+    pub job: ClaimedJob,
+    /// What it is about.
+    pub work: Work,
+}
+
+/// What a job is about.
+#[derive(Debug)]
+pub enum Work {
+    /// An attempt at a step.
+    Step(Box<StepWork>),
+    /// The end of a gate's time.
+    GateTimeout,
+    /// A company's agents get ready.
+    Provision,
+    /// Nothing, durably.
+    Noop,
+    /// What it was for is over: the job only needs to go.
+    Stale,
+    /// This version does not know the kind: somebody else's.
+    Unknown,
+}
+
+/// What an attempt at a step needs.
+#[derive(Debug)]
+pub struct StepWork {
+    /// The run.
+    pub context: RunContext,
+    /// The live agents of its company, by role; empty when no step has one.
+    pub agents: Arc<HashMap<String, AgentRow>>,
+    /// The worker died under it too often: it is not tried again.
+    pub quarantined: bool,
+    /// How many steps this worker has done of the run in a row.
+    pub chain: u32,
+    /// When that chain began, for fairness only.
+    pub chain_began: Instant,
+}
+
+/// Takes up to `room` jobs for a session; companies after the cursor first.
+pub async fn claim(engine: &Engine, session: i64, queues: &[String], after: Uuid, room: i64) -> Result<Vec<ClaimedJob>, EngineError> {
+    if failpoint::reach("claim.before").await {
+        return Ok(Vec::new());
+    }
+    let jobs = jobs::claim(&engine.pool, session, queues, after, room).await?;
+    if !jobs.is_empty() {
+        failpoint::reach("claim.after_commit").await;
+    }
+    Ok(jobs)
+}
+
+/// Loads what claimed jobs need, set-based.
+pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claimed>, EngineError> {
+    let steps: Vec<&ClaimedJob> = claimed.iter().filter(|job| job.kind == kind::STEP).collect();
+    let mut works = if steps.is_empty() { HashMap::new() } else { load_steps(engine, &steps).await? };
+    Ok(claimed
+        .into_iter()
+        .map(|job| {
+            let work = match job.kind.as_str() {
+                kind::STEP => works.remove(&job.lease.job).map_or(Work::Stale, |work| Work::Step(Box::new(work))),
+                kind::GATE_TIMEOUT => Work::GateTimeout,
+                kind::PROVISION => Work::Provision,
+                kind::NOOP => Work::Noop,
+                _ => Work::Unknown,
+            };
+            Claimed { job, work }
+        })
+        .collect())
+}
+
+async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<i64, StepWork>, EngineError> {
+    failpoint::reach("load.before").await;
+    let (companies, run_ids): (Vec<Uuid>, Vec<Uuid>) =
+        claimed.iter().filter_map(|job| Some((job.company.0, job.ref_id?))).unzip();
+    let runs = steps::load_runs(&engine.pool, &companies, &run_ids).await?;
+    let wanted: Vec<(Uuid, Uuid)> = runs.iter().map(|run| (run.company.0, run.version)).collect();
+    let plans = engine.plans.get(&engine.pool, &wanted).await?;
+    let mut contexts: HashMap<Uuid, RunContext> = runs
+        .into_iter()
+        .filter_map(|run| {
+            let playbook = Arc::clone(plans.get(&run.version)?);
+            let context = RunContext {
+                company: run.company,
+                playbook_id: PlaybookId(run.playbook),
+                run: run.run,
+                playbook,
+                inputs: Arc::new(run.params),
+                outputs: HashMap::new(),
+            };
+            Some((run.run.0, context))
+        })
+        .collect();
+    load_outputs(engine, claimed, &mut contexts).await?;
+    let agents = load_agents(engine, contexts.values()).await?;
+    let none = Arc::new(HashMap::new());
+    let now = Instant::now();
+    Ok(claimed
+        .iter()
+        .filter_map(|job| {
+            let context = contexts.remove(&job.ref_id?)?;
+            let work = StepWork {
+                agents: agents.get(&context.company).map_or_else(|| Arc::clone(&none), Arc::clone),
+                context,
+                quarantined: job.crash_count >= CRASHES_MAX,
+                chain: 0,
+                chain_began: now,
+            };
+            Some((job.lease.job, work))
+        })
+        .collect())
+}
+
+/// Earlier outputs, for runs past their first step whose playbook uses any.
+async fn load_outputs(engine: &Engine, claimed: &[&ClaimedJob], contexts: &mut HashMap<Uuid, RunContext>) -> Result<(), EngineError> {
+    let (companies, runs): (Vec<Uuid>, Vec<Uuid>) = claimed
+        .iter()
+        .filter(|job| job.step > 0)
+        .filter_map(|job| contexts.get(&job.ref_id?))
+        .filter(|context| (0..context.playbook.steps.len()).any(|step| context.is_referenced(step)))
+        .map(|context| (context.company.0, context.run.0))
+        .unzip();
+    if runs.is_empty() {
+        return Ok(());
+    }
+    for (run, step, output) in steps::load_outputs(&engine.pool, &companies, &runs).await? {
+        if let (Some(context), Ok(step)) = (contexts.get_mut(&run), usize::try_from(step)) {
+            context.remember(step, &output);
+        }
+    }
+    Ok(())
+}
+
+type Agents = HashMap<CompanyId, Arc<HashMap<String, AgentRow>>>;
+
+async fn load_agents<'a>(engine: &Engine, contexts: impl Iterator<Item = &'a RunContext>) -> Result<Agents, EngineError> {
+    let mut companies: Vec<Uuid> = contexts
+        .filter(|context| context.playbook.steps.iter().any(|step| step.role.is_some()))
+        .map(|context| context.company.0)
+        .collect();
+    companies.sort_unstable();
+    companies.dedup();
+    if companies.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let mut by_company: HashMap<CompanyId, HashMap<String, AgentRow>> = HashMap::new();
+    for agent in tenants::agents_of(&engine.pool, &companies).await? {
+        by_company.entry(agent.company).or_default().insert(agent.role.clone(), agent);
+    }
+    Ok(by_company.into_iter().map(|(company, agents)| (company, Arc::new(agents))).collect())
+}
+
+impl StepWork {
+    /// The run's id.
+    pub fn run(&self) -> RunId {
+        self.context.run
+    }
+
+    /// The agent for a step's role, when there is one.
+    pub fn agent(&self, step: usize) -> Option<&AgentRow> {
+        let role = self.context.playbook.steps.get(step)?.role.as_deref()?;
+        self.agents.get(role)
+    }
+}

@@ -1,0 +1,203 @@
+//! Gates: a person's word before a step.
+//!
+//! While a gate is shut, the run's one job is the gate's timer, due when its
+//! time ends; nothing else is held. A decision turns that job back into the
+//! step's, or ends the run, in one transaction with its event. Two decisions,
+//! or a decision and the timer, meet at the job's row lock: one wins.
+
+use chrono::{DateTime, Utc};
+use serde_json::{Value, json};
+
+use super::{Engine, EngineError, repeating};
+use crate::domain::event::{APPROVAL_RESOLVED, Event, PLAYBOOK_FAILED, PLAYBOOK_RESUMED};
+use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, RunId};
+use crate::domain::plan::{Gate, RunContext};
+use crate::domain::playbook::model::{OnTimeout, STEP_TIMEOUT};
+use crate::failpoint;
+use crate::store::approvals::{ApprovalRow, Filter, NewApproval};
+use crate::store::jobs::Lease;
+use crate::store::{approvals, events, runs};
+
+/// What a person says.
+#[derive(Debug, Clone)]
+pub enum Verdict {
+    /// The step may run.
+    Approve {
+        /// Said with it.
+        note: Option<String>,
+    },
+    /// It may not; the run fails with the feedback.
+    Reject {
+        /// Why.
+        feedback: String,
+    },
+}
+
+impl Verdict {
+    fn status(&self) -> &'static str {
+        match self {
+            Self::Approve { .. } => "approved",
+            Self::Reject { .. } => "rejected",
+        }
+    }
+
+    fn words(&self) -> Option<&str> {
+        match self {
+            Self::Approve { note } => note.as_deref(),
+            Self::Reject { feedback } => Some(feedback),
+        }
+    }
+}
+
+/// How a suspended run says what it waits for. When that began and ends
+/// stands in the approval, by the database's clock.
+pub(crate) fn waiting_on(approval: ApprovalId) -> Value {
+    json!([{"type": "approval", "id": approval}])
+}
+
+/// The row of a gate.
+pub(crate) fn approval_of(id: ApprovalId, gate: &Gate, context: &RunContext, job: i64, agent: Option<AgentId>) -> NewApproval {
+    let step = &context.playbook.steps[gate.step];
+    NewApproval {
+        approval: id,
+        company: context.company,
+        run: context.run,
+        step: i32::try_from(gate.step).unwrap_or(i32::MAX),
+        job,
+        agent,
+        role: step.role.clone(),
+        action: step.action.clone(),
+        playbook: context.playbook.name.clone(),
+        step_name: step.id.clone(),
+        context: gate.context.clone(),
+        digest: gate.digest,
+        timeout: gate.approval.timeout,
+    }
+}
+
+/// Decides a gate. The same decision again changes nothing; the other one, or
+/// one after the end of its time, is a conflict that says who was first.
+pub async fn decide(engine: &Engine, account: AccountId, bound: Option<CompanyId>, id: ApprovalId, by: &str, verdict: &Verdict) -> Result<ApprovalRow, EngineError> {
+    let decided = repeating(|| decide_once(engine, account, bound, id, by, verdict)).await?;
+    engine.waker.wake();
+    Ok(decided)
+}
+
+async fn find(engine: &Engine, account: AccountId, bound: Option<CompanyId>, id: ApprovalId) -> Result<ApprovalRow, EngineError> {
+    let filter = Filter { approval: Some(id), company: bound, ..Filter::default() };
+    approvals::list(&engine.pool, account, filter, 1)
+        .await?
+        .pop()
+        .ok_or(EngineError::NotFound("approval"))
+}
+
+async fn decide_once(engine: &Engine, account: AccountId, bound: Option<CompanyId>, id: ApprovalId, by: &str, verdict: &Verdict) -> Result<ApprovalRow, EngineError> {
+    let gate = find(engine, account, bound, id).await?;
+    if gate.status == "pending" {
+        let mut tx = engine.pool.begin().await?;
+        if apply(&mut tx, engine, &gate, None, by, verdict.status(), verdict.words()).await? {
+            if failpoint::reach("approve.before_commit").await {
+                return Err(EngineError::Conflict("failpoint".into()));
+            }
+            tx.commit().await?;
+            failpoint::reach("approve.after_commit").await;
+        }
+    }
+    // Ours, or that of whoever was first.
+    let gate = find(engine, account, bound, id).await?;
+    if gate.status == verdict.status() {
+        return Ok(gate);
+    }
+    let at = gate.decided_at.map(|at: DateTime<Utc>| at.format(" at %FT%TZ").to_string()).unwrap_or_default();
+    Err(EngineError::Conflict(format!("the approval was {} already{at}", gate.status)))
+}
+
+/// Applies a decision to a pending gate; false when it is too late.
+async fn apply(
+    tx: &mut sqlx::PgConnection,
+    engine: &Engine,
+    gate: &ApprovalRow,
+    lease: Option<Lease>,
+    by: &str,
+    status: &str,
+    words: Option<&str>,
+) -> Result<bool, EngineError> {
+    let held = approvals::lock_gate_job(tx, gate.job, lease).await?;
+    if !held || !approvals::decide(tx, gate.company, gate.approval, status, by, words).await? {
+        return Ok(false);
+    }
+    let resolved = Event::new(
+        APPROVAL_RESOLVED,
+        json!({"approval_id": gate.approval, "decision": status, "by": by, "feedback": words}),
+    );
+    events::append_to_run(&mut *tx, gate.company, gate.run, &resolved).await?;
+    if status == "approved" {
+        let timeout = step_timeout(engine, gate.company, gate.run, gate.step).await?;
+        let resumed = Event::new(PLAYBOOK_RESUMED, json!({"approval_id": gate.approval}));
+        events::append_to_run(&mut *tx, gate.company, gate.run, &resumed).await?;
+        approvals::release_gate_job(tx, gate.job, timeout).await?;
+        return Ok(approvals::resume_run(tx, gate.company, gate.run, gate.step).await?);
+    }
+    let message = match words {
+        Some(words) => format!("the approval was {status}: {words}"),
+        None => format!("the approval was {status}"),
+    };
+    let error = json!({
+        "code": "governance", "message": message, "step": gate.step_name, "index": gate.step,
+        "feedback": words, "approval_id": gate.approval,
+    });
+    let failed = Event::new(PLAYBOOK_FAILED, json!({"error": error}));
+    events::append_to_run(&mut *tx, gate.company, gate.run, &failed).await?;
+    approvals::delete_job(tx, gate.job).await?;
+    Ok(approvals::fail_run(tx, gate.company, gate.run, gate.step, &error).await?)
+}
+
+async fn step_timeout(engine: &Engine, company: CompanyId, run: RunId, step: i32) -> Result<std::time::Duration, EngineError> {
+    let Some(row) = runs::get(&engine.pool, company, run).await? else {
+        return Err(EngineError::NotFound("run"));
+    };
+    let plans = engine.plans.get(&engine.pool, &[(company.0, row.version.0)]).await?;
+    let step = plans
+        .get(&row.version.0)
+        .and_then(|plan| plan.steps.get(usize::try_from(step).unwrap_or(usize::MAX)));
+    Ok(step.map_or(STEP_TIMEOUT, |step| step.timeout))
+}
+
+/// A gate's time is over: it decides itself, as its step says. False when a
+/// person was quicker.
+pub async fn expire(engine: &Engine, lease: Lease, company: CompanyId, run: RunId, step: i32) -> Result<bool, EngineError> {
+    let done = repeating(|| expire_once(engine, lease, company, run, step)).await?;
+    engine.waker.wake();
+    Ok(done)
+}
+
+async fn expire_once(engine: &Engine, lease: Lease, company: CompanyId, run: RunId, step: i32) -> Result<bool, EngineError> {
+    let Some(row) = runs::get(&engine.pool, company, run).await? else { return Ok(false) };
+    let plans = engine.plans.get(&engine.pool, &[(company.0, row.version.0)]).await?;
+    let on_timeout = plans
+        .get(&row.version.0)
+        .and_then(|plan| plan.steps.get(usize::try_from(step).unwrap_or(usize::MAX)))
+        .and_then(|step| step.approval.as_ref())
+        .map_or(OnTimeout::Reject, |approval| approval.on_timeout);
+    let mut tx = engine.pool.begin().await?;
+    let Some(id) = approvals::pending_of(&mut *tx, company, run, step).await? else { return Ok(false) };
+    let Some(gate) = gate_row(engine, company, id).await? else { return Ok(false) };
+    let (status, words) = match on_timeout {
+        OnTimeout::Approve => ("approved", Some("nobody decided in time; the step is approved by its own rule")),
+        OnTimeout::Reject => ("expired", Some("nobody decided in time")),
+    };
+    let applied = apply(&mut tx, engine, &gate, Some(lease), "system", status, words).await?;
+    if applied {
+        tx.commit().await?;
+    }
+    Ok(applied)
+}
+
+async fn gate_row(engine: &Engine, company: CompanyId, id: ApprovalId) -> Result<Option<ApprovalRow>, EngineError> {
+    let account = sqlx::query_scalar!("select account_id from companies where id = $1", company.0)
+        .fetch_optional(&engine.pool)
+        .await?;
+    let Some(account) = account else { return Ok(None) };
+    let filter = Filter { approval: Some(id), company: Some(company), ..Filter::default() };
+    Ok(approvals::list(&engine.pool, AccountId(account), filter, 1).await?.pop())
+}

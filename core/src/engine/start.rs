@@ -1,0 +1,185 @@
+//! Starting runs.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::gates::{approval_of, waiting_on};
+use super::{Engine, EngineError, FieldProblem, repeating};
+use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
+use crate::domain::ids::{ApprovalId, CompanyId, PlaybookId, RunId, VersionId};
+use crate::domain::plan::RunContext;
+use crate::domain::playbook::{Playbook, inputs};
+use crate::domain::run::RunStatus;
+use crate::domain::storable;
+use crate::failpoint;
+use crate::store::jobs::kind;
+use crate::store::runs::NewRun;
+use crate::store::{StoreError, approvals, playbooks, runs, tenants};
+
+/// The largest parameters of a run, in bytes of JSON.
+pub const PARAMS_BYTES_MAX: usize = 1024 * 1024;
+/// How many runs one statement of a bulk start makes.
+pub const BULK_MAX: usize = 1_000;
+
+/// A run that has begun.
+#[derive(Debug, Clone)]
+pub struct Started {
+    /// Which.
+    pub run: RunId,
+    /// Its status: running, or suspended behind a first gate.
+    pub status: RunStatus,
+    /// Its parameters, defaults filled in.
+    pub params: Value,
+}
+
+/// Starts a run of a playbook's current version.
+pub async fn start_run(
+    engine: &Engine,
+    company: CompanyId,
+    playbook: PlaybookId,
+    params: Map<String, Value>,
+    trigger: &'static str,
+) -> Result<Started, EngineError> {
+    let (status, version) = playbooks::for_start(&engine.pool, company, playbook)
+        .await?
+        .ok_or(EngineError::NotFound("playbook"))?;
+    if status != "active" {
+        return Err(EngineError::Conflict(format!("the playbook is {status}; only an active one runs")));
+    }
+    match tenants::company_status(&engine.pool, company).await?.as_deref() {
+        Some("running" | "provisioning") => {}
+        Some(status) => {
+            return Err(EngineError::Conflict(format!("the company is {status}; resume it to run playbooks")));
+        }
+        None => return Err(EngineError::NotFound("company")),
+    }
+    let plan = plan_of(engine, company, version).await?;
+    let params = checked_params(&plan, params)?;
+    let new = prepare(company, playbook, version, plan, params, trigger);
+    let params = new.context.inputs.as_ref().clone();
+    let (run, status) = (new.run.run, new.run.status);
+    repeating(|| insert(engine, std::slice::from_ref(&new))).await?;
+    engine.waker.wake();
+    Ok(Started { run, status, params })
+}
+
+/// Starts many runs of a playbook in one transaction, all with the same
+/// parameters.
+pub async fn start_many(
+    engine: &Engine,
+    company: CompanyId,
+    playbook: PlaybookId,
+    count: usize,
+    params: Map<String, Value>,
+) -> Result<Vec<RunId>, EngineError> {
+    let (_, version) = playbooks::for_start(&engine.pool, company, playbook)
+        .await?
+        .ok_or(EngineError::NotFound("playbook"))?;
+    let plan = plan_of(engine, company, version).await?;
+    let params = checked_params(&plan, params)?;
+    let all: Vec<Prepared> = (0..count)
+        .map(|_| prepare(company, playbook, version, Arc::clone(&plan), params.clone(), "manual"))
+        .collect();
+    repeating(|| insert(engine, &all)).await?;
+    engine.waker.wake();
+    Ok(all.iter().map(|new| new.run.run).collect())
+}
+
+async fn plan_of(engine: &Engine, company: CompanyId, version: VersionId) -> Result<Arc<Playbook>, EngineError> {
+    engine
+        .plans
+        .get(&engine.pool, &[(company.0, version.0)])
+        .await?
+        .remove(&version.0)
+        .ok_or_else(|| EngineError::Store(StoreError::Unreadable(format!("no version {version}"))))
+}
+
+fn checked_params(plan: &Playbook, params: Map<String, Value>) -> Result<Value, EngineError> {
+    let params = inputs::resolve(plan, params).map_err(|problems| {
+        let fields = problems.into_iter().map(|p| FieldProblem::new(format!("params.{}", p.name), p.message));
+        EngineError::Invalid(fields.collect())
+    })?;
+    let params = Value::Object(params);
+    storable::to_json(&params, PARAMS_BYTES_MAX)
+        .map_err(|error| EngineError::Invalid(vec![FieldProblem::new("params", error.to_string())]))?;
+    Ok(params)
+}
+
+struct Prepared {
+    run: NewRun,
+    context: RunContext,
+    gate: Option<(ApprovalId, crate::domain::plan::Gate)>,
+}
+
+/// Decides how a run begins: at work, or behind a first gate.
+fn prepare(
+    company: CompanyId,
+    playbook: PlaybookId,
+    version: VersionId,
+    plan: Arc<Playbook>,
+    params: Value,
+    trigger: &'static str,
+) -> Prepared {
+    let text = params.to_string();
+    let context = RunContext {
+        company,
+        playbook_id: playbook,
+        run: RunId::new(),
+        playbook: plan,
+        inputs: Arc::new(params),
+        outputs: HashMap::new(),
+    };
+    let gate = context.gate(0).map(|gate| (ApprovalId::new(), gate));
+    let mut events = vec![Event::new(
+        PLAYBOOK_STARTED,
+        json!({"playbook_id": playbook, "playbook": context.playbook.name, "trigger": trigger}),
+    )];
+    let waiting = gate.as_ref().map(|(id, gate)| {
+        let waiting = waiting_on(*id);
+        events.push(Event::new(APPROVAL_REQUESTED, json!({"approval_id": id, "context": gate.context})));
+        events.push(Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting})));
+        waiting.to_string()
+    });
+    let first = context.playbook.steps.first();
+    let run = NewRun {
+        company,
+        run: context.run,
+        playbook,
+        version,
+        status: if gate.is_some() { RunStatus::Suspended } else { RunStatus::Running },
+        trigger,
+        params: text,
+        waiting_on: waiting,
+        job_kind: if gate.is_some() { kind::GATE_TIMEOUT } else { kind::STEP },
+        delay: gate.as_ref().map_or(Duration::ZERO, |(_, gate)| gate.approval.timeout),
+        timeout: first.map_or(crate::domain::playbook::model::STEP_TIMEOUT, |step| step.timeout),
+        events,
+    };
+    Prepared { run, context, gate }
+}
+
+async fn insert(engine: &Engine, all: &[Prepared]) -> Result<(), EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    for batch in all.chunks(BULK_MAX) {
+        let new: Vec<NewRun> = batch.iter().map(|prepared| prepared.run.clone()).collect();
+        let started = runs::start(&mut *tx, &new).await?;
+        if batch.iter().all(|prepared| prepared.gate.is_none()) {
+            continue;
+        }
+        let jobs: HashMap<Uuid, i64> = started.into_iter().map(|(run, job)| (run.0, job)).collect();
+        for prepared in batch {
+            let (Some((id, gate)), Some(job)) = (&prepared.gate, jobs.get(&prepared.run.run.0)) else { continue };
+            approvals::insert(&mut *tx, &approval_of(*id, gate, &prepared.context, *job, None)).await?;
+        }
+    }
+    if failpoint::reach("start.before_commit").await {
+        return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
+    }
+    tx.commit().await?;
+    failpoint::reach("start.after_commit").await;
+    Ok(())
+}

@@ -1,0 +1,290 @@
+//! Gates that wait for a person.
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use sqlx::{Executor, PgConnection, PgPool, Postgres};
+use uuid::Uuid;
+
+use super::StoreError;
+use super::jobs::{Lease, millis};
+use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, DeadLetterId, RunId};
+
+/// A gate to be.
+#[derive(Debug, Clone)]
+pub struct NewApproval {
+    /// Its id.
+    pub approval: ApprovalId,
+    /// Whose.
+    pub company: CompanyId,
+    /// Which run waits.
+    pub run: RunId,
+    /// Before which step.
+    pub step: i32,
+    /// The job that ends the wait.
+    pub job: i64,
+    /// Who asks.
+    pub agent: Option<AgentId>,
+    /// In which role.
+    pub role: Option<String>,
+    /// To do what.
+    pub action: String,
+    /// In which playbook.
+    pub playbook: String,
+    /// The step's own name.
+    pub step_name: String,
+    /// Exactly what is shown.
+    pub context: Value,
+    /// SHA-256 of that.
+    pub digest: [u8; 32],
+    /// When it decides itself.
+    pub timeout: std::time::Duration,
+}
+
+/// Stores a gate.
+pub async fn insert(executor: impl Executor<'_, Database = Postgres>, new: &NewApproval) -> Result<(), StoreError> {
+    sqlx::query!(
+        "with step as (
+             insert into run_steps (company_id, run_id, step, status, agent_id)
+             values ($2, $3, $4, 'pending_approval', $6)
+         )
+         insert into approvals (id, company_id, run_id, step, job_id, status, agent_id, role, action, playbook,
+                                step_name, context, digest, expires_at)
+         values ($1, $2, $3, $4, $5, 'pending', $6, $7, $8, $9, $10, $11, $12,
+                 now() + $13::bigint * interval '1 millisecond')",
+        new.approval.0, new.company.0, new.run.0, new.step, new.job, new.agent.map(|a| a.0), new.role, new.action,
+        new.playbook, new.step_name, new.context, &new.digest[..], millis(new.timeout),
+    )
+    .execute(executor)
+    .await?;
+    Ok(())
+}
+
+/// A gate as people read it.
+#[derive(Debug, Clone)]
+pub struct ApprovalRow {
+    /// Which.
+    pub approval: ApprovalId,
+    /// Whose.
+    pub company: CompanyId,
+    /// Which run waits.
+    pub run: RunId,
+    /// Before which step.
+    pub step: i32,
+    /// The job that ends the wait.
+    pub job: i64,
+    /// `pending`, `approved`, `rejected`, `expired` or `cancelled`.
+    pub status: String,
+    /// Who asks.
+    pub agent: Option<AgentId>,
+    /// In which role.
+    pub role: Option<String>,
+    /// To do what.
+    pub action: String,
+    /// In which playbook.
+    pub playbook: String,
+    /// The step's own name.
+    pub step_name: String,
+    /// Exactly what is shown.
+    pub context: Value,
+    /// When it was asked.
+    pub proposed_at: DateTime<Utc>,
+    /// When it decides itself.
+    pub expires_at: DateTime<Utc>,
+    /// When it was decided.
+    pub decided_at: Option<DateTime<Utc>>,
+    /// By which key.
+    pub decided_by: Option<String>,
+    /// What was said with it.
+    pub note: Option<String>,
+}
+
+/// What picks approvals.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Filter<'a> {
+    /// Of one company.
+    pub company: Option<CompanyId>,
+    /// One by id.
+    pub approval: Option<ApprovalId>,
+    /// Of one run.
+    pub run: Option<RunId>,
+    /// By status.
+    pub status: Option<&'a str>,
+    /// Older than this one.
+    pub before: Option<Uuid>,
+}
+
+/// A page of the approvals that an account sees, newest first.
+pub async fn list(pool: &PgPool, account: AccountId, filter: Filter<'_>, limit: i64) -> Result<Vec<ApprovalRow>, StoreError> {
+    let rows = sqlx::query!(
+        "select a.id, a.company_id, a.run_id, a.step, a.job_id, a.status, a.agent_id, a.role, a.action, a.playbook,
+                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note
+         from approvals a
+         join companies c on c.id = a.company_id
+         where c.account_id = $1
+             and ($2::uuid is null or a.company_id = $2)
+             and ($3::uuid is null or a.id = $3)
+             and ($4::text is null or a.status = $4)
+             and ($5::uuid is null or a.id < $5)
+             and ($6::uuid is null or a.run_id = $6)
+         order by a.id desc
+         limit $7",
+        account.0, filter.company.map(|c| c.0), filter.approval.map(|a| a.0), filter.status, filter.before,
+        filter.run.map(|r| r.0), limit,
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| ApprovalRow {
+            approval: ApprovalId(row.id),
+            company: CompanyId(row.company_id),
+            run: RunId(row.run_id),
+            step: row.step,
+            job: row.job_id,
+            status: row.status,
+            agent: row.agent_id.map(AgentId),
+            role: row.role,
+            action: row.action,
+            playbook: row.playbook,
+            step_name: row.step_name,
+            context: row.context,
+            proposed_at: row.proposed_at,
+            expires_at: row.expires_at,
+            decided_at: row.decided_at,
+            decided_by: row.decided_by,
+            note: row.note,
+        })
+        .collect())
+}
+
+/// The pending gate before a step, for the end of its time.
+pub async fn pending_of(executor: impl Executor<'_, Database = Postgres>, company: CompanyId, run: RunId, step: i32) -> Result<Option<ApprovalId>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "select id from approvals where company_id = $1 and run_id = $2 and step = $3 and status = 'pending'",
+        company.0, run.0, step,
+    )
+    .fetch_optional(executor)
+    .await?
+    .map(ApprovalId))
+}
+
+/// Decides a gate that is still pending; false when somebody else has.
+pub async fn decide(tx: &mut PgConnection, company: CompanyId, approval: ApprovalId, status: &str, by: &str, note: Option<&str>) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update approvals set status = $3, decided_at = clock_timestamp(), decided_by = $4, note = $5
+         where company_id = $1 and id = $2 and status = 'pending'",
+        company.0, approval.0, status, by, note,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Locks the job that waits at a gate: every use case takes job, then run.
+/// `None` when it waits no more. With a lease, only under that lease.
+pub async fn lock_gate_job(tx: &mut PgConnection, job: i64, lease: Option<Lease>) -> Result<bool, StoreError> {
+    let found = sqlx::query_scalar!(
+        "select id from jobs
+         where id = $1 and kind = 'gate_timeout' and ($2::bigint is null or lease_epoch = $2)
+         for update",
+        job, lease.map(|l| l.epoch),
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(found.is_some())
+}
+
+/// The gate is open: its job becomes the step's, ready at once, under a new
+/// epoch, so that a timer that is just firing has lost its lease.
+pub async fn release_gate_job(tx: &mut PgConnection, job: i64, timeout: std::time::Duration) -> Result<(), StoreError> {
+    sqlx::query!(
+        "update jobs
+         set kind = 'step', state = 'ready', due_at = now(), lease_epoch = lease_epoch + 1, attempt = 0,
+             session_id = null, deadline_at = null, timeout_ms = $2
+         where id = $1",
+        job, millis(timeout),
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Drops a job whose run is over.
+pub async fn delete_job(tx: &mut PgConnection, job: i64) -> Result<(), StoreError> {
+    sqlx::query!("delete from jobs where id = $1", job).execute(tx).await?;
+    Ok(())
+}
+
+/// A suspended run goes on.
+pub async fn resume_run(tx: &mut PgConnection, company: CompanyId, run: RunId, step: i32) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update runs set status = 'running', waiting_on = null
+         where company_id = $1 and id = $2 and status = 'suspended'",
+        company.0, run.0,
+    )
+    .execute(&mut *tx)
+    .await?;
+    sqlx::query!(
+        "update run_steps set status = 'pending'
+         where company_id = $1 and run_id = $2 and step = $3 and status = 'pending_approval'",
+        company.0, run.0, step,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// A suspended run ends because its gate stayed shut.
+pub async fn fail_run(tx: &mut PgConnection, company: CompanyId, run: RunId, step: i32, error: &Value) -> Result<bool, StoreError> {
+    sqlx::query!(
+        "update run_steps set status = 'failed', error = $4, ended_at = clock_timestamp()
+         where company_id = $1 and run_id = $2 and step = $3 and status = 'pending_approval'",
+        company.0, run.0, step, error,
+    )
+    .execute(&mut *tx)
+    .await?;
+    let done = sqlx::query!(
+        "update runs set status = 'failed', waiting_on = null, error = $3, ended_at = clock_timestamp()
+         where company_id = $1 and id = $2 and status = 'suspended'",
+        company.0, run.0, error,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// A job that gave up, with the evidence.
+#[derive(Debug, Clone)]
+pub struct NewDeadLetter {
+    /// Whose.
+    pub company: CompanyId,
+    /// Where it came from.
+    pub queue: String,
+    /// What it was.
+    pub kind: String,
+    /// What it was about.
+    pub ref_id: Option<Uuid>,
+    /// Which step of that.
+    pub step: i32,
+    /// Why it gave up.
+    pub reason: &'static str,
+    /// Tries charged.
+    pub attempt: i32,
+    /// Deaths of workers.
+    pub crash_count: i32,
+    /// What went wrong last.
+    pub error: Value,
+}
+
+/// Keeps a dead letter.
+pub async fn bury_letter(executor: impl Executor<'_, Database = Postgres>, letter: &NewDeadLetter) -> Result<(), StoreError> {
+    sqlx::query!(
+        "insert into dead_letters (company_id, id, queue, kind, ref_id, step, reason, attempt, crash_count, error)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+        letter.company.0, DeadLetterId::new().0, letter.queue, letter.kind, letter.ref_id, letter.step,
+        letter.reason, letter.attempt, letter.crash_count, letter.error,
+    )
+    .execute(executor)
+    .await?;
+    Ok(())
+}

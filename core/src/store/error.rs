@@ -1,0 +1,68 @@
+//! What can go wrong with the database, by what the caller can do about it.
+
+use sqlx::error::ErrorKind;
+
+/// A failed statement.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A constraint refused the write; its name says which.
+    #[error("conflict with {constraint}")]
+    Conflict {
+        /// The constraint's name.
+        constraint: String,
+    },
+    /// The database is away or shutting down: the caller may try later.
+    #[error("the database is not available: {0}")]
+    Unavailable(#[source] sqlx::Error),
+    /// Two transactions were in each other's way: repeat the whole of it.
+    #[error("the transaction must be repeated: {0}")]
+    Contended(#[source] sqlx::Error),
+    /// A migration failed.
+    #[error("migration: {0}")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
+    /// A stored value that this version cannot read.
+    #[error("unreadable row: {0}")]
+    Unreadable(String),
+    /// A fault of ours.
+    #[error("query: {0}")]
+    Query(#[source] sqlx::Error),
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::WorkerCrashed => Self::Unavailable(error),
+            sqlx::Error::Database(db) => match db.code().as_deref() {
+                Some("40001" | "40P01" | "55P03") => Self::Contended(error),
+                // 08 connection, 53 out of resources, 57P0x shutdown and
+                // start-up, 25006 a standby.
+                Some(code)
+                    if code.starts_with("08")
+                        || code.starts_with("53")
+                        || code.starts_with("57P0")
+                        || code == "25006" =>
+                {
+                    Self::Unavailable(error)
+                }
+                _ if matches!(db.kind(), ErrorKind::UniqueViolation | ErrorKind::CheckViolation) => {
+                    Self::Conflict { constraint: db.constraint().unwrap_or("unknown").to_owned() }
+                }
+                _ => Self::Query(error),
+            },
+            _ => Self::Query(error),
+        }
+    }
+}
+
+impl StoreError {
+    /// Whether the same call may work later without anybody changing
+    /// anything.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::Contended(_))
+    }
+}

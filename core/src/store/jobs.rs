@@ -1,0 +1,333 @@
+//! The queue's table: enqueue, claim, settle, and the timers and sweeps that
+//! put rows back.
+
+use std::time::Duration;
+
+use sqlx::{Executor, PgPool, Postgres};
+use uuid::Uuid;
+
+use super::StoreError;
+use crate::domain::ids::CompanyId;
+
+/// The kinds of job, as in the table.
+pub mod kind {
+    /// A step of a run.
+    pub const STEP: &str = "step";
+    /// The end of a gate's time.
+    pub const GATE_TIMEOUT: &str = "gate_timeout";
+    /// A company's agents get ready.
+    pub const PROVISION: &str = "provision";
+    /// Does nothing, durably: for benchmarks and checks of a queue.
+    pub const NOOP: &str = "noop";
+}
+
+/// The queues, as in the table.
+pub mod queue {
+    /// Steps of runs.
+    pub const STEPS: &str = "steps";
+    /// Everything else that is short.
+    pub const SYSTEM: &str = "system";
+    /// Benchmarks.
+    pub const BENCH: &str = "bench";
+    /// What a worker serves unless it is told otherwise.
+    pub const ALL: &[&str] = &[STEPS, SYSTEM];
+}
+
+/// A job to be.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    /// Where it waits.
+    pub queue: &'static str,
+    /// What it is.
+    pub kind: &'static str,
+    /// Whose it is.
+    pub company: CompanyId,
+    /// What it is about.
+    pub ref_id: Option<Uuid>,
+    /// Which step of that.
+    pub step: i32,
+    /// Higher is taken earlier, within the company.
+    pub priority: i16,
+    /// When it may be taken.
+    pub delay: Duration,
+    /// How long one attempt may take.
+    pub timeout: Duration,
+    /// At most one live job of the company has it.
+    pub unique_key: Option<String>,
+}
+
+impl NewJob {
+    /// A job that is ready at once, with the default limits.
+    pub fn new(queue: &'static str, kind: &'static str, company: CompanyId) -> Self {
+        Self {
+            queue,
+            kind,
+            company,
+            ref_id: None,
+            step: 0,
+            priority: 0,
+            delay: Duration::ZERO,
+            timeout: crate::domain::playbook::model::STEP_TIMEOUT,
+            unique_key: None,
+        }
+    }
+}
+
+/// What became of an enqueue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Enqueued {
+    /// A new job.
+    New(i64),
+    /// A live job has the same unique key: this one.
+    Existing(i64),
+}
+
+/// Puts a job into the queue, in the caller's transaction.
+pub async fn enqueue(executor: impl Executor<'_, Database = Postgres>, job: &NewJob) -> Result<Enqueued, StoreError> {
+    let delay_ms = millis(job.delay);
+    // The update that changes nothing makes the conflict return its row: a
+    // keyed enqueue always says which job answers for the key.
+    let row = sqlx::query!(
+        r#"insert into jobs (queue, kind, company_id, ref_id, step, priority, state, due_at, timeout_ms, unique_key)
+           values ($1, $2, $3, $4, $5, $6,
+                   case when $7::bigint > 0 then 'scheduled' else 'ready' end,
+                   now() + $7 * interval '1 millisecond', $8, $9)
+           on conflict (company_id, unique_key) where unique_key is not null
+               do update set unique_key = excluded.unique_key
+           returning id, (xmax = 0) as "is_new!""#,
+        job.queue, job.kind, job.company.0, job.ref_id, job.step, job.priority, delay_ms,
+        millis(job.timeout), job.unique_key,
+    )
+    .fetch_one(executor)
+    .await?;
+    Ok(if row.is_new { Enqueued::New(row.id) } else { Enqueued::Existing(row.id) })
+}
+
+/// The most jobs of one bulk enqueue.
+pub const BULK_MAX: usize = 10_000;
+
+/// Puts many jobs of one kind into a queue at once; for each a company, and
+/// what it is about. Unique keys are for single enqueues.
+pub async fn enqueue_bulk(
+    executor: impl Executor<'_, Database = Postgres>,
+    queue: &str,
+    kind: &str,
+    delay: Duration,
+    companies: &[Uuid],
+    refs: &[Option<Uuid>],
+) -> Result<u64, StoreError> {
+    let done = sqlx::query!(
+        "insert into jobs (queue, kind, company_id, ref_id, state, due_at)
+         select $1, $2, n.company_id, n.ref_id,
+                case when $3::bigint > 0 then 'scheduled' else 'ready' end,
+                now() + $3 * interval '1 millisecond'
+         from unnest($4::uuid[], $5::uuid[]) as n (company_id, ref_id)",
+        queue, kind, millis(delay), companies, refs as &[Option<Uuid>],
+    )
+    .execute(executor)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// The right to write what an attempt did: valid while the row has the epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Lease {
+    /// The job.
+    pub job: i64,
+    /// The attempt's epoch.
+    pub epoch: i64,
+}
+
+/// A claimed job.
+#[derive(Debug, Clone)]
+pub struct ClaimedJob {
+    /// The right to write.
+    pub lease: Lease,
+    /// Where it came from.
+    pub queue: String,
+    /// What it is.
+    pub kind: String,
+    /// Whose it is.
+    pub company: CompanyId,
+    /// What it is about.
+    pub ref_id: Option<Uuid>,
+    /// Which step of that.
+    pub step: i32,
+    /// Its priority.
+    pub priority: i16,
+    /// Tries charged, this one included.
+    pub attempt: i32,
+    /// Deaths of workers since the last checkpoint.
+    pub crash_count: i16,
+    /// How long this attempt may take.
+    pub timeout: Duration,
+}
+
+/// How many companies one claim deals out to.
+pub const COMPANIES_A_CLAIM: i32 = 64;
+/// After its deadline a job is left to its own worker for this long, as that
+/// one knows best; then any worker takes it away.
+pub const DEADLINE_GRACE: Duration = Duration::from_secs(10);
+
+/// Takes up to `room` jobs; companies after the cursor first.
+pub async fn claim(pool: &PgPool, session: i64, queues: &[String], after: Uuid, room: i64) -> Result<Vec<ClaimedJob>, StoreError> {
+    let rows = sqlx::query_file!(
+        "src/store/sql/claim.sql",
+        session, queues, after, COMPANIES_A_CLAIM, room, millis(DEADLINE_GRACE),
+    )
+    .fetch_all(pool)
+    .await?;
+    let mut jobs: Vec<ClaimedJob> = rows
+        .into_iter()
+        .map(|row| ClaimedJob {
+            lease: Lease { job: row.id, epoch: row.lease_epoch },
+            queue: row.queue,
+            kind: row.kind,
+            company: CompanyId(row.company_id),
+            ref_id: row.ref_id,
+            step: row.step,
+            priority: row.priority,
+            attempt: row.attempt,
+            crash_count: row.crash_count,
+            timeout: Duration::from_millis(row.timeout_ms.max(0) as u64),
+        })
+        .collect();
+    jobs.sort_unstable_by_key(|job| (std::cmp::Reverse(job.priority), job.lease.job));
+    Ok(jobs)
+}
+
+/// What an idle worker sees when it looks.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Outlook {
+    /// Something is ready in one of its queues.
+    pub ready: bool,
+    /// How long until the next timer is due; zero or less when one is.
+    pub next_due_s: Option<f64>,
+}
+
+/// Looks without taking.
+pub async fn look(pool: &PgPool, queues: &[String]) -> Result<Outlook, StoreError> {
+    let row = sqlx::query!(
+        r#"select exists (
+               select from unnest($1::text[]) as q (queue)
+               where exists (select from jobs j where j.state = 'ready' and j.queue = q.queue)
+           ) as "ready!",
+           (select extract(epoch from due_at - now())::float8
+            from jobs where state = 'scheduled' order by due_at limit 1) as next_due_s"#,
+        queues,
+    )
+    .fetch_one(pool)
+    .await?;
+    Ok(Outlook { ready: row.ready, next_due_s: row.next_due_s })
+}
+
+/// How many due timers one statement makes ready.
+pub const PROMOTE_MAX: i64 = 1_000;
+
+/// Makes ready what is due; says how many.
+pub async fn promote(pool: &PgPool) -> Result<u64, StoreError> {
+    let done = sqlx::query!(
+        "update jobs set state = 'ready'
+         where state = 'scheduled'
+             and id = any (array(
+                 select id from jobs where state = 'scheduled' and due_at <= now()
+                 order by due_at, id limit $1 for update skip locked))",
+        PROMOTE_MAX,
+    )
+    .execute(pool)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// What to do with a job that is not a step, under its lease.
+#[derive(Debug, Clone, Copy)]
+pub struct Settle {
+    /// The right to write.
+    pub lease: Lease,
+    /// `None`: it is done, the row goes. Else it is due again after this.
+    pub again_after: Option<Duration>,
+    /// Whether the try counts.
+    pub charged: bool,
+}
+
+/// Settles many at once; says which leases held.
+pub async fn settle(executor: impl Executor<'_, Database = Postgres>, items: &[Settle]) -> Result<Vec<i64>, StoreError> {
+    let ids: Vec<i64> = items.iter().map(|item| item.lease.job).collect();
+    let epochs: Vec<i64> = items.iter().map(|item| item.lease.epoch).collect();
+    if items.iter().all(|item| item.again_after.is_none()) {
+        let rows = sqlx::query_scalar!(
+            "delete from jobs j using unnest($1::bigint[], $2::bigint[]) as d (id, epoch)
+             where j.id = d.id and j.lease_epoch = d.epoch
+             returning j.id",
+            &ids, &epochs,
+        )
+        .fetch_all(executor)
+        .await?;
+        return Ok(rows);
+    }
+    let delays: Vec<Option<i64>> = items.iter().map(|item| item.again_after.map(millis)).collect();
+    let charged: Vec<bool> = items.iter().map(|item| item.charged).collect();
+    let rows = sqlx::query_scalar!(
+        r#"with d as (
+               select * from unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::boolean[])
+                   as d (id, epoch, delay_ms, charged)
+           ),
+           gone as (
+               delete from jobs j using d
+               where j.id = d.id and j.lease_epoch = d.epoch and d.delay_ms is null
+               returning j.id
+           ),
+           again as (
+               update jobs j
+               set state = case when d.delay_ms > 0 then 'scheduled' else 'ready' end,
+                   due_at = now() + d.delay_ms * interval '1 millisecond',
+                   lease_epoch = j.lease_epoch + 1,
+                   attempt = case when d.charged then j.attempt else greatest(j.attempt - 1, 0) end,
+                   session_id = null,
+                   deadline_at = null
+               from d
+               where j.id = d.id and j.lease_epoch = d.epoch and d.delay_ms is not null
+               returning j.id
+           )
+           select id as "id!" from gone union all select id from again"#,
+        &ids, &epochs, &delays as &[Option<i64>], &charged,
+    )
+    .fetch_all(executor)
+    .await?;
+    Ok(rows)
+}
+
+/// A job taken from a dead session or a hung attempt.
+#[derive(Debug, Clone, Copy)]
+pub struct Reclaimed {
+    /// The job.
+    pub job: i64,
+    /// Deaths so far.
+    pub crash_count: i16,
+}
+
+/// How many jobs one sweep takes back.
+pub const RECLAIM_MAX: i64 = 1_000;
+
+/// Takes back what the dead held; the first delay is `base`.
+pub async fn reclaim(pool: &PgPool, base: Duration) -> Result<Vec<Reclaimed>, StoreError> {
+    let rows = sqlx::query_file!("src/store/sql/reclaim.sql", RECLAIM_MAX, millis(base) as f64)
+        .fetch_all(pool)
+        .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Reclaimed { job: row.id, crash_count: row.crash_count })
+        .collect())
+}
+
+/// What became of a lease whose commit may or may not have landed.
+pub async fn epoch_of(pool: &PgPool, job: i64) -> Result<Option<i64>, StoreError> {
+    Ok(sqlx::query_scalar!("select lease_epoch from jobs where id = $1", job)
+        .fetch_optional(pool)
+        .await?)
+}
+
+/// A duration as the statements take it.
+pub(crate) fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,128 @@
+//! The only room with SQL: a file a table family, hot statements as `.sql`
+//! files beside it. A function takes a connection or a pool and is one
+//! statement, or a few that its caller puts in one transaction.
+//!
+//! It deliberately decides nothing: which transition to make is decided in
+//! [`crate::domain`] and arrives here as plain values.
+
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+
+pub mod approvals;
+pub mod error;
+pub mod events;
+pub mod jobs;
+pub mod playbooks;
+pub mod runs;
+pub mod sessions;
+pub mod steps;
+pub mod tenants;
+
+pub use error::StoreError;
+
+/// What a pool is for; decides how its statements are planned and bounded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolKind {
+    /// Requests of people and clients: bounded statements.
+    Requests,
+    /// The queue's few hot statements, whose plans must not change with the
+    /// statistics of a table that is empty now and huge in an hour.
+    Queue,
+}
+
+/// How long a request waits for a connection before it is told 503.
+const REQUEST_ACQUIRE: Duration = Duration::from_secs(3);
+/// How long a worker's task waits before it reports and tries again.
+const QUEUE_ACQUIRE: Duration = Duration::from_secs(10);
+
+/// Opens a pool; connections are made when needed, so this does not fail
+/// while the database is away.
+pub fn pool(url: &str, kind: PoolKind, connections_max: u32) -> Result<PgPool, StoreError> {
+    let options = connect_options(url, kind)?;
+    let acquire = match kind {
+        PoolKind::Requests => REQUEST_ACQUIRE,
+        PoolKind::Queue => QUEUE_ACQUIRE,
+    };
+    Ok(PgPoolOptions::new()
+        .max_connections(connections_max)
+        .acquire_timeout(acquire)
+        // A connection that died is found by its error, not by a ping before
+        // every statement.
+        .test_before_acquire(false)
+        .connect_lazy_with(options))
+}
+
+/// Connection settings of a kind, for connections outside a pool.
+pub fn connect_options(url: &str, kind: PoolKind) -> Result<PgConnectOptions, StoreError> {
+    let options: PgConnectOptions = url.parse().map_err(StoreError::from)?;
+    let options = options.application_name(match kind {
+        PoolKind::Requests => "capx",
+        PoolKind::Queue => "capx-queue",
+    });
+    let common = [
+        ("jit", "off"),
+        ("timezone", "UTC"),
+        ("idle_in_transaction_session_timeout", "60s"),
+        ("lock_timeout", "10s"),
+    ];
+    let options = options.options(common);
+    Ok(match kind {
+        PoolKind::Requests => options.options([("statement_timeout", "15s")]),
+        PoolKind::Queue => options.options([
+            ("statement_timeout", "60s"),
+            // Planned once, by index, whatever the statistics say: a
+            // sequential scan chosen while the table was empty would be kept
+            // when it holds millions.
+            ("plan_cache_mode", "force_generic_plan"),
+            ("enable_seqscan", "off"),
+            ("enable_bitmapscan", "off"),
+            ("enable_mergejoin", "off"),
+        ]),
+    })
+}
+
+static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
+
+/// Brings the schema up to this version; concurrent callers wait for one
+/// another.
+pub async fn migrate(pool: &PgPool) -> Result<(), StoreError> {
+    MIGRATOR.run(pool).await.map_err(StoreError::from)
+}
+
+/// What a process must know before it serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SchemaState {
+    /// Every migration of this version is applied.
+    Current,
+    /// Some are missing: `capx migrate` is needed.
+    Behind,
+}
+
+/// Whether the schema is as new as this program.
+pub async fn schema_state(pool: &PgPool) -> Result<SchemaState, StoreError> {
+    let known = sqlx::query_scalar::<_, bool>("select to_regclass('_sqlx_migrations') is not null")
+        .fetch_one(pool)
+        .await?;
+    if !known {
+        return Ok(SchemaState::Behind);
+    }
+    let newest: Option<i64> =
+        sqlx::query_scalar("select max(version) from _sqlx_migrations where success")
+            .fetch_one(pool)
+            .await?;
+    let wanted = MIGRATOR.iter().map(|migration| migration.version).max();
+    Ok(if newest >= wanted { SchemaState::Current } else { SchemaState::Behind })
+}
+
+/// Server settings under which an acknowledged row may be lost, each with its
+/// value; empty on a durable server (hazard H24).
+pub async fn unsafe_settings(pool: &PgPool) -> Result<Vec<String>, StoreError> {
+    let rows: Vec<(String, String)> = sqlx::query_as(
+        "select name, setting from pg_settings
+         where name in ('fsync', 'full_page_writes', 'synchronous_commit') and setting = 'off'",
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows.into_iter().map(|(name, value)| format!("{name}={value}")).collect())
+}

@@ -1,0 +1,23 @@
+-- Gives back what a dead session held, and what has outlived its deadline by
+-- more than a worker could: one guarded statement, so that it never acts on
+-- an old read. The death of a worker costs no try; it raises crash_count and
+-- sends the job behind the others with back-off.
+update jobs
+set state = 'scheduled',
+    session_id = null,
+    deadline_at = null,
+    attempt = greatest(attempt - 1, 0),
+    crash_count = crash_count + 1,
+    due_at = now() + least(power(2, crash_count), 60) * $2 * interval '1 millisecond'
+where state = 'running'
+    and id = any (array(
+        select j.id
+        from jobs j
+        left join worker_sessions s on s.id = j.session_id
+        where j.state = 'running'
+            and (s.id is null or s.ended_at is not null or j.deadline_at < now())
+        order by j.id
+        limit $1
+        for update of j skip locked
+    ))
+returning id, session_id, crash_count

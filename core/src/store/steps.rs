@@ -1,0 +1,261 @@
+//! Steps of runs: what an attempt needs to begin, and its commit.
+
+use std::time::Duration;
+
+use sqlx::{Executor, PgPool, Postgres};
+use uuid::Uuid;
+
+use super::StoreError;
+use super::jobs::{DEADLINE_GRACE, Lease, millis};
+use crate::domain::event::Event;
+use crate::domain::ids::{AgentId, CompanyId, RunId};
+use crate::domain::money::Nanos;
+use crate::domain::run::{RunStatus, StepStatus};
+
+/// A run as an attempt needs it.
+#[derive(Debug, Clone)]
+pub struct LoadedRun {
+    /// Whose.
+    pub company: CompanyId,
+    /// Which.
+    pub run: RunId,
+    /// Of which playbook.
+    pub playbook: Uuid,
+    /// The version it is pinned to.
+    pub version: Uuid,
+    /// What it was started with.
+    pub params: serde_json::Value,
+}
+
+/// Loads the runs that are to go on; one that is not running is left out.
+pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Result<Vec<LoadedRun>, StoreError> {
+    let rows = sqlx::query!(
+        "select r.company_id, r.id, r.playbook_id, r.version_id, r.params
+         from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
+         join runs r on r.company_id = k.company_id and r.id = k.id
+         where r.status = 'running'",
+        companies, runs,
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| LoadedRun {
+            company: CompanyId(row.company_id),
+            run: RunId(row.id),
+            playbook: row.playbook_id,
+            version: row.version_id,
+            params: row.params,
+        })
+        .collect())
+}
+
+/// The stored outputs of some runs: run, step, output.
+pub async fn load_outputs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Result<Vec<(Uuid, i32, serde_json::Value)>, StoreError> {
+    let rows = sqlx::query!(
+        r#"select s.run_id, s.step, s.output as "output!"
+           from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
+           join run_steps s on s.company_id = k.company_id and s.run_id = k.id
+           where s.status = 'completed' and s.output is not null"#,
+        companies, runs,
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.run_id, row.step, row.output)).collect())
+}
+
+/// Where a job goes when its attempt is over.
+#[derive(Debug, Clone)]
+pub struct NextJob {
+    /// Stays with this worker for the next step.
+    pub held: bool,
+    /// Its kind from now on.
+    pub kind: &'static str,
+    /// The step it is about.
+    pub step: i32,
+    /// When it may be taken.
+    pub delay: Duration,
+    /// How long that attempt may take.
+    pub timeout: Duration,
+    /// Tries charged so far.
+    pub attempt: i32,
+}
+
+/// What a commit does to the run besides counting its events.
+#[derive(Debug, Clone, Default)]
+pub struct RunChange {
+    /// The new status, when it changes.
+    pub status: Option<RunStatus>,
+    /// What a suspended run waits for, as JSON.
+    pub waiting_on: Option<String>,
+    /// The run's output, as JSON.
+    pub output: Option<String>,
+    /// Why it failed, as JSON.
+    pub error: Option<String>,
+}
+
+/// The row of the step that was attempted.
+#[derive(Debug, Clone)]
+pub struct StepChange {
+    /// Its status now.
+    pub status: StepStatus,
+    /// Who did it.
+    pub agent: Option<AgentId>,
+    /// Which try it was.
+    pub attempt: i32,
+    /// Its output, as JSON.
+    pub output: Option<String>,
+    /// What went wrong, as JSON.
+    pub error: Option<String>,
+    /// How long the attempt took.
+    pub took: Duration,
+}
+
+/// One attempt's commit, decided.
+#[derive(Debug, Clone)]
+pub struct StepCommit {
+    /// The right to write it.
+    pub lease: Lease,
+    /// Whose run.
+    pub company: CompanyId,
+    /// Which run.
+    pub run: RunId,
+    /// Which step was attempted.
+    pub step: i32,
+    /// `None`: the job's row goes.
+    pub job: Option<NextJob>,
+    /// The run.
+    pub change: RunChange,
+    /// The step's row; `None` leaves it.
+    pub checkpoint: Option<StepChange>,
+    /// What was spent.
+    pub cost: Nanos,
+    /// What happened, in order.
+    pub events: Vec<Event>,
+}
+
+impl StepCommit {
+    fn is_checkpointed(&self) -> bool {
+        self.checkpoint.as_ref().is_some_and(|step| step.status == StepStatus::Completed)
+    }
+}
+
+/// Commits many attempts in one statement; says of each whether its lease
+/// held. An attempt whose lease is gone has written nothing.
+pub async fn commit(executor: impl Executor<'_, Database = Postgres>, commits: &[StepCommit]) -> Result<Vec<bool>, StoreError> {
+    let mut events = EventColumns::default();
+    for (at, commit) in commits.iter().enumerate() {
+        events.push(at, &commit.events);
+    }
+    let each = |f: &dyn Fn(&StepCommit) -> Option<String>| commits.iter().map(f).collect::<Vec<_>>();
+    let job = |f: fn(&NextJob) -> i64| commits.iter().map(|c| c.job.as_ref().map(f)).collect::<Vec<_>>();
+    let step = |f: fn(&StepChange) -> Option<String>| commits.iter().map(|c| c.checkpoint.as_ref().and_then(f)).collect::<Vec<_>>();
+    let job_state = |c: &StepCommit| {
+        c.job.as_ref().map(|job| match (job.held, job.delay.is_zero()) {
+            (true, _) => "running".to_owned(),
+            (false, true) => "ready".to_owned(),
+            (false, false) => "scheduled".to_owned(),
+        })
+    };
+    let places = sqlx::query_file_scalar!(
+        "src/store/sql/commit_steps.sql",
+        &commits.iter().map(|c| c.lease.job).collect::<Vec<_>>(),
+        &commits.iter().map(|c| c.lease.epoch).collect::<Vec<_>>(),
+        &commits.iter().map(|c| c.company.0).collect::<Vec<_>>(),
+        &commits.iter().map(|c| c.run.0).collect::<Vec<_>>(),
+        &commits.iter().map(|c| c.step).collect::<Vec<_>>(),
+        &each(&job_state) as &[Option<String>],
+        &each(&|c| c.job.as_ref().map(|job| job.kind.to_owned())) as &[Option<String>],
+        &commits.iter().map(|c| c.job.as_ref().map(|job| job.step)).collect::<Vec<_>>() as &[Option<i32>],
+        &job(|j| millis(j.delay)) as &[Option<i64>],
+        &job(|j| millis(j.timeout)) as &[Option<i64>],
+        &commits.iter().map(|c| c.job.as_ref().map(|job| job.attempt)).collect::<Vec<_>>() as &[Option<i32>],
+        &commits.iter().map(StepCommit::is_checkpointed).collect::<Vec<_>>(),
+        &each(&|c| c.change.status.map(|s| s.as_str().to_owned())) as &[Option<String>],
+        &each(&|c| c.change.waiting_on.clone()) as &[Option<String>],
+        &each(&|c| c.change.output.clone()) as &[Option<String>],
+        &each(&|c| c.change.error.clone()) as &[Option<String>],
+        &commits.iter().map(|c| c.cost.0).collect::<Vec<_>>(),
+        &step(|s| Some(s.status.as_str().to_owned())) as &[Option<String>],
+        &commits.iter().map(|c| c.checkpoint.as_ref().and_then(|s| s.agent.map(|a| a.0))).collect::<Vec<_>>() as &[Option<Uuid>],
+        &commits.iter().map(|c| c.checkpoint.as_ref().map_or(0, |s| s.attempt)).collect::<Vec<_>>(),
+        &step(|s| s.output.clone()) as &[Option<String>],
+        &step(|s| s.error.clone()) as &[Option<String>],
+        &commits.iter().map(|c| c.checkpoint.as_ref().map_or(0, |s| millis(s.took))).collect::<Vec<_>>(),
+        &commits.iter().map(|c| i32::try_from(c.events.len()).unwrap_or(i32::MAX)).collect::<Vec<_>>(),
+        &events.places,
+        &events.numbers,
+        &events.ids,
+        &events.names,
+        &events.data,
+        millis(DEADLINE_GRACE),
+    )
+    .fetch_all(executor)
+    .await?;
+    let mut held = vec![false; commits.len()];
+    for place in places {
+        if let Some(slot) = usize::try_from(place - 1).ok().and_then(|at| held.get_mut(at)) {
+            *slot = true;
+        }
+    }
+    Ok(held)
+}
+
+/// Events as columns, each with the place (from 1) of what it belongs to and
+/// its number (from 1) there.
+#[derive(Debug, Default)]
+pub(crate) struct EventColumns {
+    pub places: Vec<i64>,
+    pub numbers: Vec<i32>,
+    pub ids: Vec<Uuid>,
+    pub names: Vec<String>,
+    pub data: Vec<String>,
+}
+
+impl EventColumns {
+    pub(crate) fn push(&mut self, at: usize, events: &[Event]) {
+        for (number, event) in (1..).zip(events) {
+            self.places.push(at as i64 + 1);
+            self.numbers.push(number);
+            self.ids.push(event.id.0);
+            self.names.push(event.name.to_owned());
+            self.data.push(event.data.to_string());
+        }
+    }
+}
+
+/// Writes that an attempt has begun, if its lease still holds.
+pub async fn mark_started(
+    executor: impl Executor<'_, Database = Postgres>,
+    job: &super::jobs::ClaimedJob,
+    run: RunId,
+    agent: Option<AgentId>,
+    ago: Duration,
+    event: &Event,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "with held as (
+             select id from jobs where id = $1 and lease_epoch = $2 and state = 'running' for update
+         ),
+         run as (
+             update runs set event_seq = event_seq + 1
+             from held
+             where company_id = $3 and runs.id = $4 and status = 'running'
+             returning event_seq
+         ),
+         step as (
+             insert into run_steps as s (company_id, run_id, step, status, agent_id, attempt, job_id, lease_epoch, started_at)
+             select $3, $4, $5, 'running', $6, $7, $1, $2, clock_timestamp() - $8 * interval '1 millisecond' from run
+             on conflict (company_id, run_id, step) do update
+             set status = 'running', agent_id = excluded.agent_id, attempt = excluded.attempt,
+                 job_id = excluded.job_id, lease_epoch = excluded.lease_epoch, started_at = excluded.started_at
+         )
+         insert into events (company_id, id, run_id, seq, event, data, at)
+         select $3, $9, $4, run.event_seq, $10, $11, clock_timestamp() - $8 * interval '1 millisecond' from run",
+        job.lease.job, job.lease.epoch, job.company.0, run.0, job.step, agent.map(|a| a.0), job.attempt,
+        millis(ago) as f64, event.id.0, event.name, event.data,
+    )
+    .execute(executor)
+    .await?;
+    Ok(())
+}

@@ -1,0 +1,145 @@
+//! Failures as the API tells them: the one place that chooses a status.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use capx_core::engine::{EngineError, FieldProblem};
+use capx_core::store::StoreError;
+use serde_json::{Map, Value, json};
+
+use super::request::current_id;
+
+/// How long a client is asked to wait while the database is away.
+const UNAVAILABLE_RETRY_S: u32 = 2;
+
+/// A failed request.
+#[derive(Debug)]
+pub enum ApiError {
+    /// 400: the request is wrong; which fields, where that is known.
+    Invalid {
+        /// In one sentence.
+        message: String,
+        /// Each wrong field.
+        fields: Vec<FieldProblem>,
+    },
+    /// 401: no key, or none that is valid.
+    Unauthorized(&'static str),
+    /// 403: the key lacks this scope.
+    Forbidden(&'static str),
+    /// 404: there is no such thing for this caller.
+    NotFound(&'static str),
+    /// 405.
+    MethodNotAllowed,
+    /// 409: the state of things forbids it.
+    Conflict(String),
+    /// 413: the body is too large.
+    TooLarge,
+    /// 415: the body is not JSON.
+    UnsupportedMediaType,
+    /// 500: a fault of ours; details are in the log under the request's id.
+    Internal,
+    /// 503: the database is away.
+    Unavailable,
+}
+
+impl ApiError {
+    /// A wrong field.
+    pub fn field(field: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::fields(vec![FieldProblem::new(field, message)])
+    }
+
+    /// Wrong fields.
+    pub fn fields(fields: Vec<FieldProblem>) -> Self {
+        let message = match fields.as_slice() {
+            [one] => format!("{}: {}", one.field, one.message.lines().next().unwrap_or_default()),
+            many => format!("{} fields are wrong", many.len()),
+        };
+        Self::Invalid { message, fields }
+    }
+
+    fn status(&self) -> (StatusCode, &'static str) {
+        match self {
+            Self::Invalid { .. } => (StatusCode::BAD_REQUEST, "invalid_request"),
+            Self::Unauthorized(_) => (StatusCode::UNAUTHORIZED, "unauthorized"),
+            Self::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden"),
+            Self::NotFound(_) => (StatusCode::NOT_FOUND, "not_found"),
+            Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Self::Conflict(_) => (StatusCode::CONFLICT, "conflict"),
+            Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large"),
+            Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
+            Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal_error"),
+            Self::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+        }
+    }
+
+    fn message(&self) -> String {
+        match self {
+            Self::Invalid { message, .. } | Self::Conflict(message) => message.clone(),
+            Self::Unauthorized(why) => (*why).to_owned(),
+            Self::Forbidden(scope) => format!("the key lacks the scope `{scope}`"),
+            Self::NotFound(what) => format!("there is no such {what}, or the key does not reach it"),
+            Self::MethodNotAllowed => "this path does not take this method".into(),
+            Self::TooLarge => format!("the body is larger than {} bytes", super::BODY_BYTES_MAX),
+            Self::UnsupportedMediaType => "send JSON, with `Content-Type: application/json`".into(),
+            Self::Internal => "something went wrong on our side; report it with the request id".into(),
+            Self::Unavailable => "the database is away; try again in a moment".into(),
+        }
+    }
+}
+
+impl From<EngineError> for ApiError {
+    fn from(error: EngineError) -> Self {
+        match error {
+            EngineError::NotFound(what) => Self::NotFound(what),
+            EngineError::Conflict(message) => Self::Conflict(message),
+            EngineError::Invalid(fields) => Self::fields(fields),
+            EngineError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        if error.is_passing() {
+            tracing::warn!(%error, request.id = current_id(), "the database is away or contended");
+            return Self::Unavailable;
+        }
+        tracing::error!(%error, request.id = current_id(), "a request failed");
+        Self::Internal
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, code) = self.status();
+        let mut error = Map::new();
+        error.insert("code".into(), code.into());
+        error.insert("message".into(), self.message().into());
+        error.insert("docs".into(), format!("https://capx.ai/docs/api#{}", code.replace('_', "-")).into());
+        if let Self::Invalid { fields, .. } = &self
+            && !fields.is_empty()
+        {
+            let fields = fields.iter().map(|f| json!({"field": f.field, "message": f.message}));
+            error.insert("fields".into(), Value::Array(fields.collect()));
+        }
+        let body = json!({"success": false, "error": error, "meta": {"request_id": current_id()}});
+        let mut response = (status, Json(body)).into_response();
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(UNAVAILABLE_RETRY_S));
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+/// No route matches.
+pub(super) async fn no_such_route() -> ApiError {
+    ApiError::NotFound("path")
+}
+
+/// The route takes other methods.
+pub(super) async fn no_such_method() -> ApiError {
+    ApiError::MethodNotAllowed
+}

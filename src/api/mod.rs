@@ -1,0 +1,62 @@
+//! The REST API: requests in, use cases of the engine, the documented
+//! envelope out.
+//!
+//! [`server`] is the accept loop with its limits, [`request`] what every
+//! request passes (an id, a task of its own, a log line), [`auth`] who calls,
+//! [`body`] and [`error`] how requests and failures are read and told,
+//! [`routes`] one file a resource.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::routing::get;
+use capx_core::engine::Engine;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio_util::sync::CancellationToken;
+
+pub mod auth;
+pub mod body;
+pub mod error;
+mod health;
+pub mod reply;
+mod request;
+mod routes;
+pub mod server;
+
+pub use error::ApiError;
+
+/// The largest body of a request, in bytes.
+pub const BODY_BYTES_MAX: usize = 1024 * 1024;
+
+/// What handlers share. Cheap to clone.
+#[derive(Clone)]
+pub struct ApiState {
+    /// The use cases.
+    pub engine: Engine,
+    /// What `/metrics` shows.
+    pub metrics: PrometheusHandle,
+    /// The process winds down: not ready any more, and held answers end.
+    pub stopping: CancellationToken,
+}
+
+/// Every route, with what every request passes.
+pub fn router(state: ApiState) -> Router {
+    let v1 = Router::new()
+        .merge(routes::companies::routes())
+        .merge(routes::agents::routes())
+        .merge(routes::playbooks::routes())
+        .merge(routes::runs::routes())
+        .merge(routes::approvals::routes());
+    Router::new()
+        .nest("/v1", v1)
+        .route("/healthz", get(health::healthz))
+        .route("/readyz", get(health::readyz))
+        .route("/metrics", get(health::metrics))
+        .fallback(error::no_such_route)
+        .method_not_allowed_fallback(error::no_such_method)
+        .layer(axum::middleware::from_fn(request::pass))
+        .with_state(Arc::new(state))
+}
+
+/// The state as handlers take it.
+pub type Shared = axum::extract::State<Arc<ApiState>>;

@@ -1,0 +1,60 @@
+//! What every request passes: an id, a task of its own, a log line.
+//!
+//! The handler runs in a task of its own, so that a client that goes away
+//! drops nobody's database call half-way (hazard H6): what was begun is
+//! finished, only the answer is lost.
+
+use std::time::Instant;
+
+use axum::extract::{MatchedPath, Request};
+use axum::http::{HeaderValue, header::HeaderName};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use capx_core::domain::ids::RequestId;
+
+use super::ApiError;
+
+/// The header that carries a request's id both ways.
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const REQUEST_ID_CHARS_MAX: usize = 128;
+
+tokio::task_local! {
+    static CURRENT: String;
+}
+
+/// The id of the request that this task serves.
+pub(super) fn current_id() -> String {
+    CURRENT.try_with(Clone::clone).unwrap_or_default()
+}
+
+/// The middleware.
+pub(super) async fn pass(mut request: Request, next: Next) -> Response {
+    let given = request
+        .headers()
+        .get(REQUEST_ID)
+        .and_then(|value| value.to_str().ok())
+        .filter(|id| (1..=REQUEST_ID_CHARS_MAX).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic()));
+    let id = given.map_or_else(|| RequestId::new().to_string(), str::to_owned);
+    let method = request.method().clone();
+    // The pattern, not the path: paths are unbounded, and may hold names.
+    let route = request.extensions().get::<MatchedPath>().map_or("none", |path| path.as_str()).to_owned();
+    let began = Instant::now();
+    request.extensions_mut().insert(began);
+    let served = tokio::spawn(CURRENT.scope(id.clone(), next.run(request))).await;
+    let mut response = match served {
+        Ok(response) => response,
+        Err(error) => {
+            tracing::error!(request.id = id, route, %error, "a handler panicked");
+            CURRENT.sync_scope(id.clone(), || ApiError::Internal.into_response())
+        }
+    };
+    if let Ok(value) = HeaderValue::from_str(&id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    let status = response.status().as_u16();
+    let took = began.elapsed();
+    metrics::histogram!("capx_http_request_seconds", "route" => route.clone(), "status" => status.to_string())
+        .record(took.as_secs_f64());
+    tracing::debug!(request.id = id, %method, route, status, took_ms = took.as_millis() as u64, "request");
+    response
+}

@@ -1,0 +1,87 @@
+//! Rate and claim latency while a million other jobs are ready, or lie in the
+//! future.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use capx_core::store::jobs::{self, queue};
+use capx_core::store::sessions::{self, NewSession};
+use uuid::Uuid;
+
+use super::latency::percentile;
+use super::report::{Report, Target};
+use super::{Bench, Running};
+
+const FUTURE: Duration = Duration::from_secs(24 * 3600);
+
+pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
+    let count = bench.amount(200_000);
+    let others = bench.amount(1_000_000);
+    let bar = report.progress("backlog", 3);
+    // Without and with, twice each and in turn, since a machine drifts.
+    let mut alone: f64 = 0.0;
+    let mut ready: f64 = 0.0;
+    for _ in 0..2 {
+        alone = alone.max(rate(bench, count, 0, Duration::ZERO).await?);
+        ready = ready.max(rate(bench, count, others, Duration::ZERO).await?);
+    }
+    bar.inc(1);
+    let p99_ready = claims(bench).await?;
+    bar.inc(1);
+    let future = rate(bench, count, others, FUTURE).await?;
+    let p99_future = claims_after_refill(bench, others).await?;
+    bar.finish_and_clear();
+    report.add("backlog", "jobs/s without others", alone, "jobs/s");
+    report.add("backlog", "jobs/s with 1,000,000 ready", ready, "jobs/s").limit(alone);
+    report.add("backlog", "share of the rate without", ready / alone, "").target(Target::AtLeast(0.95));
+    report.add("backlog", "jobs/s with 1,000,000 future", future, "jobs/s").limit(alone);
+    report.add("backlog", "claim of 32 among ready, p99", p99_ready, "ms").target(Target::AtMost(5.0));
+    report.add("backlog", "claim of 32 among future, p99", p99_future, "ms").target(Target::AtMost(5.0));
+    Ok(())
+}
+
+/// The rate over the first `count` jobs while `others` stay behind them.
+async fn rate(bench: &Bench, count: usize, others: usize, delay: Duration) -> anyhow::Result<f64> {
+    bench.reset().await?;
+    let first = if delay.is_zero() { others } else { 0 };
+    if !delay.is_zero() {
+        bench.enqueue_noops(others, delay).await?;
+    }
+    bench.enqueue_noops(count + first, Duration::ZERO).await?;
+    sqlx::raw_sql("vacuum analyze jobs").execute(&bench.pool).await?;
+    let worker = bench.worker(&[queue::BENCH], bench.slots).await?;
+    let counters = worker.counters();
+    let began = Instant::now();
+    let running = Running::start(worker);
+    while counters.committed.load(Relaxed) < count as u64 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let rate = counters.committed.load(Relaxed) as f64 / began.elapsed().as_secs_f64();
+    running.stop().await;
+    Ok(rate)
+}
+
+/// The p99 of a claim of 32 with whatever is in the table.
+async fn claims(bench: &Bench) -> anyhow::Result<f64> {
+    let queues = vec![queue::BENCH.to_owned()];
+    let session = sessions::open(
+        &bench.pool,
+        &NewSession { worker: "bench", version: "0", queues: &queues, slots: 32, lease: Duration::from_secs(3600) },
+    )
+    .await?;
+    let mut took = Vec::new();
+    for _ in 0..500 {
+        let began = Instant::now();
+        let claimed = jobs::claim(&bench.pool, session, &queues, Uuid::nil(), 32).await?;
+        took.push(began.elapsed());
+        anyhow::ensure!(!claimed.is_empty(), "nothing left to claim");
+    }
+    Ok(percentile(&mut took, 0.99))
+}
+
+async fn claims_after_refill(bench: &Bench, others: usize) -> anyhow::Result<f64> {
+    bench.reset().await?;
+    bench.enqueue_noops(others, FUTURE).await?;
+    bench.enqueue_noops(20_000, Duration::ZERO).await?;
+    claims(bench).await
+}

@@ -1,0 +1,58 @@
+//! What an idle worker costs, and how much memory a busy one takes.
+
+use std::time::{Duration, Instant};
+
+use capx_core::store::jobs::queue;
+
+use super::jobs::memory_of;
+use super::report::{Report, Target};
+use super::Bench;
+
+pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
+    bench.reset().await?;
+    let worker = bench.worker_process(queue::BENCH)?;
+    bench.await_workers(1).await?;
+    // Its start is over.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let seconds = bench.amount(30).max(10) as u64;
+    let bar = report.progress("idle", seconds);
+    let pid = worker.0.id();
+    let (cpu, queries, began) = (cpu_seconds(pid), transactions(bench).await?, Instant::now());
+    for _ in 0..seconds {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        bar.inc(1);
+    }
+    // One of them is this very question.
+    let queries = transactions(bench).await? - queries - 1.0;
+    let took = began.elapsed().as_secs_f64();
+    let cpu = (cpu_seconds(pid) - cpu) / took;
+    bar.finish_and_clear();
+    let count = bench.amount(300_000);
+    bench.enqueue_noops(count, Duration::ZERO).await?;
+    bench.engine.waker.wake();
+    bench.until_drained().await?;
+    let memory = memory_of(&pid.to_string());
+    report.add("idle", "CPU of an idle worker", 100.0 * cpu, "% of a core").target(Target::AtMost(1.0));
+    report.add("idle", "queries of an idle worker", queries / took, "/s").target(Target::AtMost(2.0));
+    report.add("idle", "memory after a load, peak", memory, "MiB").target(Target::AtMost(64.0));
+    Ok(())
+}
+
+/// What a process has used of the processors, in seconds.
+fn cpu_seconds(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks: f64 = [11, 12].iter().filter_map(|at| fields.get(*at)?.parse::<f64>().ok()).sum();
+    ticks / rustix::param::clock_ticks_per_second() as f64
+}
+
+/// Transactions of this database so far: every statement of an idle worker
+/// is one.
+async fn transactions(bench: &Bench) -> anyhow::Result<f64> {
+    // The server's counters lag behind by up to a second.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    let count: i64 = sqlx::query_scalar("select xact_commit from pg_stat_database where datname = current_database()")
+        .fetch_one(&bench.pool)
+        .await?;
+    Ok(count as f64)
+}

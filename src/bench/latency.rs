@@ -1,0 +1,52 @@
+//! From the enqueue call to the handler's start on an idle worker.
+
+use std::time::{Duration, Instant};
+
+use capx_core::store::jobs::{self, Enqueued, NewJob, kind, queue};
+use tokio::sync::mpsc;
+
+use super::report::{Report, Target};
+use super::{Bench, Running};
+
+pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
+    bench.reset().await?;
+    let (observer, mut starts) = mpsc::unbounded_channel();
+    let worker = bench.worker(&[queue::BENCH], bench.slots).await?.observed_by(observer);
+    let running = Running::start(worker);
+    bench.await_workers(1).await?;
+    let samples = bench.amount(2_000);
+    let bar = report.progress("latency", samples as u64);
+    let job = NewJob::new(queue::BENCH, kind::NOOP, bench.company);
+    let mut took = Vec::with_capacity(samples);
+    let mut enqueue_took = Vec::with_capacity(samples);
+    for _ in 0..samples {
+        let began = Instant::now();
+        let Enqueued::New(id) = jobs::enqueue(&bench.pool, &job).await? else { continue };
+        bench.engine.waker.wake();
+        enqueue_took.push(began.elapsed());
+        while let Some((started, at)) = starts.recv().await {
+            if started == id {
+                took.push(at.saturating_duration_since(began));
+                break;
+            }
+        }
+        bar.inc(1);
+        // Idle again: the next is not carried by this one's momentum.
+        tokio::time::sleep(Duration::from_millis(4)).await;
+    }
+    bar.finish_and_clear();
+    running.stop().await;
+    let (p50, p95, p99) = (percentile(&mut took, 0.5), percentile(&mut took, 0.95), percentile(&mut took, 0.99));
+    report.add("latency", "enqueue to handler, p50", p50, "ms").target(Target::AtMost(1.5));
+    report.add("latency", "enqueue to handler, p95", p95, "ms");
+    report.add("latency", "enqueue to handler, p99", p99, "ms").target(Target::AtMost(4.0));
+    report.add("latency", "of it the enqueue itself, p50", percentile(&mut enqueue_took, 0.5), "ms");
+    Ok(())
+}
+
+/// A percentile in milliseconds.
+pub(super) fn percentile(samples: &mut [Duration], share: f64) -> f64 {
+    samples.sort_unstable();
+    let at = ((samples.len() as f64 * share) as usize).min(samples.len().saturating_sub(1));
+    samples.get(at).map_or(f64::NAN, |d| d.as_secs_f64() * 1e3)
+}

@@ -1,0 +1,335 @@
+//! `capx bench`: what the engine does on this machine, beside what bare SQL
+//! does in the same run, so that each figure is also a ratio.
+//!
+//! Against `CAPX_DATABASE_URL` (a scratch database: it writes into the tables)
+//! or a private server of its own with durable settings.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use capx_core::domain::ids::{AccountId, CompanyId, PlaybookId};
+use capx_core::engine::playbooks::CreatePlaybook;
+use capx_core::engine::{Engine, Waker, playbooks};
+use capx_core::store::tenants::NewCompany;
+use capx_core::store::{self, PoolKind, tenants};
+use capx_workers::adapters::Providers;
+use capx_workers::egress::{Egress, Rules};
+use capx_workers::{Hands, Worker, WorkerConfig};
+use clap::{Args, ValueEnum};
+use serde_json::{Map, Value, json};
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+use crate::dev::postgres::{Binaries, Options, Server};
+
+mod backlog;
+mod enqueue;
+mod idle;
+mod jobs;
+mod latency;
+mod limit;
+mod report;
+mod steps;
+
+use report::Report;
+
+/// What can be measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum What {
+    /// No-op jobs a second, with one and two worker processes.
+    Jobs,
+    /// Durable no-op steps a second, in runs of three steps.
+    Steps,
+    /// Enqueues a second, single from 16 tasks and in bulk.
+    Enqueue,
+    /// From enqueue to the handler's start on an idle worker.
+    Latency,
+    /// Rate and claim latency with a million other jobs.
+    Backlog,
+    /// What an idle worker costs.
+    Idle,
+    /// All of them.
+    All,
+}
+
+/// `capx bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[arg(value_enum, default_value = "all")]
+    pub what: What,
+    /// A scratch database; without one, a private server is started.
+    #[arg(long, env = "CAPX_DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+    /// Where the private server lives; removed afterwards.
+    #[arg(long)]
+    pub data_dir: Option<PathBuf>,
+    /// One JSON object instead of a table.
+    #[arg(long)]
+    pub json: bool,
+    /// A tenth of the work, for a quick look.
+    #[arg(long)]
+    pub quick: bool,
+    /// Attempts at once in a worker process.
+    #[arg(long, default_value_t = 256)]
+    pub slots: usize,
+}
+
+/// What the benchmarks share.
+pub(crate) struct Bench {
+    pub url: String,
+    pub pool: PgPool,
+    pub engine: Engine,
+    pub company: CompanyId,
+    pub slots: usize,
+    pub quick: bool,
+    pub quiet: bool,
+    _server: Option<Scratch>,
+}
+
+/// A private server whose directory goes with it.
+struct Scratch {
+    server: Option<Server>,
+    directory: PathBuf,
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        drop(self.server.take());
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Runs the benchmarks and prints what they measured.
+pub async fn run(args: BenchArgs) -> anyhow::Result<()> {
+    let bench = Bench::prepare(&args).await?;
+    let mut report = Report::new(&bench).await?;
+    let wants = |what: What| args.what == What::All || args.what == what;
+    if wants(What::Jobs) {
+        jobs::run(&bench, &mut report).await?;
+    }
+    if wants(What::Steps) {
+        steps::run(&bench, &mut report).await?;
+    }
+    if wants(What::Enqueue) {
+        enqueue::run(&bench, &mut report).await?;
+    }
+    if wants(What::Latency) {
+        latency::run(&bench, &mut report).await?;
+    }
+    if wants(What::Backlog) {
+        backlog::run(&bench, &mut report).await?;
+    }
+    if wants(What::Idle) {
+        idle::run(&bench, &mut report).await?;
+    }
+    report.print(args.json);
+    Ok(())
+}
+
+impl Bench {
+    async fn prepare(args: &BenchArgs) -> anyhow::Result<Self> {
+        let (url, server) = match &args.database_url {
+            Some(url) => (url.clone(), None),
+            None => {
+                let scratch = private_server(args.data_dir.clone())?;
+                let url = scratch.server.as_ref().map(|s| s.url().to_owned()).unwrap_or_default();
+                (url, Some(scratch))
+            }
+        };
+        let pool = store::pool(&url, PoolKind::Queue, 16)?;
+        store::migrate(&pool).await.context("cannot migrate the database")?;
+        let weak = store::unsafe_settings(&pool).await?;
+        if !weak.is_empty() {
+            bail!("the server is not durable ({}): its figures would mean nothing", weak.join(", "));
+        }
+        let company = scratch_company(&pool).await?;
+        Ok(Self {
+            engine: Engine::new(pool.clone()).with_waker(Waker::start(&url)),
+            url,
+            pool,
+            company,
+            slots: args.slots,
+            quick: args.quick,
+            quiet: args.json,
+            _server: server,
+        })
+    }
+
+    /// The full amount of work, or a tenth.
+    pub(crate) fn amount(&self, full: usize) -> usize {
+        if self.quick { full / 10 } else { full }
+    }
+
+    /// Clears the queue and lets the server settle, so that one benchmark
+    /// does not pay for another's.
+    pub(crate) async fn reset(&self) -> anyhow::Result<()> {
+        sqlx::raw_sql("truncate jobs, runs, run_steps, events, approvals, dead_letters, worker_sessions")
+            .execute(&self.pool)
+            .await?;
+        sqlx::raw_sql("vacuum analyze jobs").execute(&self.pool).await?;
+        sqlx::raw_sql("checkpoint").execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// A worker of this process for some queues.
+    pub(crate) async fn worker(&self, queues: &[&str], slots: usize) -> anyhow::Result<Worker> {
+        let pool = store::pool(&self.url, PoolKind::Queue, 6)?;
+        let egress = Egress::new(Rules::default()).map_err(anyhow::Error::msg)?;
+        let hands = Hands::new(egress, std::env::temp_dir(), Providers::default());
+        let config = WorkerConfig {
+            queues: queues.iter().map(|q| (*q).to_owned()).collect(),
+            slots,
+            ..WorkerConfig::default()
+        };
+        let engine = Engine::new(pool.clone());
+        Ok(Worker::new(engine, &self.url, config, hands).listening(pool))
+    }
+
+    /// A worker process of its own, as an operator would start it.
+    pub(crate) fn worker_process(&self, queues: &str) -> anyhow::Result<Process> {
+        let child = std::process::Command::new(std::env::current_exe()?)
+            .args(["worker", "--queues", queues, "--concurrency", &self.slots.to_string()])
+            .env("CAPX_DATABASE_URL", &self.url)
+            .env("CAPX_LOG", "warn")
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .context("cannot start a worker process")?;
+        Ok(Process(child))
+    }
+
+    /// Waits until so many workers have sessions.
+    pub(crate) async fn await_workers(&self, count: i64) -> anyhow::Result<()> {
+        self.until(Duration::from_secs(20), "the workers to start", || async {
+            let open: i64 = sqlx::query_scalar("select count(*) from worker_sessions where ended_at is null")
+                .fetch_one(&self.pool)
+                .await?;
+            Ok(open >= count)
+        })
+        .await?;
+        // They have a session; they listen a moment later.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        Ok(())
+    }
+
+    /// Waits for a condition.
+    pub(crate) async fn until<F>(&self, patience: Duration, what: &str, mut done: impl FnMut() -> F) -> anyhow::Result<()>
+    where
+        F: Future<Output = anyhow::Result<bool>>,
+    {
+        let end = Instant::now() + patience;
+        while !done().await? {
+            if Instant::now() > end {
+                bail!("waited {} s in vain for {what}", patience.as_secs());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    }
+
+    /// Waits until the queue is empty.
+    pub(crate) async fn until_drained(&self) -> anyhow::Result<()> {
+        self.until(Duration::from_secs(600), "the queue to drain", || async {
+            let empty: bool = sqlx::query_scalar("select not exists (select from jobs)").fetch_one(&self.pool).await?;
+            Ok(empty)
+        })
+        .await
+    }
+
+    /// Puts many no-op jobs into the queue, in one transaction.
+    pub(crate) async fn enqueue_noops(&self, count: usize, delay: Duration) -> anyhow::Result<()> {
+        use capx_core::store::jobs::{enqueue_bulk, kind, queue};
+        let mut tx = self.pool.begin().await?;
+        for start in (0..count).step_by(10_000) {
+            let batch = 10_000.min(count - start);
+            enqueue_bulk(&mut *tx, queue::BENCH, kind::NOOP, delay, &vec![self.company.0; batch], &vec![None; batch]).await?;
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+
+    /// The playbook of three steps that do nothing.
+    pub(crate) async fn three_steps(&self) -> anyhow::Result<PlaybookId> {
+        let yaml = "name: three\nsteps:\n  - {id: a, action: transform, params: {n: 1}}\n  - {id: b, action: transform, params: {n: 2}}\n  - {id: c, action: transform, params: {n: 3}}\n";
+        let request = CreatePlaybook { name: None, description: None, yaml: yaml.into(), tags: Vec::new() };
+        let created = playbooks::create(&self.engine, self.company, &request).await.map_err(|e| anyhow::anyhow!("{e:?}"))?;
+        Ok(created.upserted.playbook)
+    }
+}
+
+/// A child process that does not outlive its owner.
+pub(crate) struct Process(pub std::process::Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Some(pid) = rustix::process::Pid::from_raw(i32::try_from(self.0.id()).unwrap_or(0)) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        let _ = self.0.wait();
+    }
+}
+
+/// Stops a worker of this process when dropped or asked.
+pub(crate) struct Running {
+    stop: CancellationToken,
+    task: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Running {
+    pub(crate) fn start(worker: Worker) -> Self {
+        let stop = CancellationToken::new();
+        let token = stop.clone();
+        let task = tokio::spawn(async move { worker.run(token).await });
+        Self { stop, task: Some(task) }
+    }
+
+    pub(crate) async fn stop(mut self) {
+        self.stop.cancel();
+        if let Some(task) = self.task.take() {
+            let _ = task.await;
+        }
+    }
+}
+
+fn private_server(directory: Option<PathBuf>) -> anyhow::Result<Scratch> {
+    let directory = directory.unwrap_or_else(|| {
+        std::env::temp_dir().join(format!("capx-bench-{}", std::process::id()))
+    });
+    std::fs::create_dir_all(&directory)?;
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o755))?;
+    let cache = crate::dev::fetch::bin(&directory);
+    let mut found = Binaries::on_this_machine(&cache)?;
+    if found.is_empty() {
+        found.push(crate::dev::fetch::fetch(&directory)?);
+    }
+    let server = Server::start(&found, &Options { directory: directory.clone(), settings: Vec::new() })?;
+    Ok(Scratch { server: Some(server), directory })
+}
+
+async fn scratch_company(pool: &PgPool) -> anyhow::Result<CompanyId> {
+    let account: AccountId = tenants::account(pool, "bench", "enterprise").await?;
+    let company = CompanyId::new();
+    tenants::insert_company(
+        pool,
+        &NewCompany {
+            company,
+            account,
+            name: "bench",
+            description: None,
+            config: &json!({}),
+            template: None,
+            governance: None,
+        },
+    )
+    .await?;
+    tenants::company_provisioned(pool, company).await?;
+    Ok(company)
+}
+
+pub(crate) fn no_params() -> Map<String, Value> {
+    Map::new()
+}
+

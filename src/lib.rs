@@ -1,0 +1,7 @@
+//! The program `capx`, as a library for its tests.
+
+pub mod api;
+pub mod bench;
+pub mod dev;
+pub mod serve;
+pub mod telemetry;

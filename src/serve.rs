@@ -1,0 +1,150 @@
+//! The settings that server processes share, and the worker process.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use capx_core::domain::duration;
+use capx_core::engine::Engine;
+use capx_core::store::{self, PoolKind, SchemaState};
+use capx_workers::adapters::Providers;
+use capx_workers::egress::{Egress, Rules};
+use capx_workers::{Hands, Worker, WorkerConfig};
+use clap::Args;
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+/// Where the database is.
+#[derive(Debug, Clone, Args)]
+pub struct DatabaseArgs {
+    /// The database, e.g. postgres://user:password@host/name.
+    #[arg(long, env = "CAPX_DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+}
+
+impl DatabaseArgs {
+    /// The address, from the flag, `CAPX_DATABASE_URL` or `DATABASE_URL`.
+    pub fn url(&self) -> anyhow::Result<String> {
+        self.database_url
+            .clone()
+            .or_else(|| std::env::var("DATABASE_URL").ok())
+            .filter(|url| !url.is_empty())
+            .context("no database: set CAPX_DATABASE_URL, or pass --database-url postgres://user:password@host/name")
+    }
+}
+
+/// How a worker works.
+#[derive(Debug, Clone, Args)]
+pub struct WorkerArgs {
+    /// The queues to serve, parted by commas; all of them by default.
+    #[arg(long, value_delimiter = ',')]
+    pub queues: Vec<String>,
+    /// Attempts at once.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub concurrency: u32,
+    /// How long a worker lives without a beat; its jobs are others' after it.
+    #[arg(long, env = "CAPX_LEASE", default_value = "30s", value_parser = parse_lease)]
+    pub lease: Duration,
+    /// How long attempts may go on after a stop was asked for.
+    #[arg(long, env = "CAPX_DRAIN", default_value = "120s", value_parser = parse_duration)]
+    pub drain: Duration,
+    /// Where runs keep their files.
+    #[arg(long, env = "CAPX_WORKSPACE", default_value = ".capx/workspaces")]
+    pub workspace: PathBuf,
+}
+
+/// Reads a duration flag.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    duration::parse(text).map_err(|error| error.to_string())
+}
+
+fn parse_lease(text: &str) -> Result<Duration, String> {
+    let lease = parse_duration(text)?;
+    if lease < Duration::from_millis(300) || lease > Duration::from_secs(3_600) {
+        return Err("a lease is from 300ms to 1h".into());
+    }
+    Ok(lease)
+}
+
+impl WorkerArgs {
+    /// As the runtime takes it.
+    pub fn config(&self) -> WorkerConfig {
+        let mut config = WorkerConfig {
+            slots: self.concurrency as usize,
+            lease: self.lease,
+            drain: self.drain,
+            ..WorkerConfig::default()
+        };
+        if !self.queues.is_empty() {
+            config.queues.clone_from(&self.queues);
+        }
+        config
+    }
+
+    /// What attempts can reach, from the environment.
+    pub fn hands(&self, dev: bool) -> anyhow::Result<Hands> {
+        let mut rules = Rules::parse(&std::env::var("CAPX_EGRESS_ALLOW").unwrap_or_default()).map_err(anyhow::Error::msg)?;
+        if dev {
+            rules = rules.with_loopback();
+        }
+        let set = |name: &str| std::env::var(name).is_ok_and(|value| !value.is_empty());
+        let providers = Providers {
+            offline: dev || std::env::var("CAPX_OFFLINE_MODEL").is_ok_and(|v| v == "1"),
+            anthropic: set("ANTHROPIC_API_KEY"),
+            openai: set("OPENAI_API_KEY"),
+        };
+        let egress = Egress::new(rules).map_err(anyhow::Error::msg)?;
+        Ok(Hands::new(egress, &self.workspace, providers))
+    }
+}
+
+/// Refuses a database that would lose what it has acknowledged, or whose
+/// tables are older than this program.
+pub async fn check_database(pool: &PgPool) -> anyhow::Result<()> {
+    match store::schema_state(pool).await.context("cannot reach the database; is it up, and is CAPX_DATABASE_URL right?")? {
+        SchemaState::Current => {}
+        SchemaState::Behind => bail!("the database's tables are older than this program; run `capx migrate` once"),
+    }
+    let weak = store::unsafe_settings(pool).await?;
+    if !weak.is_empty() && std::env::var("CAPX_ALLOW_UNSAFE_DATABASE").is_err() {
+        bail!(
+            "the database would lose acknowledged work in a crash ({}); switch these settings on, or set CAPX_ALLOW_UNSAFE_DATABASE=1 for a scratch database",
+            weak.join(", ")
+        );
+    }
+    Ok(())
+}
+
+/// How many connections a worker needs: claims, commits, looks, a listener.
+const WORKER_CONNECTIONS: u32 = 8;
+
+/// A worker over a database.
+pub fn worker(url: &str, args: &WorkerArgs, dev: bool) -> anyhow::Result<Worker> {
+    let pool = store::pool(url, PoolKind::Queue, WORKER_CONNECTIONS)?;
+    let waker = capx_core::engine::Waker::start(url);
+    let engine = Engine::new(pool.clone()).with_waker(waker);
+    Ok(Worker::new(engine, url, args.config(), args.hands(dev)?).listening(pool))
+}
+
+/// Cancelled by SIGINT or SIGTERM.
+pub fn stop_signal() -> anyhow::Result<CancellationToken> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let stop = CancellationToken::new();
+    let token = stop.clone();
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        token.cancel();
+        // A second one means it.
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        std::process::exit(130);
+    });
+    Ok(stop)
+}

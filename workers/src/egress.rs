@@ -1,0 +1,362 @@
+//! The one way out of the machine. Every outgoing call goes through here, so
+//! that no playbook can reach what only this machine should (hazard S6).
+//!
+//! A forbidden address is refused at both places where an address can come
+//! from: the URL itself, since a client skips its resolver for a literal, and
+//! the resolver's answer, since a public name may point inside. There are no
+//! redirects and no proxies, so the first URL is the only one.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use capx_core::domain::outcome::{ErrorClass, Failure};
+use ipnet::IpNet;
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::{Client, Method, Url};
+
+/// The largest answer that is read, in bytes.
+pub const RESPONSE_BYTES_MAX: usize = 1024 * 1024;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const USER_AGENT: &str = concat!("capx/", env!("CARGO_PKG_VERSION"));
+
+/// The client for outgoing calls, with its rules. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Egress {
+    client: Client,
+    rules: Arc<Rules>,
+}
+
+/// Which private networks may be reached although they are private.
+#[derive(Debug, Default)]
+pub struct Rules {
+    allow: Vec<IpNet>,
+}
+
+impl Rules {
+    /// Reads a list of CIDRs parted by commas, as in `CAPX_EGRESS_ALLOW`.
+    pub fn parse(list: &str) -> Result<Self, String> {
+        let allow = list
+            .split(',')
+            .map(str::trim)
+            .filter(|part| !part.is_empty())
+            .map(|part| {
+                let address = part.parse::<IpAddr>().map(IpNet::from);
+                part.parse::<IpNet>()
+                    .or(address)
+                    .map_err(|_| format!("CAPX_EGRESS_ALLOW: `{part}` is no network; write CIDRs such as 10.0.0.0/8,127.0.0.1/32"))
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { allow })
+    }
+
+    /// Loopback too, for a developer's own machine.
+    #[must_use]
+    pub fn with_loopback(mut self) -> Self {
+        self.allow.extend([
+            IpNet::from(IpAddr::V4(Ipv4Addr::LOCALHOST)).supernet_to(8),
+            IpNet::from(IpAddr::V6(Ipv6Addr::LOCALHOST)),
+        ]);
+        self
+    }
+
+    fn permits(&self, address: IpAddr) -> bool {
+        let address = canonical(address);
+        is_public(address) || self.allow.iter().any(|net| net.contains(&address))
+    }
+}
+
+trait Supernet {
+    fn supernet_to(self, prefix: u8) -> IpNet;
+}
+
+impl Supernet for IpNet {
+    fn supernet_to(self, prefix: u8) -> IpNet {
+        IpNet::new(self.addr(), prefix).map_or(self, |net| net.trunc())
+    }
+}
+
+/// The address that is really meant: IPv4 inside of IPv6 in any of its forms.
+fn canonical(address: IpAddr) -> IpAddr {
+    let IpAddr::V6(v6) = address else { return address };
+    if let Some(v4) = v6.to_ipv4_mapped() {
+        return IpAddr::V4(v4);
+    }
+    let s = v6.segments();
+    let low = |high: u16, low: u16| {
+        let [a, b] = high.to_be_bytes();
+        let [c, d] = low.to_be_bytes();
+        IpAddr::V4(Ipv4Addr::new(a, b, c, d))
+    };
+    match s {
+        // NAT64, 6to4 and the deprecated compatible form.
+        [0x64, 0xff9b, 0, 0, 0, 0, h, l] => low(h, l),
+        [0x2002, h, l, ..] => low(h, l),
+        [0, 0, 0, 0, 0, 0, h, l] if h != 0 => low(h, l),
+        _ => address,
+    }
+}
+
+/// Whether an address belongs to the public internet (the special-purpose
+/// registries of IANA, RFC 6890 and its successors).
+fn is_public(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            let [a, b, c, _] = v4.octets();
+            !(v4.is_private()
+                || v4.is_loopback()
+                || v4.is_link_local()
+                || v4.is_multicast()
+                || v4.is_documentation()
+                || a == 0
+                || a >= 240
+                || (a == 100 && (64..128).contains(&b))
+                || (a == 192 && b == 0 && c == 0)
+                || (a == 192 && b == 88 && c == 99)
+                || (a == 198 && (18..20).contains(&b)))
+        }
+        IpAddr::V6(v6) => {
+            let s = v6.segments();
+            // Global unicast is 2000::/3; inside it, documentation, Teredo,
+            // benchmarking and ORCHID are not.
+            s[0] & 0xe000 == 0x2000
+                && !(s[0] == 0x2001 && (s[1] < 0x0200 || s[1] == 0x0db8))
+                && s[0] != 0x3fff
+        }
+    }
+}
+
+struct Guard(Arc<Rules>);
+
+impl Resolve for Guard {
+    fn resolve(&self, name: Name) -> Resolving {
+        let rules = Arc::clone(&self.0);
+        Box::pin(async move {
+            let host = name.as_str().to_owned();
+            let found: Vec<SocketAddr> = tokio::net::lookup_host((host.as_str(), 0)).await?.collect();
+            if found.iter().any(|address| !rules.permits(address.ip())) {
+                return Err(Refused(host).into());
+            }
+            Ok(Box::new(found.into_iter()) as Addrs)
+        })
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("`{0}` is not a public address; add its network to CAPX_EGRESS_ALLOW to reach it")]
+struct Refused(String);
+
+/// An outgoing call.
+#[derive(Debug)]
+pub struct Call {
+    /// The method.
+    pub method: Method,
+    /// Where to.
+    pub url: String,
+    /// Headers, the caller's own.
+    pub headers: Vec<(String, String)>,
+    /// The body, with its content type when the headers name none.
+    pub body: Option<(Vec<u8>, &'static str)>,
+    /// The same over every try of the same effect.
+    pub idempotency_key: String,
+    /// The whole call must be over by then.
+    pub timeout: Duration,
+}
+
+/// What came back.
+#[derive(Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: u16,
+    /// Headers whose values are text.
+    pub headers: Vec<(String, String)>,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+impl Answer {
+    fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    }
+
+    /// The failure that a status of 400 or above is.
+    pub fn failure(&self) -> Option<Failure> {
+        if self.status < 400 {
+            return None;
+        }
+        let class = match self.status {
+            429 => ErrorClass::RateLimited,
+            408 | 425 | 500.. => ErrorClass::Transient,
+            _ => ErrorClass::Invalid,
+        };
+        let said = String::from_utf8_lossy(&self.body);
+        let mut failure = Failure::new(class, format!("the answer was {}: {}", self.status, excerpt(&said)));
+        if matches!(self.status, 429 | 503) {
+            // Seconds only: a date would have to be judged by our own clock.
+            failure.retry_after = self.header("retry-after").and_then(|v| v.trim().parse().ok()).map(Duration::from_secs);
+        }
+        Some(failure)
+    }
+}
+
+fn excerpt(text: &str) -> String {
+    let mut short: String = text.chars().take(300).collect();
+    if short.len() < text.len() {
+        short.push('…');
+    }
+    short
+}
+
+impl Egress {
+    /// A client under the given rules.
+    pub fn new(rules: Rules) -> Result<Self, String> {
+        // May have been installed by another part of the process.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let rules = Arc::new(rules);
+        let client = Client::builder()
+            .dns_resolver(Arc::new(Guard(Arc::clone(&rules))))
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .user_agent(USER_AGENT)
+            .build()
+            .map_err(|error| format!("no HTTP client: {error}"))?;
+        Ok(Self { client, rules })
+    }
+
+    fn check(&self, url: &str) -> Result<Url, Failure> {
+        let url = Url::parse(url).map_err(|error| Failure::invalid(format!("`{}` is no URL: {error}", excerpt(url))))?;
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(Failure::invalid(format!("the scheme `{}` is not allowed; use https or http", url.scheme())));
+        }
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err(Failure::invalid("a URL must not carry credentials; use a header"));
+        }
+        let host = url.host_str().unwrap_or_default();
+        let literal = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+        if let Ok(address) = literal
+            && !self.rules.permits(address)
+        {
+            return Err(Failure::new(ErrorClass::Governance, Refused(host.to_owned()).to_string()));
+        }
+        Ok(url)
+    }
+
+    /// Makes a call. An answer of any status is an answer; trouble on the way
+    /// is a failure with its class.
+    pub async fn call(&self, call: Call) -> Result<Answer, Failure> {
+        let url = self.check(&call.url)?;
+        let mut request = self.client.request(call.method, url).timeout(call.timeout);
+        for (name, value) in &call.headers {
+            request = request.header(name, value);
+        }
+        if let Some((body, content_type)) = call.body {
+            if !call.headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("content-type")) {
+                request = request.header("content-type", content_type);
+            }
+            request = request.body(body);
+        }
+        let mut request = request.build().map_err(|error| Failure::invalid(format!("no valid request: {error}")))?;
+        // Ours and last, so that no header of a playbook can take its place.
+        let key = call.idempotency_key.parse().map_err(|_| Failure::invalid("no valid idempotency key"))?;
+        request.headers_mut().insert("idempotency-key", key);
+        let mut response = self.client.execute(request).await.map_err(|error| trouble(&error))?;
+        let headers = response
+            .headers()
+            .iter()
+            .filter_map(|(name, value)| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned())))
+            .collect();
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|error| trouble(&error))? {
+            if body.len() + chunk.len() > RESPONSE_BYTES_MAX {
+                return Err(Failure::invalid(format!("the answer is larger than {RESPONSE_BYTES_MAX} bytes")));
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(Answer { status: response.status().as_u16(), headers, body })
+    }
+}
+
+/// The whole chain of an error, since the outermost says only "error sending
+/// request".
+fn trouble(error: &reqwest::Error) -> Failure {
+    let mut chain = Vec::new();
+    let mut next: Option<&dyn std::error::Error> = Some(error);
+    let mut refused = false;
+    while let Some(current) = next {
+        refused |= current.is::<Refused>();
+        chain.push(current.to_string());
+        next = current.source();
+    }
+    chain.dedup();
+    let message = chain.last().cloned().unwrap_or_default();
+    if refused {
+        return Failure::new(ErrorClass::Governance, message);
+    }
+    if error.is_timeout() {
+        return Failure::new(ErrorClass::Timeout, format!("no answer in time: {message}"));
+    }
+    if error.is_builder() {
+        return Failure::invalid(format!("no valid request: {message}"));
+    }
+    Failure::transient(format!("the call failed: {message}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(url: &str) -> Failure {
+        let egress = Egress::new(Rules::default()).expect("a client");
+        egress.check(url).expect_err(url)
+    }
+
+    #[test]
+    fn every_spelling_of_an_inside_address_is_refused() {
+        for host in [
+            "127.0.0.1", "127.1", "0x7f.1", "0177.0.0.1", "2130706433", "0.0.0.0", "10.0.0.1", "172.16.0.1",
+            "192.168.1.1", "169.254.169.254", "100.64.0.1", "192.0.0.8", "198.18.0.1", "240.0.0.1",
+            "255.255.255.255", "224.0.0.1", "[::]", "[::1]", "[::ffff:169.254.169.254]", "[::ffff:7f00:1]",
+            "[64:ff9b::a9fe:a9fe]", "[2002:7f00:1::]", "[fe80::1]", "[fc00::1]", "[fd12:3456::1]", "[ff02::1]",
+            "[2001:db8::1]", "[::127.0.0.1]", "127.0.0.1.", "１２７.0.0.1",
+        ] {
+            let failure = refused(&format!("http://{host}/x"));
+            assert_eq!(failure.class, ErrorClass::Governance, "{host}: {}", failure.message);
+        }
+    }
+
+    #[test]
+    fn only_plain_web_urls_are_urls() {
+        for url in ["file:///etc/passwd", "gopher://x/", "unix:/x", "http://user:pw@example.com/", "http://", "nonsense"] {
+            assert_eq!(refused(url).class, ErrorClass::Invalid, "{url}");
+        }
+    }
+
+    #[test]
+    fn public_addresses_and_allowed_networks_pass() {
+        let egress = Egress::new(Rules::parse("10.1.0.0/16, 127.0.0.1").expect("rules")).expect("a client");
+        for url in ["https://example.com/", "http://8.8.8.8/", "http://[2606:4700::1111]/", "http://10.1.2.3/", "http://127.0.0.1:8080/"] {
+            assert!(egress.check(url).is_ok(), "{url}");
+        }
+        assert!(egress.check("http://10.2.0.1/").is_err());
+        assert!(Rules::parse("10.0.0.0/99").is_err());
+        let loopback = Egress::new(Rules::default().with_loopback()).expect("a client");
+        assert!(loopback.check("http://127.9.9.9/").is_ok());
+        assert!(loopback.check("http://[::1]/").is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_public_name_that_points_inside_is_refused() {
+        let egress = Egress::new(Rules::default()).expect("a client");
+        let call = Call {
+            method: Method::GET,
+            url: "http://localhost:1/".into(),
+            headers: Vec::new(),
+            body: None,
+            idempotency_key: "k".into(),
+            timeout: Duration::from_secs(5),
+        };
+        let failure = egress.call(call).await.expect_err("refused");
+        assert_eq!(failure.class, ErrorClass::Governance, "{}", failure.message);
+    }
+}

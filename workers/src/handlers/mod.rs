@@ -1,0 +1,97 @@
+//! What a job's attempt does. Handlers get what they need as arguments and
+//! return an outcome; whether it counts is for the engine to decide.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use capx_core::domain::digest;
+use capx_core::domain::ids::{CompanyId, RunId};
+use capx_core::domain::outcome::{Failure, Outcome};
+use capx_core::domain::playbook::Step;
+use capx_core::domain::playbook::load::TOOLS;
+use capx_core::engine::claim::StepWork;
+use capx_core::store::jobs::ClaimedJob;
+use capx_core::store::tenants::AgentRow;
+use serde_json::{Map, Value};
+
+use crate::adapters::{self, Providers};
+use crate::egress::Egress;
+use crate::tools;
+use crate::tools::workspace::Workspaces;
+
+/// What the attempts of a worker can reach.
+#[derive(Debug)]
+pub struct Hands {
+    /// The way out of the machine.
+    pub egress: Egress,
+    /// Where runs keep their files.
+    pub workspaces: Workspaces,
+    /// Which models may be asked.
+    pub providers: Providers,
+}
+
+/// One step to be done.
+#[derive(Debug)]
+pub struct StepCall<'a> {
+    /// Whose.
+    pub company: CompanyId,
+    /// Of which run.
+    pub run: RunId,
+    /// The playbook's name.
+    pub playbook: &'a str,
+    /// The step.
+    pub step: &'a Step,
+    /// Its parameters, every reference looked up.
+    pub params: Map<String, Value>,
+    /// The agent of its role.
+    pub agent: Option<&'a AgentRow>,
+    /// The same over every try of this step.
+    pub idempotency_key: String,
+    /// How long is left.
+    pub timeout: Duration,
+    /// When the attempt began.
+    pub began: Instant,
+}
+
+impl Hands {
+    /// Hands that keep files under a directory.
+    pub fn new(egress: Egress, workspaces: impl Into<PathBuf>, providers: Providers) -> Self {
+        Self { egress, workspaces: Workspaces::new(workspaces.into()), providers }
+    }
+
+    /// Does a step.
+    pub async fn step(&self, job: &ClaimedJob, work: &StepWork) -> Outcome {
+        let index = usize::try_from(job.step).unwrap_or(usize::MAX);
+        let Some(step) = work.context.playbook.steps.get(index) else {
+            return Outcome::failed(Failure::invalid(format!("the playbook has no step {index}")));
+        };
+        let params = match work.context.params(step) {
+            Ok(params) => params,
+            Err(failure) => return Outcome::failed(failure),
+        };
+        // The one step without effects needs nothing of what follows.
+        if step.action == tools::TRANSFORM {
+            return Outcome::done(Value::Object(params));
+        }
+        let call = StepCall {
+            company: job.company,
+            run: work.context.run,
+            playbook: &work.context.playbook.name,
+            step,
+            params,
+            agent: work.agent(index),
+            idempotency_key: digest::idempotency_key(work.context.run, &step.id),
+            timeout: job.timeout,
+            began: Instant::now(),
+        };
+        if TOOLS.contains(&step.action.as_str()) {
+            return tools::run(self, call).await;
+        }
+        adapters::ask(self, call).await
+    }
+
+    /// Why an agent cannot work here, or nothing.
+    pub fn cannot_work(&self, agent: &AgentRow) -> Option<String> {
+        adapters::cannot_work(&self.providers, agent)
+    }
+}

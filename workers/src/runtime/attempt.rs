@@ -1,0 +1,127 @@
+//! One attempt: the handler under its deadline, its panic and its
+//! cancellation, all turned into an outcome.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use capx_core::domain::ids::RunId;
+use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
+use capx_core::engine::advance::{self, Finished};
+use capx_core::engine::claim::{Claimed, StepWork, Work};
+use capx_core::engine::{gates, tenants};
+use capx_core::failpoint;
+use capx_core::store::jobs::ClaimedJob;
+use futures_util::FutureExt;
+
+use super::committer::{Attempted, PlainOutcome};
+use super::{Assignment, Shared};
+
+/// An attempt that lives longer than this is shown as started; a shorter one
+/// is over before anybody could look, and its `step.completed` carries how
+/// long it took.
+const BLINK: Duration = Duration::from_millis(200);
+/// A kind that this version does not know is left to others for this long.
+const UNKNOWN_DELAY: Duration = Duration::from_secs(30);
+/// A system job that failed is tried again after this long.
+const SYSTEM_DELAY: Duration = Duration::from_secs(2);
+
+/// Runs an assignment to its outcome.
+pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempted {
+    let Assignment { claimed: Claimed { job, work }, permit } = assignment;
+    if let Some(observer) = &shared.observer {
+        let _ = observer.send((job.lease.job, Instant::now()));
+    }
+    let plain = match work {
+        Work::Step(work) => {
+            let began = Instant::now();
+            let outcome = step(shared, &job, &work, began).await;
+            let finished = Finished { job, work, outcome, took: began.elapsed() };
+            return Attempted::Step(finished, permit);
+        }
+        Work::Noop | Work::Stale => PlainOutcome::Done,
+        Work::Unknown => {
+            tracing::warn!(job.id = job.lease.job, job.kind = job.kind, "a kind of a newer version is left to others");
+            PlainOutcome::Again { delay: UNKNOWN_DELAY, charged: false }
+        }
+        Work::GateTimeout => gate_timeout(shared, &job).await,
+        Work::Provision => provision(shared, &job).await,
+    };
+    Attempted::Plain(job, plain, permit)
+}
+
+async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: Instant) -> Outcome {
+    if work.quarantined {
+        return Outcome::failed(Failure::new(
+            ErrorClass::Crash,
+            format!("its worker died {} times in a row while it ran; it is put into quarantine", job.crash_count),
+        ));
+    }
+    failpoint::reach("attempt.before_handler").await;
+    let handler = AssertUnwindSafe(shared.hands.step(job, work)).catch_unwind();
+    let handler = tokio::time::timeout(job.timeout, handler);
+    tokio::pin!(handler);
+    // A handler that is done at once needs no timers.
+    let mut ended = (&mut handler).now_or_never();
+    if ended.is_none() {
+        ended = tokio::select! {
+            ended = &mut handler => Some(ended),
+            () = shared.lost.cancelled() => None,
+            () = watch(shared, job, work, began) => None,
+        };
+    }
+    failpoint::reach("attempt.after_handler").await;
+    match ended {
+        Some(Ok(Ok(outcome))) => outcome,
+        Some(Ok(Err(panic))) => {
+            let said = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("no message");
+            Outcome::failed(Failure::transient(format!("the handler panicked: {said}")))
+        }
+        Some(Err(_)) => Outcome::failed(Failure::new(
+            ErrorClass::Timeout,
+            format!("the attempt took longer than {:?}", job.timeout),
+        )),
+        None => Outcome::Released { delay: Duration::ZERO },
+    }
+}
+
+/// Shows a long attempt as started, then waits for ever. The write is a task
+/// of its own: the attempt may end while it is under way.
+async fn watch(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: Instant) {
+    tokio::time::sleep(BLINK).await;
+    if let Some(started) = advance::Started::of(job, work) {
+        let engine = shared.engine.clone();
+        tokio::spawn(async move {
+            if let Err(error) = advance::mark_started(&engine, &started, began).await {
+                tracing::debug!(%error, "an attempt could not be shown as started");
+            }
+        });
+    }
+    std::future::pending().await
+}
+
+async fn gate_timeout(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
+    let Some(run) = job.ref_id else { return PlainOutcome::Done };
+    match gates::expire(&shared.engine, job.lease, job.company, RunId(run), job.step).await {
+        // Its transaction has moved the job on, or a person's has.
+        Ok(_) => PlainOutcome::Nothing,
+        Err(error) => {
+            tracing::warn!(%error, job.id = job.lease.job, "a gate's end waits");
+            PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
+        }
+    }
+}
+
+async fn provision(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
+    match tenants::provision(&shared.engine, job.company, |agent| shared.hands.cannot_work(agent)).await {
+        Ok(()) => PlainOutcome::Done,
+        Err(error) => {
+            tracing::warn!(%error, company.id = %job.company, "a provisioning waits");
+            PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Outcomes, written together: whatever has come in while the last commit was
+//! under way goes into the next one. Two lanes, so that the database and the
+//! handlers do not wait for each other.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use capx_core::domain::outcome::Outcome;
+use capx_core::engine::advance::{self, Finished, Pending};
+use capx_core::store::jobs::{self, ClaimedJob, Settle};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, mpsc};
+use tokio_util::task::TaskTracker;
+
+use super::{Assignment, Shared, after_commit, pause};
+
+/// The most outcomes of one commit.
+pub const COMMIT_MAX: usize = 512;
+/// Commits under way at once.
+const LANES: usize = 2;
+
+/// An attempt that is over.
+pub(super) enum Attempted {
+    /// At a step.
+    Step(Finished, OwnedSemaphorePermit),
+    /// Of another kind: done, or to be tried again.
+    Plain(ClaimedJob, PlainOutcome, OwnedSemaphorePermit),
+}
+
+/// How a job that is not a step ended.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum PlainOutcome {
+    /// The row goes.
+    Done,
+    /// Again after this long.
+    Again {
+        /// The delay.
+        delay: Duration,
+        /// Whether the try counts.
+        charged: bool,
+    },
+    /// Its own transaction has settled the job.
+    Nothing,
+}
+
+/// Starts the lanes; they end when no attempt can come in any more.
+pub(super) fn spawn(
+    tasks: &TaskTracker,
+    shared: &Arc<Shared>,
+    finished: mpsc::UnboundedReceiver<Attempted>,
+    assign: mpsc::UnboundedSender<Assignment>,
+) {
+    let finished = Arc::new(Mutex::new(finished));
+    for _ in 0..LANES {
+        tasks.spawn(lane(Arc::clone(shared), Arc::clone(&finished), assign.clone()));
+    }
+}
+
+async fn lane(
+    shared: Arc<Shared>,
+    finished: Arc<Mutex<mpsc::UnboundedReceiver<Attempted>>>,
+    assign: mpsc::UnboundedSender<Assignment>,
+) {
+    let mut batch = Vec::with_capacity(COMMIT_MAX);
+    loop {
+        let received = finished.lock().await.recv_many(&mut batch, COMMIT_MAX).await;
+        if received == 0 {
+            return;
+        }
+        let mut steps = Vec::new();
+        let mut permits = Vec::new();
+        let mut plain = Vec::new();
+        for attempted in batch.drain(..) {
+            match attempted {
+                Attempted::Step(finished, permit) => {
+                    steps.push(finished);
+                    permits.push(permit);
+                }
+                Attempted::Plain(job, outcome, permit) => plain.push((job, outcome, permit)),
+            }
+        }
+        if !plain.is_empty() {
+            settle(&shared, plain).await;
+        }
+        if !steps.is_empty() {
+            commit(&shared, steps, permits, &assign).await;
+        }
+    }
+}
+
+async fn commit(
+    shared: &Arc<Shared>,
+    finished: Vec<Finished>,
+    permits: Vec<OwnedSemaphorePermit>,
+    assign: &mpsc::UnboundedSender<Assignment>,
+) {
+    let began = Instant::now();
+    let stay = !shared.stopping.is_cancelled();
+    let soon = finished.iter().any(|f| matches!(f.outcome, Outcome::Failed { .. }));
+    let mut result = advance::commit(&shared.engine, finished, stay).await;
+    let mut failures = 0;
+    let committed = loop {
+        match result {
+            Ok(committed) => break committed,
+            Err((error, pending)) => {
+                failures += 1;
+                tracing::warn!(%error, failures, ?pending, "outcomes wait for the database");
+                let pending: Pending = pending;
+                if !pause(failures, &shared.lost).await {
+                    // The session is dead and so are the leases: others run
+                    // the steps again, with the same keys.
+                    return;
+                }
+                result = advance::commit_again(&shared.engine, pending).await;
+            }
+        }
+    };
+    metrics::histogram!("capx_commit_seconds").record(began.elapsed().as_secs_f64());
+    metrics::counter!("capx_steps_committed_total").increment(committed.len() as u64);
+    for (committed, permit) in committed.into_iter().zip(permits) {
+        after_commit(shared, committed, permit, assign);
+    }
+    if soon {
+        // A retry may be due before the next look.
+        shared.timer.notify_one();
+    }
+}
+
+async fn settle(shared: &Shared, plain: Vec<(ClaimedJob, PlainOutcome, OwnedSemaphorePermit)>) {
+    let items: Vec<Settle> = plain
+        .iter()
+        .filter_map(|(job, outcome, _)| {
+            let (again_after, charged) = match outcome {
+                PlainOutcome::Done => (None, true),
+                PlainOutcome::Again { delay, charged } => (Some(*delay), *charged),
+                PlainOutcome::Nothing => return None,
+            };
+            Some(Settle { lease: job.lease, again_after, charged })
+        })
+        .collect();
+    if items.is_empty() {
+        return;
+    }
+    let mut failures = 0;
+    loop {
+        match jobs::settle(&shared.engine.pool, &items).await {
+            Ok(settled) => {
+                use std::sync::atomic::Ordering::Relaxed;
+                shared.counters.committed.fetch_add(settled.len() as u64, Relaxed);
+                // What an earlier, unanswered try settled is not lost.
+                if failures == 0 {
+                    let lost = items.len().saturating_sub(settled.len());
+                    shared.counters.lost.fetch_add(lost as u64, Relaxed);
+                }
+                metrics::counter!("capx_jobs_settled_total").increment(settled.len() as u64);
+                return;
+            }
+            Err(error) => {
+                failures += 1;
+                tracing::warn!(%error, failures, jobs = items.len(), "jobs wait to be settled");
+                if !pause(failures, &shared.lost).await {
+                    return;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,315 @@
+//! The worker loop: a session with one beat for everything, batch claims, the
+//! attempts on apalis, batch commits, and an orderly end.
+//!
+//! What it survives: the database going away (it waits and goes on), the
+//! death of its session (it drops what it runs and opens another), its own
+//! death at any instruction (others take over when the lease is out). It
+//! never judges by its own clock, and never drops a database call half-way.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::Duration;
+
+use capx_core::domain::backoff::Backoff;
+use capx_core::engine::Engine;
+use capx_core::engine::advance::Committed;
+use capx_core::engine::claim::Claimed;
+use capx_core::store::sessions::{self, NewSession};
+use sqlx::PgPool;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::handlers::Hands;
+
+mod attempt;
+mod backend;
+mod beat;
+mod claimer;
+mod committer;
+mod timers;
+
+pub use committer::COMMIT_MAX;
+
+/// How a worker works.
+#[derive(Debug, Clone)]
+pub struct WorkerConfig {
+    /// Host and process, for people.
+    pub name: String,
+    /// Which queues it serves.
+    pub queues: Vec<String>,
+    /// How many attempts at once.
+    pub slots: usize,
+    /// How long its session lives without a beat; the beat is a sixth of it.
+    pub lease: Duration,
+    /// How long attempts may go on after a stop was asked for.
+    pub drain: Duration,
+    /// Longest pause between two looks at an idle queue.
+    pub poll: Duration,
+}
+
+impl Default for WorkerConfig {
+    fn default() -> Self {
+        Self {
+            name: default_name(),
+            queues: capx_core::store::jobs::queue::ALL.iter().map(|q| (*q).to_owned()).collect(),
+            slots: 64,
+            lease: Duration::from_secs(30),
+            drain: Duration::from_secs(120),
+            poll: Duration::from_secs(1),
+        }
+    }
+}
+
+fn default_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = if host.trim().is_empty() { "worker" } else { host.trim() };
+    format!("{host}-{}", std::process::id())
+}
+
+/// Counters that anybody may read while the worker runs.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Jobs claimed.
+    pub claimed: AtomicU64,
+    /// Outcomes written.
+    pub committed: AtomicU64,
+    /// Outcomes refused because the lease was gone.
+    pub lost: AtomicU64,
+    /// Sessions lost.
+    pub sessions_lost: AtomicU64,
+    /// Time spent in claims, in microseconds, and how many there were.
+    pub claim_us: AtomicU64,
+    /// How many claims there were.
+    pub claims: AtomicU64,
+}
+
+/// A worker of this process.
+#[derive(Debug, Clone)]
+pub struct Worker {
+    engine: Engine,
+    /// For the beat's own connection.
+    url: String,
+    /// For the listener; hints are optional.
+    listen: Option<PgPool>,
+    config: WorkerConfig,
+    hands: Arc<Hands>,
+    counters: Arc<Counters>,
+    observer: Option<Observer>,
+}
+
+/// Told of every attempt when its handler starts: the job and the moment.
+pub type Observer = mpsc::UnboundedSender<(i64, std::time::Instant)>;
+
+/// What the parts of a session share.
+pub(crate) struct Shared {
+    pub engine: Engine,
+    pub config: WorkerConfig,
+    pub hands: Arc<Hands>,
+    pub counters: Arc<Counters>,
+    pub observer: Option<Observer>,
+    pub session: i64,
+    /// One permit an attempt; it travels with the job until its outcome is
+    /// written.
+    pub slots: Arc<Semaphore>,
+    /// There may be something to claim.
+    pub nudge: Arc<Notify>,
+    /// A timer of our own is due.
+    pub timer: Arc<Notify>,
+    /// Claim no more, continue no more.
+    pub stopping: CancellationToken,
+    /// The session is dead or its owner gives up: attempts end now.
+    pub lost: CancellationToken,
+    /// Tells the beat that this worker drains.
+    pub draining: Arc<AtomicBool>,
+}
+
+/// A claimed job on its way through this worker.
+pub(crate) struct Assignment {
+    pub claimed: Claimed,
+    pub permit: OwnedSemaphorePermit,
+}
+
+/// How a session ended.
+enum Ended {
+    Stopped,
+    Lost,
+}
+
+impl Worker {
+    /// A worker over an engine; `url` is for the connection of its beat.
+    pub fn new(engine: Engine, url: &str, config: WorkerConfig, hands: Hands) -> Self {
+        Self {
+            engine,
+            url: url.to_owned(),
+            listen: None,
+            config,
+            hands: Arc::new(hands),
+            counters: Arc::new(Counters::default()),
+            observer: None,
+        }
+    }
+
+    /// The same, listening for hints on a pool.
+    #[must_use]
+    pub fn listening(mut self, pool: PgPool) -> Self {
+        self.listen = Some(pool);
+        self
+    }
+
+    /// The same, telling somebody of every attempt.
+    #[must_use]
+    pub fn observed_by(mut self, observer: Observer) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
+    /// What it has done so far.
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
+
+    /// Runs until `stop`, then drains: session after session, should one be
+    /// lost.
+    pub async fn run(&self, stop: CancellationToken) {
+        let nudge = Arc::new(Notify::new());
+        let listener = self.listen.clone().map(|pool| {
+            tokio::spawn(capx_core::engine::wake::listen(pool, Arc::clone(&nudge)))
+        });
+        while !stop.is_cancelled() {
+            let Some(session) = self.open_session(&stop).await else { break };
+            match self.run_session(session, Arc::clone(&nudge), &stop).await {
+                Ended::Stopped => break,
+                Ended::Lost => {
+                    self.counters.sessions_lost.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    tracing::warn!(session.id = session, "the session was lost; a new one begins");
+                }
+            }
+        }
+        if let Some(listener) = listener {
+            listener.abort();
+        }
+    }
+
+    /// Opens a session, waiting for the database as long as it takes.
+    async fn open_session(&self, stop: &CancellationToken) -> Option<i64> {
+        let new = NewSession {
+            worker: &self.config.name,
+            version: env!("CARGO_PKG_VERSION"),
+            queues: &self.config.queues,
+            slots: i32::try_from(self.config.slots).unwrap_or(i32::MAX),
+            lease: self.config.lease,
+        };
+        let mut failures = 0;
+        loop {
+            match sessions::open(&self.engine.pool, &new).await {
+                Ok(session) => return Some(session),
+                Err(error) => {
+                    failures += 1;
+                    tracing::warn!(%error, failures, "no session yet; is the database up and migrated?");
+                    if !pause(failures, stop).await {
+                        return None;
+                    }
+                }
+            }
+        }
+    }
+
+    async fn run_session(&self, session: i64, nudge: Arc<Notify>, stop: &CancellationToken) -> Ended {
+        let shared = Arc::new(Shared {
+            engine: self.engine.clone(),
+            config: self.config.clone(),
+            hands: Arc::clone(&self.hands),
+            counters: Arc::clone(&self.counters),
+            observer: self.observer.clone(),
+            session,
+            slots: Arc::new(Semaphore::new(self.config.slots)),
+            nudge,
+            timer: Arc::new(Notify::new()),
+            stopping: CancellationToken::new(),
+            lost: CancellationToken::new(),
+            draining: Arc::new(AtomicBool::new(false)),
+        });
+        let over = CancellationToken::new();
+        let beat = beat::spawn(&self.url, &shared, over.clone());
+        let (assign, assigned) = mpsc::unbounded_channel();
+        let (done, finished) = mpsc::unbounded_channel();
+        let tasks = TaskTracker::new();
+        committer::spawn(&tasks, &shared, finished, assign.clone());
+        timers::spawn(&tasks, &shared, over.clone());
+        let claimer = tasks.spawn(claimer::run(Arc::clone(&shared), assign));
+        let attempts = tasks.spawn(backend::serve(Arc::clone(&shared), assigned, done, over.clone()));
+        tasks.close();
+
+        let ended = tokio::select! {
+            () = stop.cancelled() => Ended::Stopped,
+            () = shared.lost.cancelled() => Ended::Lost,
+        };
+        self.wind_down(&shared, &ended).await;
+        let _ = claimer.await;
+        // Everything is back: apalis has nothing left to wait for.
+        over.cancel();
+        let _ = attempts.await;
+        tasks.wait().await;
+        if let Err(error) = sessions::end(&self.engine.pool, session).await {
+            tracing::debug!(%error, session.id = session, "the session ends by its lease");
+        }
+        let _ = tokio::task::spawn_blocking(move || beat.join()).await;
+        ended
+    }
+
+    /// Stop claiming, let attempts finish, take back what does not; every
+    /// permit that comes home is a job that is no longer ours.
+    async fn wind_down(&self, shared: &Shared, ended: &Ended) {
+        shared.stopping.cancel();
+        shared.draining.store(true, std::sync::atomic::Ordering::Relaxed);
+        let all = u32::try_from(self.config.slots).unwrap_or(u32::MAX);
+        let home = shared.slots.acquire_many(all);
+        tokio::pin!(home);
+        let grace = if matches!(ended, Ended::Stopped) { self.config.drain } else { Duration::ZERO };
+        if tokio::time::timeout(grace, &mut home).await.is_err() {
+            // Handlers end at their next await; their jobs are released.
+            shared.lost.cancel();
+            let _ = home.await;
+        }
+    }
+}
+
+/// Sleeps before another try at an unwilling database; false when stopped.
+pub(crate) async fn pause(failures: u32, stop: &CancellationToken) -> bool {
+    let backoff = Backoff {
+        initial: Duration::from_millis(100),
+        max: Duration::from_secs(2),
+        ..Backoff::default()
+    };
+    let delay = backoff.delay(failures, rand::random()) + Duration::from_millis(20);
+    tokio::select! {
+        () = stop.cancelled() => false,
+        () = tokio::time::sleep(delay) => true,
+    }
+}
+
+/// Sends what a commit says on: the next step to the attempts, or the permit
+/// home.
+pub(crate) fn after_commit(
+    shared: &Shared,
+    committed: Committed,
+    permit: OwnedSemaphorePermit,
+    assign: &mpsc::UnboundedSender<Assignment>,
+) {
+    use std::sync::atomic::Ordering::Relaxed;
+    match committed {
+        Committed::Continue(job, work) => {
+            shared.counters.committed.fetch_add(1, Relaxed);
+            let claimed = Claimed { job, work: capx_core::engine::claim::Work::Step(work) };
+            let _ = assign.send(Assignment { claimed, permit });
+        }
+        Committed::Settled => {
+            shared.counters.committed.fetch_add(1, Relaxed);
+        }
+        Committed::Lost => {
+            shared.counters.lost.fetch_add(1, Relaxed);
+            metrics::counter!("capx_leases_lost_total").increment(1);
+        }
+    }
+}

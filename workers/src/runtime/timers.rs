@@ -1,0 +1,96 @@
+//! What every worker does for all: looks at an idle queue, makes due timers
+//! ready, declares silent sessions dead and takes back what they held.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use capx_core::engine::sweep;
+use capx_core::store::{jobs, sessions};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::{Shared, pause};
+
+/// Sweeps of a lease.
+const SWEEPS_A_LEASE: u32 = 6;
+/// A job whose worker died waits this part of a lease before its first
+/// retake, doubling with each death.
+const RETAKE_PART: u32 = 60;
+
+/// Starts the look and the sweep.
+pub(super) fn spawn(tasks: &TaskTracker, shared: &Arc<Shared>, over: CancellationToken) {
+    tasks.spawn(look(Arc::clone(shared), over.clone()));
+    tasks.spawn(sweeps(Arc::clone(shared), over));
+}
+
+/// One cheap statement a poll interval, sooner when a timer is due sooner.
+async fn look(shared: Arc<Shared>, over: CancellationToken) {
+    let mut failures = 0;
+    loop {
+        let mut wait = jittered(shared.config.poll);
+        match step(&shared).await {
+            Ok(next_due) => {
+                failures = 0;
+                wait = wait.min(next_due.unwrap_or(wait));
+            }
+            Err(error) => {
+                failures += 1;
+                tracing::debug!(%error, failures, "a look failed");
+                if !pause(failures, &over).await {
+                    return;
+                }
+            }
+        }
+        tokio::select! {
+            () = over.cancelled() => return,
+            () = shared.timer.notified() => {}
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+}
+
+async fn step(shared: &Shared) -> Result<Option<Duration>, capx_core::store::StoreError> {
+    let outlook = jobs::look(&shared.engine.pool, &shared.config.queues).await?;
+    let mut ready = outlook.ready;
+    let mut next_due = outlook.next_due_s;
+    if next_due.is_some_and(|s| s <= 0.0) {
+        let promoted = jobs::promote(&shared.engine.pool).await?;
+        ready |= promoted > 0;
+        // More may be due than one statement takes.
+        next_due = (promoted == jobs::PROMOTE_MAX as u64).then_some(0.0);
+    }
+    if ready {
+        shared.nudge.notify_one();
+    }
+    Ok(next_due.map(|s| Duration::from_secs_f64(s.clamp(0.0, 3_600.0))))
+}
+
+async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
+    let lease = shared.config.lease;
+    let mut rounds: u64 = 0;
+    loop {
+        tokio::select! {
+            () = over.cancelled() => return,
+            () = tokio::time::sleep(jittered(lease / SWEEPS_A_LEASE)) => {}
+        }
+        match sweep::sweep(&shared.engine, lease / RETAKE_PART).await {
+            Ok(swept) if swept.reclaimed > 0 => {
+                metrics::counter!("capx_jobs_reclaimed_total").increment(swept.reclaimed as u64);
+                shared.timer.notify_one();
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "a sweep failed"),
+        }
+        rounds += 1;
+        if rounds.is_multiple_of(1_000)
+            && let Err(error) = sessions::prune(&shared.engine.pool).await
+        {
+            tracing::debug!(%error, "ended sessions were not pruned");
+        }
+    }
+}
+
+/// 75 to 125 % of an interval, so that workers do not march in step.
+fn jittered(interval: Duration) -> Duration {
+    interval.mul_f64(rand::random_range(0.75..1.25))
+}
