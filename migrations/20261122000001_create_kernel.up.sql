@@ -96,6 +96,7 @@ create table jobs (
     -- What the job is about: a run for a step, a company for its provisioning.
     ref_id uuid,
     step integer not null default 0,
+    -- Lower is taken earlier, within a company.
     priority smallint not null default 0,
     state text not null check (state in ('ready', 'scheduled', 'running')),
     due_at timestamptz not null default now(),
@@ -120,7 +121,7 @@ create table jobs (
 
 -- The claim: only runnable rows, by queue, then company, so that a fair claim
 -- is a loose index scan.
-create index jobs_ready on jobs (queue, company_id, priority desc, id) where state = 'ready';
+create index jobs_ready on jobs (queue, company_id, priority, id) where state = 'ready';
 -- The timers: rows whose time has not come cost nothing.
 create index jobs_scheduled on jobs (due_at, id) where state = 'scheduled';
 -- The sweep: what runs, by the session that holds it.

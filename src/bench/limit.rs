@@ -28,7 +28,7 @@ pub(super) async fn jobs(bench: &Bench, count: usize, connections: usize) -> any
                     "update jobs set state = 'running', lease_epoch = lease_epoch + 1, attempt = attempt + 1,
                             session_id = $1, deadline_at = now() + interval '1 hour'
                      where id = any (array(select id from jobs where state = 'ready' and queue = 'bench'
-                                           order by queue, company_id, priority desc, id
+                                           order by queue, company_id, priority, id
                                            limit $2 for update skip locked))
                      returning id",
                 )
@@ -81,7 +81,7 @@ async fn run_batch(connection: &mut PgConnection, session: i64, company: Uuid, d
         "update jobs set state = 'running', lease_epoch = lease_epoch + 1, attempt = 1, session_id = $1,
                 deadline_at = now() + interval '1 hour'
          where id = any (array(select id from jobs where state = 'ready' and queue = 'steps'
-                               order by queue, company_id, priority desc, id limit $2 for update skip locked))
+                               order by queue, company_id, priority, id limit $2 for update skip locked))
          returning id, ref_id",
     )
     .bind(session)

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -11,7 +11,7 @@ use super::{Engine, EngineError};
 use crate::domain::ids::{CompanyId, PlaybookId, RunId};
 use crate::domain::plan::{CRASHES_MAX, RunContext};
 use crate::failpoint;
-use crate::store::jobs::{self, ClaimedJob, kind};
+use crate::store::jobs::{self, ClaimedJob, Tenant, kind};
 use crate::store::tenants::AgentRow;
 use crate::store::{steps, tenants};
 
@@ -56,22 +56,101 @@ pub struct StepWork {
     pub chain_began: Instant,
 }
 
-/// Takes up to `room` jobs for a session; companies after the cursor first.
-pub async fn claim(engine: &Engine, session: i64, queues: &[String], after: Uuid, room: i64) -> Result<Vec<ClaimedJob>, EngineError> {
+/// How long a worker goes on from where its last claim ended, before it looks
+/// at everything again. An urgent job that arrives in a backlog waits as long.
+const FULL_LOOK: Duration = Duration::from_millis(100);
+
+/// Where a worker's claims have got to.
+///
+/// Every claimed row leaves a dead entry at the head of the ready index until
+/// it is vacuumed. A claim that began there each time would walk them all, so
+/// in a backlog it goes on from the last row it took, company by company; a
+/// full look every [`FULL_LOOK`] finds what has come before that.
+#[derive(Debug, Default)]
+pub struct ClaimCursor {
+    /// The last company served, so that each gets its turn.
+    after: Uuid,
+    /// Where each company's work goes on, while there is more of it.
+    tenants: Vec<Tenant>,
+    looked: Option<Instant>,
+}
+
+impl ClaimCursor {
+    /// Whether the last claim left work behind.
+    pub fn has_more(&self) -> bool {
+        !self.tenants.is_empty()
+    }
+
+    /// Whether the next claim looks at everything, from the first company.
+    pub fn is_full_look(&self) -> bool {
+        self.after.is_nil() && self.goes_on().is_none()
+    }
+
+    fn goes_on(&self) -> Option<&[Tenant]> {
+        let fresh = self.looked.is_some_and(|looked| looked.elapsed() < FULL_LOOK);
+        (fresh && self.has_more()).then_some(&self.tenants)
+    }
+
+    /// Remembers how far a claim got.
+    fn note(&mut self, jobs: &[ClaimedJob], room: usize, full: bool) {
+        if full {
+            self.looked = Some(Instant::now());
+        }
+        let filled = jobs.len() >= room;
+        // The next full look begins after the last company of this one; what
+        // came up short has seen them all.
+        self.after = match jobs.iter().map(|job| job.company.0).max() {
+            Some(last) if full && filled => last,
+            Some(_) if filled => self.after,
+            _ => Uuid::nil(),
+        };
+        self.tenants.clear();
+        if !filled {
+            return;
+        }
+        let mut last: HashMap<(&str, Uuid), (i16, i64)> = HashMap::new();
+        for job in jobs {
+            let at = (job.priority, job.lease.job);
+            let entry = last.entry((job.queue.as_str(), job.company.0)).or_insert(at);
+            *entry = at.max(*entry);
+        }
+        self.tenants.extend(last.into_iter().map(|((queue, company), (priority, job))| Tenant {
+            queue: queue.to_owned(),
+            company,
+            priority,
+            job,
+        }));
+    }
+}
+
+/// Takes up to `room` jobs for a session.
+pub async fn claim(engine: &Engine, session: i64, queues: &[String], cursor: &mut ClaimCursor, room: usize) -> Result<Vec<ClaimedJob>, EngineError> {
     if failpoint::reach("claim.before").await {
         return Ok(Vec::new());
     }
-    let jobs = jobs::claim(&engine.pool, session, queues, after, room).await?;
+    let limit = i64::try_from(room).unwrap_or(i64::MAX);
+    let (jobs, full) = match cursor.goes_on() {
+        Some(tenants) => (jobs::claim_on(&engine.pool, session, tenants, limit).await?, false),
+        None => (jobs::claim(&engine.pool, session, queues, cursor.after, limit).await?, true),
+    };
+    cursor.note(&jobs, room, full);
     if !jobs.is_empty() {
         failpoint::reach("claim.after_commit").await;
     }
     Ok(jobs)
 }
 
-/// Loads what claimed jobs need, set-based.
-pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claimed>, EngineError> {
+/// Loads what claimed jobs need, set-based; gives them back with the error
+/// when it cannot.
+pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claimed>, (EngineError, Vec<ClaimedJob>)> {
     let steps: Vec<&ClaimedJob> = claimed.iter().filter(|job| job.kind == kind::STEP).collect();
-    let mut works = if steps.is_empty() { HashMap::new() } else { load_steps(engine, &steps).await? };
+    let mut works = HashMap::new();
+    if !steps.is_empty() {
+        works = match load_steps(engine, &steps).await {
+            Ok(works) => works,
+            Err(error) => return Err((error, claimed)),
+        };
+    }
     Ok(claimed
         .into_iter()
         .map(|job| {

@@ -46,7 +46,7 @@ pub struct NewJob {
     pub ref_id: Option<Uuid>,
     /// Which step of that.
     pub step: i32,
-    /// Higher is taken earlier, within the company.
+    /// Lower is taken earlier, within the company.
     pub priority: i16,
     /// When it may be taken.
     pub delay: Duration,
@@ -169,6 +169,28 @@ pub const COMPANIES_A_CLAIM: i32 = 64;
 /// one knows best; then any worker takes it away.
 pub const DEADLINE_GRACE: Duration = Duration::from_secs(10);
 
+macro_rules! claimed_jobs {
+    ($rows:expr) => {{
+        let mut jobs: Vec<ClaimedJob> = $rows
+            .into_iter()
+            .map(|row| ClaimedJob {
+                lease: Lease { job: row.id, epoch: row.lease_epoch },
+                queue: row.queue,
+                kind: row.kind,
+                company: CompanyId(row.company_id),
+                ref_id: row.ref_id,
+                step: row.step,
+                priority: row.priority,
+                attempt: row.attempt,
+                crash_count: row.crash_count,
+                timeout: Duration::from_millis(row.timeout_ms.max(0) as u64),
+            })
+            .collect();
+        jobs.sort_unstable_by_key(|job| (job.priority, job.lease.job));
+        jobs
+    }};
+}
+
 /// Takes up to `room` jobs; companies after the cursor first.
 pub async fn claim(pool: &PgPool, session: i64, queues: &[String], after: Uuid, room: i64) -> Result<Vec<ClaimedJob>, StoreError> {
     let rows = sqlx::query_file!(
@@ -177,23 +199,37 @@ pub async fn claim(pool: &PgPool, session: i64, queues: &[String], after: Uuid, 
     )
     .fetch_all(pool)
     .await?;
-    let mut jobs: Vec<ClaimedJob> = rows
-        .into_iter()
-        .map(|row| ClaimedJob {
-            lease: Lease { job: row.id, epoch: row.lease_epoch },
-            queue: row.queue,
-            kind: row.kind,
-            company: CompanyId(row.company_id),
-            ref_id: row.ref_id,
-            step: row.step,
-            priority: row.priority,
-            attempt: row.attempt,
-            crash_count: row.crash_count,
-            timeout: Duration::from_millis(row.timeout_ms.max(0) as u64),
-        })
-        .collect();
-    jobs.sort_unstable_by_key(|job| (std::cmp::Reverse(job.priority), job.lease.job));
-    Ok(jobs)
+    Ok(claimed_jobs!(rows))
+}
+
+/// Where a company's ready work goes on.
+#[derive(Debug, Clone)]
+pub struct Tenant {
+    /// In which queue.
+    pub queue: String,
+    /// Whose.
+    pub company: Uuid,
+    /// After this priority
+    pub priority: i16,
+    /// and this job.
+    pub job: i64,
+}
+
+/// Takes up to `room` jobs of some companies, from where each goes on.
+pub async fn claim_on(pool: &PgPool, session: i64, tenants: &[Tenant], room: i64) -> Result<Vec<ClaimedJob>, StoreError> {
+    let rows = sqlx::query_file!(
+        "src/store/sql/claim_on.sql",
+        session,
+        &tenants.iter().map(|t| t.queue.clone()).collect::<Vec<_>>(),
+        &tenants.iter().map(|t| t.company).collect::<Vec<_>>(),
+        &tenants.iter().map(|t| t.priority).collect::<Vec<_>>(),
+        &tenants.iter().map(|t| t.job).collect::<Vec<_>>(),
+        room,
+        millis(DEADLINE_GRACE),
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(claimed_jobs!(rows))
 }
 
 /// What an idle worker sees when it looks.

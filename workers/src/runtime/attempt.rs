@@ -15,6 +15,7 @@ use capx_core::store::jobs::ClaimedJob;
 use futures_util::FutureExt;
 
 use super::committer::{Attempted, PlainOutcome};
+use super::load::Held;
 use super::{Assignment, Shared};
 
 /// An attempt that lives longer than this is shown as started; a shorter one
@@ -28,26 +29,47 @@ const SYSTEM_DELAY: Duration = Duration::from_secs(2);
 
 /// Runs an assignment to its outcome.
 pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempted {
-    let Assignment { claimed: Claimed { job, work }, permit } = assignment;
+    let Assignment { claimed: Claimed { job, work }, mut held } = assignment;
+    let Some(slot) = shared.load.slot().await else {
+        held.finish();
+        return give_back(job, work, held);
+    };
     if let Some(observer) = &shared.observer {
         let _ = observer.send((job.lease.job, Instant::now()));
     }
     let plain = match work {
         Work::Step(work) => {
             let began = Instant::now();
-            let outcome = step(shared, &job, &work, began).await;
+            // Boxed: what a tool or an adapter keeps is kilobytes, and apalis
+            // moves the attempt's future about several times.
+            let outcome = Box::pin(step(shared, &job, &work, began)).await;
+            drop(slot);
+            held.finish();
             let finished = Finished { job, work, outcome, took: began.elapsed() };
-            return Attempted::Step(finished, permit);
+            return Attempted::Step(finished, held);
         }
         Work::Noop | Work::Stale => PlainOutcome::Done,
         Work::Unknown => {
             tracing::warn!(job.id = job.lease.job, job.kind = job.kind, "a kind of a newer version is left to others");
             PlainOutcome::Again { delay: UNKNOWN_DELAY, charged: false }
         }
-        Work::GateTimeout => gate_timeout(shared, &job).await,
-        Work::Provision => provision(shared, &job).await,
+        Work::GateTimeout => Box::pin(gate_timeout(shared, &job)).await,
+        Work::Provision => Box::pin(provision(shared, &job)).await,
     };
-    Attempted::Plain(job, plain, permit)
+    drop(slot);
+    held.finish();
+    Attempted::Plain(job, plain, held)
+}
+
+/// No slot came free in time: somebody else may have one.
+fn give_back(job: ClaimedJob, work: Work, held: Held) -> Attempted {
+    match work {
+        Work::Step(work) => {
+            let outcome = Outcome::Released { delay: Duration::ZERO };
+            Attempted::Step(Finished { job, work, outcome, took: Duration::ZERO }, held)
+        }
+        _ => Attempted::Plain(job, PlainOutcome::Again { delay: Duration::ZERO, charged: false }, held),
+    }
 }
 
 async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: Instant) -> Outcome {

@@ -8,22 +8,23 @@ use std::time::{Duration, Instant};
 use capx_core::domain::outcome::Outcome;
 use capx_core::engine::advance::{self, Finished, Pending};
 use capx_core::store::jobs::{self, ClaimedJob, Settle};
-use tokio::sync::{Mutex, OwnedSemaphorePermit, mpsc};
+use tokio::sync::{Mutex, mpsc};
 use tokio_util::task::TaskTracker;
 
+use super::load::Held;
 use super::{Assignment, Shared, after_commit, pause};
 
 /// The most outcomes of one commit.
-pub const COMMIT_MAX: usize = 512;
+pub const COMMIT_MAX: usize = 1_024;
 /// Commits under way at once.
 const LANES: usize = 2;
 
 /// An attempt that is over.
 pub(super) enum Attempted {
     /// At a step.
-    Step(Finished, OwnedSemaphorePermit),
+    Step(Finished, Held),
     /// Of another kind: done, or to be tried again.
-    Plain(ClaimedJob, PlainOutcome, OwnedSemaphorePermit),
+    Plain(ClaimedJob, PlainOutcome, Held),
 }
 
 /// How a job that is not a step ended.
@@ -67,22 +68,22 @@ async fn lane(
             return;
         }
         let mut steps = Vec::new();
-        let mut permits = Vec::new();
+        let mut helds = Vec::new();
         let mut plain = Vec::new();
         for attempted in batch.drain(..) {
             match attempted {
-                Attempted::Step(finished, permit) => {
+                Attempted::Step(finished, held) => {
                     steps.push(finished);
-                    permits.push(permit);
+                    helds.push(held);
                 }
-                Attempted::Plain(job, outcome, permit) => plain.push((job, outcome, permit)),
+                Attempted::Plain(job, outcome, held) => plain.push((job, outcome, held)),
             }
         }
         if !plain.is_empty() {
             settle(&shared, plain).await;
         }
         if !steps.is_empty() {
-            commit(&shared, steps, permits, &assign).await;
+            commit(&shared, steps, helds, &assign).await;
         }
     }
 }
@@ -90,7 +91,7 @@ async fn lane(
 async fn commit(
     shared: &Arc<Shared>,
     finished: Vec<Finished>,
-    permits: Vec<OwnedSemaphorePermit>,
+    helds: Vec<Held>,
     assign: &mpsc::UnboundedSender<Assignment>,
 ) {
     let began = Instant::now();
@@ -116,8 +117,8 @@ async fn commit(
     };
     metrics::histogram!("capx_commit_seconds").record(began.elapsed().as_secs_f64());
     metrics::counter!("capx_steps_committed_total").increment(committed.len() as u64);
-    for (committed, permit) in committed.into_iter().zip(permits) {
-        after_commit(shared, committed, permit, assign);
+    for (committed, held) in committed.into_iter().zip(helds) {
+        after_commit(shared, committed, held, assign);
     }
     if soon {
         // A retry may be due before the next look.
@@ -125,7 +126,7 @@ async fn commit(
     }
 }
 
-async fn settle(shared: &Shared, plain: Vec<(ClaimedJob, PlainOutcome, OwnedSemaphorePermit)>) {
+async fn settle(shared: &Shared, plain: Vec<(ClaimedJob, PlainOutcome, Held)>) {
     let items: Vec<Settle> = plain
         .iter()
         .filter_map(|(job, outcome, _)| {

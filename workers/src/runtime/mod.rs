@@ -16,7 +16,7 @@ use capx_core::engine::advance::Committed;
 use capx_core::engine::claim::Claimed;
 use capx_core::store::sessions::{self, NewSession};
 use sqlx::PgPool;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -27,7 +27,10 @@ mod backend;
 mod beat;
 mod claimer;
 mod committer;
+mod load;
 mod timers;
+
+use load::{Held, Load};
 
 pub use committer::COMMIT_MAX;
 
@@ -109,9 +112,8 @@ pub(crate) struct Shared {
     pub counters: Arc<Counters>,
     pub observer: Option<Observer>,
     pub session: i64,
-    /// One permit an attempt; it travels with the job until its outcome is
-    /// written.
-    pub slots: Arc<Semaphore>,
+    /// What it has in hand.
+    pub load: Arc<Load>,
     /// There may be something to claim.
     pub nudge: Arc<Notify>,
     /// A timer of our own is due.
@@ -127,7 +129,7 @@ pub(crate) struct Shared {
 /// A claimed job on its way through this worker.
 pub(crate) struct Assignment {
     pub claimed: Claimed,
-    pub permit: OwnedSemaphorePermit,
+    pub held: Held,
 }
 
 /// How a session ended.
@@ -223,7 +225,7 @@ impl Worker {
             counters: Arc::clone(&self.counters),
             observer: self.observer.clone(),
             session,
-            slots: Arc::new(Semaphore::new(self.config.slots)),
+            load: Arc::new(Load::new(self.config.slots)),
             nudge,
             timer: Arc::new(Notify::new()),
             stopping: CancellationToken::new(),
@@ -245,8 +247,10 @@ impl Worker {
             () = stop.cancelled() => Ended::Stopped,
             () = shared.lost.cancelled() => Ended::Lost,
         };
-        self.wind_down(&shared, &ended).await;
+        shared.stopping.cancel();
+        // A claim under way may still bring jobs in hand.
         let _ = claimer.await;
+        self.wind_down(&shared, &ended).await;
         // Everything is back: apalis has nothing left to wait for.
         over.cancel();
         let _ = attempts.await;
@@ -258,19 +262,16 @@ impl Worker {
         ended
     }
 
-    /// Stop claiming, let attempts finish, take back what does not; every
-    /// permit that comes home is a job that is no longer ours.
+    /// Stop claiming, let attempts finish, take back what does not, until
+    /// nothing is in hand.
     async fn wind_down(&self, shared: &Shared, ended: &Ended) {
         shared.stopping.cancel();
         shared.draining.store(true, std::sync::atomic::Ordering::Relaxed);
-        let all = u32::try_from(self.config.slots).unwrap_or(u32::MAX);
-        let home = shared.slots.acquire_many(all);
-        tokio::pin!(home);
         let grace = if matches!(ended, Ended::Stopped) { self.config.drain } else { Duration::ZERO };
-        if tokio::time::timeout(grace, &mut home).await.is_err() {
+        if tokio::time::timeout(grace, shared.load.until_empty()).await.is_err() {
             // Handlers end at their next await; their jobs are released.
             shared.lost.cancel();
-            let _ = home.await;
+            shared.load.until_empty().await;
         }
     }
 }
@@ -289,12 +290,11 @@ pub(crate) async fn pause(failures: u32, stop: &CancellationToken) -> bool {
     }
 }
 
-/// Sends what a commit says on: the next step to the attempts, or the permit
-/// home.
+/// Sends on what a commit says: the next step to the attempts, or nothing.
 pub(crate) fn after_commit(
     shared: &Shared,
     committed: Committed,
-    permit: OwnedSemaphorePermit,
+    mut held: Held,
     assign: &mpsc::UnboundedSender<Assignment>,
 ) {
     use std::sync::atomic::Ordering::Relaxed;
@@ -302,7 +302,8 @@ pub(crate) fn after_commit(
         Committed::Continue(job, work) => {
             shared.counters.committed.fetch_add(1, Relaxed);
             let claimed = Claimed { job, work: capx_core::engine::claim::Work::Step(work) };
-            let _ = assign.send(Assignment { claimed, permit });
+            held.resume();
+            let _ = assign.send(Assignment { claimed, held });
         }
         Committed::Settled => {
             shared.counters.committed.fetch_add(1, Relaxed);

@@ -40,7 +40,7 @@ picked as materialized (
         select j.id
         from jobs j
         where j.state = 'ready' and j.queue = tenants.queue and j.company_id = tenants.company_id
-        order by j.priority desc, j.id
+        order by j.priority, j.id
         limit (select ceil($5::bigint::float8 / greatest(count(*), 1))::bigint from tenants)
         for update skip locked
     ) share

@@ -1,0 +1,188 @@
+//! How much this worker has in hand, and how much more it may take.
+//!
+//! A slot is held while a handler runs. Beyond its free slots a worker claims
+//! only as far ahead as it will get within [`AHEAD`], judged by what it has
+//! just been finishing: much for work of microseconds, nothing for work of
+//! minutes, so that no job waits here that another worker could run.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+/// How far ahead a worker claims, in time.
+const AHEAD: Duration = Duration::from_millis(15);
+/// The most jobs claimed ahead.
+const AHEAD_MAX: usize = 1_024;
+/// Outcomes that may wait for their commit before claims pause.
+const UNCOMMITTED_MAX: usize = 4_096;
+/// A claimed job that has got no slot by then is given back.
+pub(super) const UNSTARTED_MAX: Duration = Duration::from_millis(500);
+
+/// What a worker has in hand.
+#[derive(Debug)]
+pub(crate) struct Load {
+    slots: usize,
+    free: Arc<Semaphore>,
+    /// Claimed, and its handler has not ended.
+    unfinished: AtomicUsize,
+    /// Ended, and not yet written.
+    uncommitted: AtomicUsize,
+    /// Handlers ended so far.
+    finished: AtomicU64,
+    changed: Notify,
+}
+
+/// A job in hand; letting go of it tells the load.
+#[derive(Debug)]
+pub(crate) struct Held {
+    load: Arc<Load>,
+    finished: bool,
+}
+
+impl Load {
+    pub(super) fn new(slots: usize) -> Self {
+        Self {
+            slots,
+            free: Arc::new(Semaphore::new(slots)),
+            unfinished: AtomicUsize::new(0),
+            uncommitted: AtomicUsize::new(0),
+            finished: AtomicU64::new(0),
+            changed: Notify::new(),
+        }
+    }
+
+    /// Takes a job in hand.
+    pub(super) fn hold(self: &Arc<Self>) -> Held {
+        self.unfinished.fetch_add(1, Relaxed);
+        Held { load: Arc::clone(self), finished: false }
+    }
+
+    /// How many jobs may be claimed now.
+    pub(super) fn room(&self, ahead: usize) -> usize {
+        if self.uncommitted.load(Relaxed) >= UNCOMMITTED_MAX {
+            return 0;
+        }
+        (self.slots + ahead).saturating_sub(self.unfinished.load(Relaxed))
+    }
+
+    /// Waits until something is let go of.
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Waits until nothing is in hand.
+    pub(super) async fn until_empty(&self) {
+        while self.unfinished.load(Relaxed) + self.uncommitted.load(Relaxed) > 0 {
+            // Bounded, since the claimer may have taken the one notice.
+            let _ = tokio::time::timeout(Duration::from_millis(20), self.changed.notified()).await;
+        }
+    }
+
+    /// A slot for a handler; `None` when none came free in time.
+    pub(super) async fn slot(&self) -> Option<OwnedSemaphorePermit> {
+        if let Ok(slot) = Arc::clone(&self.free).try_acquire_owned() {
+            return Some(slot);
+        }
+        tokio::time::timeout(UNSTARTED_MAX, Arc::clone(&self.free).acquire_owned()).await.ok()?.ok()
+    }
+}
+
+impl Held {
+    /// Its handler has ended.
+    pub(super) fn finish(&mut self) {
+        if !self.finished {
+            self.finished = true;
+            self.load.uncommitted.fetch_add(1, Relaxed);
+            self.load.unfinished.fetch_sub(1, Relaxed);
+            self.load.finished.fetch_add(1, Relaxed);
+            self.load.changed.notify_one();
+        }
+    }
+
+    /// It goes on with another handler.
+    pub(super) fn resume(&mut self) {
+        if self.finished {
+            self.finished = false;
+            self.load.unfinished.fetch_add(1, Relaxed);
+            self.load.uncommitted.fetch_sub(1, Relaxed);
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let counter = if self.finished { &self.load.uncommitted } else { &self.load.unfinished };
+        counter.fetch_sub(1, Relaxed);
+        self.load.changed.notify_one();
+    }
+}
+
+/// How far ahead to claim, from the rate of finished handlers.
+#[derive(Debug)]
+pub(super) struct Ahead {
+    at: Instant,
+    finished: u64,
+    per_second: f64,
+}
+
+impl Ahead {
+    pub(super) fn new() -> Self {
+        Self { at: Instant::now(), finished: 0, per_second: 0.0 }
+    }
+
+    /// How many jobs beyond the free slots, by now.
+    pub(super) fn jobs(&mut self, load: &Load) -> usize {
+        let elapsed = self.at.elapsed();
+        if elapsed >= Duration::from_millis(5) {
+            let finished = load.finished.load(Relaxed);
+            let rate = (finished - self.finished) as f64 / elapsed.as_secs_f64();
+            self.per_second = 0.5 * self.per_second + 0.5 * rate;
+            (self.at, self.finished) = (Instant::now(), finished);
+        }
+        ((self.per_second * AHEAD.as_secs_f64()) as usize).min(AHEAD_MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_held_is_counted_through_its_phases() {
+        let load = Arc::new(Load::new(2));
+        let (mut a, b) = (load.hold(), load.hold());
+        assert_eq!((load.room(0), load.room(3)), (0, 3));
+        a.finish();
+        a.finish();
+        assert_eq!((load.room(0), load.uncommitted.load(Relaxed)), (1, 1));
+        a.resume();
+        assert_eq!(load.room(0), 0);
+        drop((a, b));
+        load.until_empty().await;
+        assert_eq!(load.room(0), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_job_without_a_slot_is_given_back_in_time() {
+        let load = Arc::new(Load::new(1));
+        let taken = load.slot().await;
+        assert!(taken.is_some());
+        assert!(load.slot().await.is_none());
+        drop(taken);
+        assert!(load.slot().await.is_some());
+    }
+
+    #[test]
+    fn slow_work_is_not_claimed_ahead() {
+        let load = Arc::new(Load::new(4));
+        let mut ahead = Ahead::new();
+        ahead.at = Instant::now() - Duration::from_secs(1);
+        load.finished.store(10, Relaxed);
+        assert_eq!(ahead.jobs(&load), 0);
+        ahead.at = Instant::now() - Duration::from_millis(10);
+        load.finished.store(1_010, Relaxed);
+        assert!(ahead.jobs(&load) > 500);
+    }
+}
