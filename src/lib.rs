@@ -3,5 +3,6 @@
 pub mod api;
 pub mod bench;
 pub mod dev;
+pub mod keys;
 pub mod serve;
 pub mod telemetry;

@@ -1,7 +1,11 @@
 //! The program `capx`.
 
+use std::process::ExitCode;
+
+use capx::api::{self, server};
+use capx::keys::KeysCommand;
 use capx::serve::{self, DatabaseArgs, WorkerArgs};
-use capx::{bench, telemetry};
+use capx::{bench, dev, keys, telemetry};
 use capx_core::store::{self, PoolKind};
 use clap::{Parser, Subcommand};
 
@@ -17,6 +21,17 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Start everything on this machine: a private PostgreSQL, the API, a
+    /// worker and a demo company.
+    Dev(dev::DevArgs),
+    /// Serve the REST API: one of any number of API processes.
+    Api {
+        #[command(flatten)]
+        database: DatabaseArgs,
+        /// Where to listen.
+        #[arg(long, env = "CAPX_BIND", default_value = serve::BIND)]
+        bind: String,
+    },
     /// Run jobs: one of any number of worker processes.
     Worker {
         #[command(flatten)]
@@ -29,24 +44,63 @@ enum Command {
         #[command(flatten)]
         database: DatabaseArgs,
     },
+    /// Make, list and revoke API keys, straight on the database.
+    Keys {
+        #[command(flatten)]
+        database: DatabaseArgs,
+        #[command(subcommand)]
+        command: KeysCommand,
+    },
     /// Measure this machine: jobs, steps, enqueues, latencies, idle cost.
     Bench(bench::BenchArgs),
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     let cli = Cli::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(run(cli))
+    let ended = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(anyhow::Error::from)
+        .and_then(|runtime| runtime.block_on(run(cli)));
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the last word of a command that failed")]
+fn complain(error: &anyhow::Error) {
+    eprintln!("capx: {error:#}");
 }
 
 async fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
+        Command::Dev(args) => {
+            telemetry::start("warn");
+            dev::run(args).await
+        }
+        Command::Api { database, bind } => {
+            telemetry::start("info");
+            let url = database.url()?;
+            let stop = serve::stop_signal()?;
+            serve::check_database(&store::pool(&url, PoolKind::Requests, 1)?).await?;
+            let listener = serve::listen(&bind).await?;
+            tracing::info!(address = %listener.local_addr()?, "the API listens");
+            let state = serve::api_state(&url, serve::metrics()?, stop.clone())?;
+            server::serve(listener, api::router(state), stop).await;
+            Ok(())
+        }
         Command::Worker { database, worker } => {
             telemetry::start("info");
             let url = database.url()?;
             let stop = serve::stop_signal()?;
             serve::check_database(&store::pool(&url, PoolKind::Requests, 1)?).await?;
-            serve::worker(&url, &worker, false)?.run(stop).await;
+            let worker = serve::worker(&url, &worker, false)?;
+            tracing::info!("the worker runs");
+            worker.run(stop).await;
             Ok(())
         }
         Command::Migrate { database } => {
@@ -55,6 +109,11 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             store::migrate(&pool).await?;
             tracing::info!("the database is up to date");
             Ok(())
+        }
+        Command::Keys { database, command } => {
+            telemetry::start("warn");
+            let pool = store::pool(&database.url()?, PoolKind::Requests, 1)?;
+            keys::run(&pool, command).await
         }
         Command::Bench(args) => {
             telemetry::start("warn");

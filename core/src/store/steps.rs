@@ -143,10 +143,8 @@ impl StepCommit {
 /// Commits many attempts in one statement; says of each whether its lease
 /// held. An attempt whose lease is gone has written nothing.
 pub async fn commit(executor: impl Executor<'_, Database = Postgres>, commits: &[StepCommit]) -> Result<Vec<bool>, StoreError> {
-    let mut events = EventColumns::default();
-    for (at, commit) in commits.iter().enumerate() {
-        events.push(at, &commit.events);
-    }
+    let events: [EventColumns; EVENTS_MAX] = event_columns(commits.iter().map(|c| c.events.as_slice()));
+    let [first, second, third] = &events;
     let each = |f: &dyn Fn(&StepCommit) -> Option<String>| commits.iter().map(f).collect::<Vec<_>>();
     let job = |f: fn(&NextJob) -> i64| commits.iter().map(|c| c.job.as_ref().map(f)).collect::<Vec<_>>();
     let step = |f: fn(&StepChange) -> Option<String>| commits.iter().map(|c| c.checkpoint.as_ref().and_then(f)).collect::<Vec<_>>();
@@ -183,11 +181,15 @@ pub async fn commit(executor: impl Executor<'_, Database = Postgres>, commits: &
         &step(|s| s.error.clone()) as &[Option<String>],
         &commits.iter().map(|c| c.checkpoint.as_ref().map_or(0, |s| millis(s.took))).collect::<Vec<_>>(),
         &commits.iter().map(|c| i32::try_from(c.events.len()).unwrap_or(i32::MAX)).collect::<Vec<_>>(),
-        &events.places,
-        &events.numbers,
-        &events.ids,
-        &events.names,
-        &events.data,
+        &first.ids as &[Option<Uuid>],
+        &first.names as &[Option<String>],
+        &first.data as &[Option<String>],
+        &second.ids as &[Option<Uuid>],
+        &second.names as &[Option<String>],
+        &second.data as &[Option<String>],
+        &third.ids as &[Option<Uuid>],
+        &third.names as &[Option<String>],
+        &third.data as &[Option<String>],
         millis(DEADLINE_GRACE),
     )
     .fetch_all(executor)
@@ -201,27 +203,30 @@ pub async fn commit(executor: impl Executor<'_, Database = Postgres>, commits: &
     Ok(held)
 }
 
-/// Events as columns, each with the place (from 1) of what it belongs to and
-/// its number (from 1) there.
+/// The most events of one commit or start.
+pub const EVENTS_MAX: usize = 3;
+
+/// The first, second or third event of each row, as columns.
 #[derive(Debug, Default)]
 pub(crate) struct EventColumns {
-    pub places: Vec<i64>,
-    pub numbers: Vec<i32>,
-    pub ids: Vec<Uuid>,
-    pub names: Vec<String>,
-    pub data: Vec<String>,
+    pub ids: Vec<Option<Uuid>>,
+    pub names: Vec<Option<String>>,
+    pub data: Vec<Option<String>>,
 }
 
-impl EventColumns {
-    pub(crate) fn push(&mut self, at: usize, events: &[Event]) {
-        for (number, event) in (1..).zip(events) {
-            self.places.push(at as i64 + 1);
-            self.numbers.push(number);
-            self.ids.push(event.id.0);
-            self.names.push(event.name.to_owned());
-            self.data.push(event.data.to_string());
+/// Events as columns; a row has at most [`EVENTS_MAX`].
+pub(crate) fn event_columns<'a>(rows: impl Iterator<Item = &'a [Event]>) -> [EventColumns; EVENTS_MAX] {
+    let mut columns: [EventColumns; EVENTS_MAX] = Default::default();
+    for row in rows {
+        debug_assert!(row.len() <= EVENTS_MAX, "a commit with {} events", row.len());
+        for (at, column) in columns.iter_mut().enumerate() {
+            let event = row.get(at);
+            column.ids.push(event.map(|e| e.id.0));
+            column.names.push(event.map(|e| e.name.to_owned()));
+            column.data.push(event.map(|e| e.data.to_string()));
         }
     }
+    columns
 }
 
 /// Writes that an attempt has begun, if its lease still holds.

@@ -369,3 +369,50 @@ pub async fn agent_initialized(executor: impl Executor<'_, Database = Postgres>,
     .await?;
     Ok(done.rows_affected() == 1)
 }
+
+/// A key in a list, masked.
+#[derive(Debug, Clone)]
+pub struct ListedKey {
+    /// The key.
+    pub key: KeyId,
+    /// For people.
+    pub name: String,
+    /// The account's name.
+    pub account: String,
+    /// Its masked form.
+    pub hint: String,
+    /// What it may do.
+    pub scopes: Vec<String>,
+    /// Whether it was revoked.
+    pub revoked: bool,
+}
+
+/// The keys, newest first, at most a thousand.
+pub async fn list_keys(pool: &PgPool) -> Result<Vec<ListedKey>, StoreError> {
+    let rows = sqlx::query!(
+        r#"select k.id, k.name, a.name as account, k.hint, k.scopes, k.revoked_at is not null as "revoked!"
+           from api_keys k join accounts a on a.id = k.account_id
+           order by k.id desc limit 1000"#,
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| ListedKey {
+            key: KeyId(row.id),
+            name: row.name,
+            account: row.account,
+            hint: row.hint,
+            scopes: row.scopes,
+            revoked: row.revoked,
+        })
+        .collect())
+}
+
+/// Revokes a key; false when there is no such active one.
+pub async fn revoke_key(pool: &PgPool, key: KeyId) -> Result<bool, StoreError> {
+    let done = sqlx::query!("update api_keys set revoked_at = now() where id = $1 and revoked_at is null", key.0)
+        .execute(pool)
+        .await?;
+    Ok(done.rows_affected() == 1)
+}

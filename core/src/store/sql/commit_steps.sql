@@ -2,6 +2,11 @@
 -- checkpoint and events, set-based. An attempt whose lease is gone matches
 -- nothing here and so writes nothing anywhere. Locks go job first, then run,
 -- as everywhere.
+--
+-- Each part hands on the whole row that it works on, so that nothing is joined
+-- twice: without statistics of a batch the planner would loop over it for
+-- every row of it. For the same reason events lie in three places of the row
+-- and not in a table of their own.
 with d as materialized (
     select *
     from unnest(
@@ -9,13 +14,20 @@ with d as materialized (
         $6::text[], $7::text[], $8::integer[], $9::bigint[], $10::bigint[], $11::integer[], $12::boolean[],
         $13::text[], $14::text[], $15::text[], $16::text[], $17::bigint[],
         $18::text[], $19::uuid[], $20::integer[], $21::text[], $22::text[], $23::bigint[],
-        $24::integer[]
+        $24::integer[],
+        $25::uuid[], $26::text[], $27::text[],
+        $28::uuid[], $29::text[], $30::text[],
+        $31::uuid[], $32::text[], $33::text[]
     ) with ordinality as d (
         job_id, epoch, company_id, run_id, step,
         job_state, job_kind, next_step, delay_ms, timeout_ms, next_attempt, checkpointed,
         run_status, waiting_on, run_output, run_error, cost_nanos,
         step_status, agent_id, attempt, output, error, duration_ms,
-        event_count, place
+        event_count,
+        event_1_id, event_1, data_1,
+        event_2_id, event_2, data_2,
+        event_3_id, event_3, data_3,
+        place
     )
 ),
 moved as (
@@ -31,22 +43,17 @@ moved as (
         session_id = case when d.job_state = 'running' then j.session_id end,
         deadline_at = case
             when d.job_state = 'running'
-                then clock_timestamp() + (d.timeout_ms + $30) * interval '1 millisecond'
+                then clock_timestamp() + (d.timeout_ms + $34) * interval '1 millisecond'
         end
     from d
     where j.id = d.job_id and j.lease_epoch = d.epoch and d.job_state is not null
-    returning d.place
+    returning d.*
 ),
 gone as (
     delete from jobs j
     using d
     where j.id = d.job_id and j.lease_epoch = d.epoch and d.job_state is null
-    returning d.place
-),
-held as materialized (
-    select place from moved
-    union all
-    select place from gone
+    returning d.*
 ),
 run as (
     update runs r
@@ -57,23 +64,21 @@ run as (
         output = coalesce(d.run_output::jsonb, r.output),
         error = coalesce(d.run_error::jsonb, r.error),
         ended_at = case when d.run_status in ('completed', 'failed') then clock_timestamp() end
-    from held
-    join d on d.place = held.place
+    from (select * from moved union all select * from gone) d
     where r.company_id = d.company_id and r.id = d.run_id and r.status = 'running'
-    returning d.place, r.event_seq - d.event_count as seq_before
+    returning d.*, r.event_seq - d.event_count as seq
 ),
 checkpoint as (
     insert into run_steps as s (
         company_id, run_id, step, status, agent_id, attempt, job_id, lease_epoch,
         cost_nanos, output, error, started_at, ended_at
     )
-    select d.company_id, d.run_id, d.step, d.step_status, d.agent_id, d.attempt, d.job_id, d.epoch,
-        d.cost_nanos, d.output::jsonb, d.error::jsonb,
-        clock_timestamp() - d.duration_ms * interval '1 millisecond',
-        case when d.step_status in ('completed', 'failed') then clock_timestamp() end
+    select company_id, run_id, step, step_status, agent_id, attempt, job_id, epoch,
+        cost_nanos, output::jsonb, error::jsonb,
+        clock_timestamp() - duration_ms * interval '1 millisecond',
+        case when step_status in ('completed', 'failed') then clock_timestamp() end
     from run
-    join d on d.place = run.place
-    where d.step_status is not null
+    where step_status is not null
     on conflict (company_id, run_id, step) do update
     set status = excluded.status,
         agent_id = excluded.agent_id,
@@ -88,10 +93,10 @@ checkpoint as (
 ),
 event as (
     insert into events (company_id, id, run_id, seq, event, data)
-    select d.company_id, e.id, d.run_id, run.seq_before + e.number, e.name, e.data::jsonb
-    from unnest($25::bigint[], $26::integer[], $27::uuid[], $28::text[], $29::text[])
-        as e (place, number, id, name, data)
-    join run on run.place = e.place
-    join d on d.place = e.place
+    select company_id, event_1_id, run_id, seq + 1, event_1, data_1::jsonb from run where event_1_id is not null
+    union all
+    select company_id, event_2_id, run_id, seq + 2, event_2, data_2::jsonb from run where event_2_id is not null
+    union all
+    select company_id, event_3_id, run_id, seq + 3, event_3, data_3::jsonb from run where event_3_id is not null
 )
 select place as "place!" from run
