@@ -63,7 +63,14 @@ pub struct Made {
 }
 
 /// Makes a key of an account.
-pub async fn make(pool: &PgPool, account: AccountId, company: Option<CompanyId>, name: &str, live: bool, scopes: &[String]) -> anyhow::Result<Made> {
+pub async fn make(
+    pool: &PgPool,
+    account: AccountId,
+    company: Option<CompanyId>,
+    name: &str,
+    live: bool,
+    scopes: &[String],
+) -> anyhow::Result<Made> {
     // From the operating system's generator, which is what it takes for 220
     // bits that nobody can guess.
     let mut rng = rand::rng();
@@ -84,7 +91,9 @@ pub async fn run(pool: &PgPool, command: KeysCommand) -> anyhow::Result<()> {
             }
             let account = tenants::account(pool, &account, &tier).await?;
             if let Some(company) = company {
-                tenants::company(pool, account, None, company).await?.with_context(|| format!("the account has no company {company}"))?;
+                tenants::company(pool, account, None, company)
+                    .await?
+                    .with_context(|| format!("the account has no company {company}"))?;
             }
             let made = make(pool, account, company, &name, !test, &scopes).await?;
             if json {
@@ -110,7 +119,14 @@ pub async fn run(pool: &PgPool, command: KeysCommand) -> anyhow::Result<()> {
             table.set_header(["ID", "NAME", "ACCOUNT", "KEY", "SCOPES", ""]);
             for key in keys {
                 let state = if key.revoked { "revoked" } else { "" };
-                table.add_row([key.key.to_string(), key.name, key.account, key.hint, key.scopes.join(","), state.to_owned()]);
+                table.add_row([
+                    key.key.to_string(),
+                    key.name,
+                    key.account,
+                    key.hint,
+                    key.scopes.join(","),
+                    state.to_owned(),
+                ]);
             }
             println!("{table}");
             Ok(())

@@ -90,7 +90,8 @@ impl WorkerArgs {
 
     /// What attempts can reach, from the environment.
     pub fn hands(&self, dev: bool) -> anyhow::Result<Hands> {
-        let mut rules = Rules::parse(&std::env::var("CAPX_EGRESS_ALLOW").unwrap_or_default()).map_err(anyhow::Error::msg)?;
+        let mut rules =
+            Rules::parse(&std::env::var("CAPX_EGRESS_ALLOW").unwrap_or_default()).map_err(anyhow::Error::msg)?;
         if dev {
             rules = rules.with_loopback();
         }
@@ -108,7 +109,10 @@ impl WorkerArgs {
 /// Refuses a database that would lose what it has acknowledged, or whose
 /// tables are older than this program.
 pub async fn check_database(pool: &PgPool) -> anyhow::Result<()> {
-    match store::schema_state(pool).await.context("cannot reach the database; is it up, and is CAPX_DATABASE_URL right?")? {
+    match store::schema_state(pool)
+        .await
+        .context("cannot reach the database; is it up, and is CAPX_DATABASE_URL right?")?
+    {
         SchemaState::Current => {}
         SchemaState::Behind => bail!("the database's tables are older than this program; run `capx migrate` once"),
     }
@@ -142,7 +146,9 @@ const API_CONNECTIONS: u32 = 16;
 pub async fn listen(bind: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(bind).await.map_err(|error| match error.kind() {
         std::io::ErrorKind::AddrInUse => {
-            anyhow::anyhow!("{bind} is taken by another program; choose another address, e.g. --bind 127.0.0.1:0 for any free port")
+            anyhow::anyhow!(
+                "{bind} is taken by another program; choose another address, e.g. --bind 127.0.0.1:0 for any free port"
+            )
         }
         _ => anyhow::anyhow!("cannot listen on {bind}: {error}; write an address and a port such as {BIND}"),
     })

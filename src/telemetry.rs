@@ -17,10 +17,8 @@ pub fn start(default: &str) {
         Ok("pretty") => true,
         _ => std::io::stderr().is_terminal(),
     };
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_span_events(FmtSpan::NONE);
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_span_events(FmtSpan::NONE);
     if pretty {
         builder.with_target(false).compact().init();
     } else {

@@ -19,7 +19,8 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
-        let declared = request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<usize>().ok());
+        let declared =
+            request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<usize>().ok());
         if declared.is_some_and(|length| length > BODY_BYTES_MAX) {
             return Err(ApiError::TooLarge);
         }
@@ -72,7 +73,8 @@ fn explain(path: &str, said: &str) -> ApiError {
     };
     if said.starts_with("unknown field") {
         let name = quoted();
-        let known: Vec<&str> = said.split("expected").nth(1).unwrap_or_default().split('`').skip(1).step_by(2).collect();
+        let known: Vec<&str> =
+            said.split("expected").nth(1).unwrap_or_default().split('`').skip(1).step_by(2).collect();
         let hint = did_you_mean(&name, known.iter().copied()).unwrap_or_else(|| match known.as_slice() {
             [] => "it takes none".into(),
             known => format!("it takes {}", known.join(", ")),

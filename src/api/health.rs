@@ -28,7 +28,9 @@ pub(super) async fn readyz(State(state): Shared) -> Response {
     };
     match why {
         None => Json(json!({"status": "ready"})).into_response(),
-        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "not ready", "reason": why}))).into_response(),
+        Some(why) => {
+            (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"status": "not ready", "reason": why}))).into_response()
+        }
     }
 }
 

@@ -45,7 +45,13 @@ pub fn time(at: DateTime<Utc>) -> String {
 
 impl<S> Caller<S> {
     /// An answer that costs credits.
-    pub async fn reply(&self, state: &ApiState, status: StatusCode, credits: i64, data: Value) -> Result<Response, ApiError> {
+    pub async fn reply(
+        &self,
+        state: &ApiState,
+        status: StatusCode,
+        credits: i64,
+        data: Value,
+    ) -> Result<Response, ApiError> {
         self.answer(state, status, credits, data, Map::new()).await
     }
 
@@ -57,7 +63,14 @@ impl<S> Caller<S> {
         self.answer(state, StatusCode::OK, 1, Value::Array(page.data), meta).await
     }
 
-    async fn answer(&self, state: &ApiState, status: StatusCode, credits: i64, data: Value, mut meta: Map<String, Value>) -> Result<Response, ApiError> {
+    async fn answer(
+        &self,
+        state: &ApiState,
+        status: StatusCode,
+        credits: i64,
+        data: Value,
+        mut meta: Map<String, Value>,
+    ) -> Result<Response, ApiError> {
         let credits = if self.live { credits } else { 0 };
         let left = tenants::charge_credits(&state.engine.pool, self.account, credits).await?;
         meta.insert("credits_used".into(), credits.into());

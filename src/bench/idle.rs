@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use capx_core::store::jobs::queue;
 
+use super::Bench;
 use super::jobs::memory_of;
 use super::report::{Report, Target};
-use super::Bench;
 
 pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     bench.reset().await?;

@@ -54,9 +54,10 @@ pub(super) async fn jobs(bench: &Bench, count: usize, connections: usize) -> any
 pub(super) async fn steps(bench: &Bench, runs: usize, connections: usize) -> anyhow::Result<f64> {
     bench.reset().await?;
     let playbook = bench.three_steps().await?;
-    let started = capx_core::engine::start::start_many(&bench.engine, bench.company, playbook, runs, super::no_params())
-        .await
-        .map_err(|e| anyhow::anyhow!("{e:?}"))?;
+    let started =
+        capx_core::engine::start::start_many(&bench.engine, bench.company, playbook, runs, super::no_params())
+            .await
+            .map_err(|e| anyhow::anyhow!("{e:?}"))?;
     sqlx::raw_sql("vacuum analyze jobs").execute(&bench.pool).await?;
     let began = Instant::now();
     let done = Arc::new(AtomicUsize::new(0));
@@ -76,7 +77,12 @@ pub(super) async fn steps(bench: &Bench, runs: usize, connections: usize) -> any
     Ok(done.load(Relaxed) as f64 / began.elapsed().as_secs_f64())
 }
 
-async fn run_batch(connection: &mut PgConnection, session: i64, company: Uuid, done: &AtomicUsize) -> anyhow::Result<bool> {
+async fn run_batch(
+    connection: &mut PgConnection,
+    session: i64,
+    company: Uuid,
+    done: &AtomicUsize,
+) -> anyhow::Result<bool> {
     let claimed: Vec<(i64, Uuid)> = sqlx::query_as(
         "update jobs set state = 'running', lease_epoch = lease_epoch + 1, attempt = 1, session_id = $1,
                 deadline_at = now() + interval '1 hour'
@@ -99,7 +105,11 @@ async fn run_batch(connection: &mut PgConnection, session: i64, company: Uuid, d
         } else {
             "update jobs set step = $3 + 1, lease_epoch = lease_epoch + 1 where id = any ($1)"
         };
-        let run = if last { "event_seq = event_seq + 2, status = 'completed', ended_at = now()" } else { "event_seq = event_seq + 1" };
+        let run = if last {
+            "event_seq = event_seq + 2, status = 'completed', ended_at = now()"
+        } else {
+            "event_seq = event_seq + 1"
+        };
         let closing = if last {
             "union all select $4, u.other, u.run, $3 + 3, 'playbook.completed', '{\"step_count\": 3}'::jsonb from unnest($2::uuid[], $6::uuid[]) as u (run, other)"
         } else {

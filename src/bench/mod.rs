@@ -178,11 +178,8 @@ impl Bench {
         let pool = store::pool(&self.url, PoolKind::Queue, 6)?;
         let egress = Egress::new(Rules::default()).map_err(anyhow::Error::msg)?;
         let hands = Hands::new(egress, std::env::temp_dir(), Providers::default());
-        let config = WorkerConfig {
-            queues: queues.iter().map(|q| (*q).to_owned()).collect(),
-            slots,
-            ..WorkerConfig::default()
-        };
+        let config =
+            WorkerConfig { queues: queues.iter().map(|q| (*q).to_owned()).collect(), slots, ..WorkerConfig::default() };
         let engine = Engine::new(pool.clone());
         Ok(Worker::new(engine, &self.url, config, hands).listening(pool))
     }
@@ -215,7 +212,12 @@ impl Bench {
     }
 
     /// Waits for a condition.
-    pub(crate) async fn until<F>(&self, patience: Duration, what: &str, mut done: impl FnMut() -> F) -> anyhow::Result<()>
+    pub(crate) async fn until<F>(
+        &self,
+        patience: Duration,
+        what: &str,
+        mut done: impl FnMut() -> F,
+    ) -> anyhow::Result<()>
     where
         F: Future<Output = anyhow::Result<bool>>,
     {
@@ -244,7 +246,8 @@ impl Bench {
         let mut tx = self.pool.begin().await?;
         for start in (0..count).step_by(10_000) {
             let batch = 10_000.min(count - start);
-            enqueue_bulk(&mut *tx, queue::BENCH, kind::NOOP, delay, &vec![self.company.0; batch], &vec![None; batch]).await?;
+            enqueue_bulk(&mut *tx, queue::BENCH, kind::NOOP, delay, &vec![self.company.0; batch], &vec![None; batch])
+                .await?;
         }
         tx.commit().await?;
         Ok(())
@@ -254,7 +257,8 @@ impl Bench {
     pub(crate) async fn three_steps(&self) -> anyhow::Result<PlaybookId> {
         let yaml = "name: three\nsteps:\n  - {id: a, action: transform, params: {n: 1}}\n  - {id: b, action: transform, params: {n: 2}}\n  - {id: c, action: transform, params: {n: 3}}\n";
         let request = CreatePlaybook { name: None, description: None, yaml: yaml.into(), tags: Vec::new() };
-        let created = playbooks::create(&self.engine, self.company, &request).await.map_err(|e| anyhow::anyhow!("{e:?}"))?;
+        let created =
+            playbooks::create(&self.engine, self.company, &request).await.map_err(|e| anyhow::anyhow!("{e:?}"))?;
         Ok(created.upserted.playbook)
     }
 }
@@ -294,9 +298,8 @@ impl Running {
 }
 
 fn private_server(directory: Option<PathBuf>) -> anyhow::Result<Scratch> {
-    let directory = directory.unwrap_or_else(|| {
-        std::env::temp_dir().join(format!("capx-bench-{}", std::process::id()))
-    });
+    let directory =
+        directory.unwrap_or_else(|| std::env::temp_dir().join(format!("capx-bench-{}", std::process::id())));
     std::fs::create_dir_all(&directory)?;
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o755))?;
@@ -332,4 +335,3 @@ async fn scratch_company(pool: &PgPool) -> anyhow::Result<CompanyId> {
 pub(crate) fn no_params() -> Map<String, Value> {
     Map::new()
 }
-

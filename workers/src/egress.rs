@@ -42,9 +42,9 @@ impl Rules {
             .filter(|part| !part.is_empty())
             .map(|part| {
                 let address = part.parse::<IpAddr>().map(IpNet::from);
-                part.parse::<IpNet>()
-                    .or(address)
-                    .map_err(|_| format!("CAPX_EGRESS_ALLOW: `{part}` is no network; write CIDRs such as 10.0.0.0/8,127.0.0.1/32"))
+                part.parse::<IpNet>().or(address).map_err(|_| {
+                    format!("CAPX_EGRESS_ALLOW: `{part}` is no network; write CIDRs such as 10.0.0.0/8,127.0.0.1/32")
+                })
             })
             .collect::<Result<_, _>>()?;
         Ok(Self { allow })
@@ -119,9 +119,7 @@ fn is_public(address: IpAddr) -> bool {
             let s = v6.segments();
             // Global unicast is 2000::/3; inside it, documentation, Teredo,
             // benchmarking and ORCHID are not.
-            s[0] & 0xe000 == 0x2000
-                && !(s[0] == 0x2001 && (s[1] < 0x0200 || s[1] == 0x0db8))
-                && s[0] != 0x3fff
+            s[0] & 0xe000 == 0x2000 && !(s[0] == 0x2001 && (s[1] < 0x0200 || s[1] == 0x0db8)) && s[0] != 0x3fff
         }
     }
 }
@@ -193,7 +191,8 @@ impl Answer {
         let mut failure = Failure::new(class, format!("the answer was {}: {}", self.status, excerpt(&said)));
         if matches!(self.status, 429 | 503) {
             // Seconds only: a date would have to be judged by our own clock.
-            failure.retry_after = self.header("retry-after").and_then(|v| v.trim().parse().ok()).map(Duration::from_secs);
+            failure.retry_after =
+                self.header("retry-after").and_then(|v| v.trim().parse().ok()).map(Duration::from_secs);
         }
         Some(failure)
     }
@@ -225,7 +224,8 @@ impl Egress {
     }
 
     fn check(&self, url: &str) -> Result<Url, Failure> {
-        let url = Url::parse(url).map_err(|error| Failure::invalid(format!("`{}` is no URL: {error}", excerpt(url))))?;
+        let url =
+            Url::parse(url).map_err(|error| Failure::invalid(format!("`{}` is no URL: {error}", excerpt(url))))?;
         if !matches!(url.scheme(), "http" | "https") {
             return Err(Failure::invalid(format!("the scheme `{}` is not allowed; use https or http", url.scheme())));
         }
@@ -314,11 +314,36 @@ mod tests {
     #[test]
     fn every_spelling_of_an_inside_address_is_refused() {
         for host in [
-            "127.0.0.1", "127.1", "0x7f.1", "0177.0.0.1", "2130706433", "0.0.0.0", "10.0.0.1", "172.16.0.1",
-            "192.168.1.1", "169.254.169.254", "100.64.0.1", "192.0.0.8", "198.18.0.1", "240.0.0.1",
-            "255.255.255.255", "224.0.0.1", "[::]", "[::1]", "[::ffff:169.254.169.254]", "[::ffff:7f00:1]",
-            "[64:ff9b::a9fe:a9fe]", "[2002:7f00:1::]", "[fe80::1]", "[fc00::1]", "[fd12:3456::1]", "[ff02::1]",
-            "[2001:db8::1]", "[::127.0.0.1]", "127.0.0.1.", "１２７.0.0.1",
+            "127.0.0.1",
+            "127.1",
+            "0x7f.1",
+            "0177.0.0.1",
+            "2130706433",
+            "0.0.0.0",
+            "10.0.0.1",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.169.254",
+            "100.64.0.1",
+            "192.0.0.8",
+            "198.18.0.1",
+            "240.0.0.1",
+            "255.255.255.255",
+            "224.0.0.1",
+            "[::]",
+            "[::1]",
+            "[::ffff:169.254.169.254]",
+            "[::ffff:7f00:1]",
+            "[64:ff9b::a9fe:a9fe]",
+            "[2002:7f00:1::]",
+            "[fe80::1]",
+            "[fc00::1]",
+            "[fd12:3456::1]",
+            "[ff02::1]",
+            "[2001:db8::1]",
+            "[::127.0.0.1]",
+            "127.0.0.1.",
+            "１２７.0.0.1",
         ] {
             let failure = refused(&format!("http://{host}/x"));
             assert_eq!(failure.class, ErrorClass::Governance, "{host}: {}", failure.message);
@@ -327,7 +352,9 @@ mod tests {
 
     #[test]
     fn only_plain_web_urls_are_urls() {
-        for url in ["file:///etc/passwd", "gopher://x/", "unix:/x", "http://user:pw@example.com/", "http://", "nonsense"] {
+        for url in
+            ["file:///etc/passwd", "gopher://x/", "unix:/x", "http://user:pw@example.com/", "http://", "nonsense"]
+        {
             assert_eq!(refused(url).class, ErrorClass::Invalid, "{url}");
         }
     }
@@ -335,7 +362,13 @@ mod tests {
     #[test]
     fn public_addresses_and_allowed_networks_pass() {
         let egress = Egress::new(Rules::parse("10.1.0.0/16, 127.0.0.1").expect("rules")).expect("a client");
-        for url in ["https://example.com/", "http://8.8.8.8/", "http://[2606:4700::1111]/", "http://10.1.2.3/", "http://127.0.0.1:8080/"] {
+        for url in [
+            "https://example.com/",
+            "http://8.8.8.8/",
+            "http://[2606:4700::1111]/",
+            "http://10.1.2.3/",
+            "http://127.0.0.1:8080/",
+        ] {
             assert!(egress.check(url).is_ok(), "{url}");
         }
         assert!(egress.check("http://10.2.0.1/").is_err());

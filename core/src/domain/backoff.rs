@@ -19,12 +19,7 @@ pub struct Backoff {
 impl Default for Backoff {
     /// 1 s, doubling, at most 5 min, full jitter (contract, "Defaults").
     fn default() -> Self {
-        Self {
-            initial: Duration::from_secs(1),
-            factor: 2.0,
-            max: Duration::from_secs(300),
-            jitter: true,
-        }
+        Self { initial: Duration::from_secs(1), factor: 2.0, max: Duration::from_secs(300), jitter: true }
     }
 }
 
@@ -36,8 +31,7 @@ impl Backoff {
     /// `draw` in `[0, 1)` as the source of jitter.
     pub fn delay(&self, failures: u32, draw: f64) -> Duration {
         let exponent = f64::from(failures.saturating_sub(1));
-        let bound_s = (self.initial.as_secs_f64() * self.factor.powf(exponent))
-            .min(self.max.as_secs_f64());
+        let bound_s = (self.initial.as_secs_f64() * self.factor.powf(exponent)).min(self.max.as_secs_f64());
         let share = if self.jitter { draw.clamp(0.0, 1.0) } else { 1.0 };
         Duration::from_secs_f64((bound_s * share).max(0.0))
     }

@@ -20,9 +20,7 @@ pub enum InvalidDuration {
 /// Reads a duration.
 pub fn parse(text: &str) -> Result<Duration, InvalidDuration> {
     let malformed = || InvalidDuration::Malformed(text.to_owned());
-    let unit_at = text
-        .find(|c: char| !c.is_ascii_digit())
-        .ok_or_else(malformed)?;
+    let unit_at = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(malformed)?;
     let (number, unit) = text.split_at(unit_at);
     let number: u64 = number.parse().map_err(|_| malformed())?;
     let unit_ms: u64 = match unit {

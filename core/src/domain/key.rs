@@ -12,9 +12,22 @@ const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmn
 
 /// The scopes that a key can carry; `*` is all of them.
 pub const SCOPES: &[&str] = &[
-    "*", "companies:read", "companies:write", "agents:read", "agents:write", "tasks:read",
-    "tasks:write", "playbooks:read", "playbooks:write", "activity:read", "approvals:read",
-    "approvals:write", "webhooks:read", "webhooks:write", "ops:read", "ops:write",
+    "*",
+    "companies:read",
+    "companies:write",
+    "agents:read",
+    "agents:write",
+    "tasks:read",
+    "tasks:write",
+    "playbooks:read",
+    "playbooks:write",
+    "activity:read",
+    "approvals:read",
+    "approvals:write",
+    "webhooks:read",
+    "webhooks:write",
+    "ops:read",
+    "ops:write",
 ];
 
 /// The secret of a key. Shown once, at its making.
@@ -37,8 +50,7 @@ impl ApiKey {
     /// Reads a presented key; `None` when it cannot be one of ours.
     pub fn parse(text: &str) -> Option<Self> {
         let tail = text.strip_prefix(LIVE).or_else(|| text.strip_prefix(TEST))?;
-        let well_formed = tail.len() == SECRET_CHARS + CHECK_CHARS
-            && tail.bytes().all(|b| b.is_ascii_alphanumeric());
+        let well_formed = tail.len() == SECRET_CHARS + CHECK_CHARS && tail.bytes().all(|b| b.is_ascii_alphanumeric());
         if !well_formed {
             return None;
         }
@@ -70,10 +82,7 @@ impl ApiKey {
 
 fn checksum(head: &str) -> String {
     let digest = sha256(format!("capx/key/v1\0{head}"));
-    digest[..CHECK_CHARS]
-        .iter()
-        .map(|byte| char::from(ALPHABET[usize::from(*byte) % ALPHABET.len()]))
-        .collect()
+    digest[..CHECK_CHARS].iter().map(|byte| char::from(ALPHABET[usize::from(*byte) % ALPHABET.len()])).collect()
 }
 
 #[cfg(test)]

@@ -163,9 +163,9 @@ impl RunContext {
     pub fn is_referenced(&self, step: usize) -> bool {
         let id = self.playbook.steps.get(step).map(|s| s.id.as_str());
         let later = self.playbook.steps.iter().skip(step + 1).map(|s| &s.template);
-        later.chain(self.playbook.output.as_ref()).any(|template| {
-            template.references().iter().any(|r| r.name(0) == Some("steps") && r.name(1) == id)
-        })
+        later
+            .chain(self.playbook.output.as_ref())
+            .any(|template| template.references().iter().any(|r| r.name(0) == Some("steps") && r.name(1) == id))
     }
 
     /// Remembers an output, when something later needs it.
@@ -210,9 +210,9 @@ impl RunContext {
                     None => Decision::Complete { output: None },
                     // An output that is not defined is told as such: all the
                     // steps are done, so the run is not failed for it.
-                    Some(Err(undefined)) => Decision::Complete {
-                        output: Some(serde_json::json!({"error": undefined.to_string()})),
-                    },
+                    Some(Err(undefined)) => {
+                        Decision::Complete { output: Some(serde_json::json!({"error": undefined.to_string()})) }
+                    }
                     Some(Ok(value)) => Decision::Complete { output: Some(value) },
                 }
             }
@@ -278,7 +278,10 @@ mod tests {
 
     #[test]
     fn run_parameters_override_where_no_inputs_are_declared() {
-        let run = context("name: x\nsteps:\n  - {role: w, action: t, params: {topic: a, depth: b}}\n", json!({"topic": "z", "extra": 1}));
+        let run = context(
+            "name: x\nsteps:\n  - {role: w, action: t, params: {topic: a, depth: b}}\n",
+            json!({"topic": "z", "extra": 1}),
+        );
         let params = run.params(&run.playbook.steps[0]).expect("renders");
         assert_eq!(Value::Object(params), json!({"topic": "z", "depth": "b"}));
     }
@@ -287,13 +290,25 @@ mod tests {
     fn classes_decide_about_retries() {
         let mut run = context(THREE, json!({}));
         let failed = |class| Outcome::failed(Failure::new(class, "x"));
-        assert_eq!(run.decide(0, 2, &failed(ErrorClass::Transient), 0.0), Decision::Retry { delay: Duration::from_secs(2), charged: true });
-        assert_eq!(run.decide(0, 3, &failed(ErrorClass::Transient), 0.0), Decision::Fail { reason: DeadReason::Exhausted });
+        assert_eq!(
+            run.decide(0, 2, &failed(ErrorClass::Transient), 0.0),
+            Decision::Retry { delay: Duration::from_secs(2), charged: true }
+        );
+        assert_eq!(
+            run.decide(0, 3, &failed(ErrorClass::Transient), 0.0),
+            Decision::Fail { reason: DeadReason::Exhausted }
+        );
         assert_eq!(run.decide(0, 1, &failed(ErrorClass::Invalid), 0.0), Decision::Fail { reason: DeadReason::Invalid });
-        assert_eq!(run.decide(0, 1, &failed(ErrorClass::Crash), 0.0), Decision::Fail { reason: DeadReason::Quarantined });
+        assert_eq!(
+            run.decide(0, 1, &failed(ErrorClass::Crash), 0.0),
+            Decision::Fail { reason: DeadReason::Quarantined }
+        );
         let mut asked = Failure::new(ErrorClass::RateLimited, "slow down");
         asked.retry_after = Some(Duration::from_secs(99_999_999));
-        assert_eq!(run.decide(0, 3, &Outcome::failed(asked), 0.0), Decision::Retry { delay: RETRY_AFTER_MAX, charged: false });
+        assert_eq!(
+            run.decide(0, 3, &Outcome::failed(asked), 0.0),
+            Decision::Retry { delay: RETRY_AFTER_MAX, charged: false }
+        );
     }
 
     proptest! {

@@ -123,14 +123,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const EVENTS: [RunEvent; 6] = [
-        RunEvent::Start,
-        RunEvent::Suspend,
-        RunEvent::Resume,
-        RunEvent::Complete,
-        RunEvent::Fail,
-        RunEvent::Cancel,
-    ];
+    const EVENTS: [RunEvent; 6] =
+        [RunEvent::Start, RunEvent::Suspend, RunEvent::Resume, RunEvent::Complete, RunEvent::Fail, RunEvent::Cancel];
 
     proptest! {
         #[test]

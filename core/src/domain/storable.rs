@@ -83,10 +83,7 @@ mod tests {
 
     #[test]
     fn holds_size_and_depth() {
-        assert_eq!(
-            to_json(&json!("x".repeat(20)), 10),
-            Err(Unstorable::Large { bytes: 22, limit: 10 })
-        );
+        assert_eq!(to_json(&json!("x".repeat(20)), 10), Err(Unstorable::Large { bytes: 22, limit: 10 }));
         let deep = (0..=DEPTH_MAX).fold(json!(1), |inner, _| json!([inner]));
         assert_eq!(to_json(&deep, 1_000_000), Err(Unstorable::Deep));
         assert_eq!(to_json(&json!({"a": 1}), 100).as_deref(), Ok("{\"a\":1}"));

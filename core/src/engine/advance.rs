@@ -68,7 +68,11 @@ struct Decided {
 /// Commits finished attempts; one answer each, in order. `stay` allows this
 /// worker to go on with the runs itself. An error means that nothing is known
 /// to be written: the caller waits and calls [`commit_again`].
-pub async fn commit(engine: &Engine, finished: Vec<Finished>, stay: bool) -> Result<Vec<Committed>, (EngineError, Pending)> {
+pub async fn commit(
+    engine: &Engine,
+    finished: Vec<Finished>,
+    stay: bool,
+) -> Result<Vec<Committed>, (EngineError, Pending)> {
     let decided = finished.into_iter().map(|f| decide(f, stay, rand::random())).collect();
     commit_again(engine, Pending { decided, maybe_landed: false }).await
 }
@@ -96,23 +100,27 @@ pub async fn commit_again(engine: &Engine, mut pending: Pending) -> Result<Vec<C
         }
         Err(_) => return one_by_one(engine, pending).await,
     };
-    let mut committed = Vec::with_capacity(held.len());
-    for (decided, held) in pending.decided.iter_mut().zip(held) {
-        let landed = if held || !pending.maybe_landed {
-            held
-        } else {
+    let mut landed = held;
+    if pending.maybe_landed {
+        for (decided, landed) in pending.decided.iter().zip(&mut landed).filter(|(_, landed)| !**landed) {
             match has_landed(engine, &decided.commit).await {
-                Ok(landed) => landed,
-                Err(_) => false,
+                Ok(found) => *landed = found,
+                // What this call has written, the next one finds landed.
+                Err(error) => return Err((error.into(), pending)),
             }
-        };
-        committed.push(match (landed, decided.next.take()) {
+        }
+    }
+    let committed = pending
+        .decided
+        .iter_mut()
+        .zip(landed)
+        .map(|(decided, landed)| match (landed, decided.next.take()) {
             (true, Some((job, work))) => Committed::Continue(job, work),
             (true, None) => Committed::Settled,
             (false, _) => Committed::Lost,
-        });
-    }
-    if !engine.pool.is_closed() && pending.decided.iter().any(|d| wakes(&d.commit)) {
+        })
+        .collect();
+    if pending.decided.iter().any(|d| wakes(&d.commit)) {
         engine.waker.wake();
     }
     Ok(committed)
@@ -330,7 +338,13 @@ impl Facts {
         })
     }
 
-    fn commit(&self, job: Option<NextJob>, change: RunChange, checkpoint: Option<StepChange>, events: Vec<Event>) -> StepCommit {
+    fn commit(
+        &self,
+        job: Option<NextJob>,
+        change: RunChange,
+        checkpoint: Option<StepChange>,
+        events: Vec<Event>,
+    ) -> StepCommit {
         StepCommit {
             lease: self.job.lease,
             company: self.job.company,
@@ -355,9 +369,8 @@ impl Facts {
 
     /// The next step: by this worker when it may stay, else by the queue.
     fn advance(mut self, next: usize) -> Decided {
-        let held = self.stay
-            && self.work.chain + 1 < CHAIN_STEPS_MAX
-            && self.work.chain_began.elapsed() < CHAIN_TIME_MAX;
+        let held =
+            self.stay && self.work.chain + 1 < CHAIN_STEPS_MAX && self.work.chain_began.elapsed() < CHAIN_TIME_MAX;
         let job = self.next_job(held, kind::STEP, next, Duration::ZERO, i32::from(held));
         let timeout = job.timeout;
         let events = vec![self.completed_event()];
@@ -424,11 +437,8 @@ impl Facts {
     fn fail(self, reason: DeadReason) -> Decided {
         let error = self.error_json();
         let events = vec![self.failed_event(None), Event::new(PLAYBOOK_FAILED, json!({"error": error}))];
-        let change = RunChange {
-            status: Some(RunStatus::Failed),
-            error: Some(error.to_string()),
-            ..RunChange::default()
-        };
+        let change =
+            RunChange { status: Some(RunStatus::Failed), error: Some(error.to_string()), ..RunChange::default() };
         let commit = self.commit(None, change, self.checkpoint(StepStatus::Failed), events);
         let letter = NewDeadLetter {
             company: self.job.company,

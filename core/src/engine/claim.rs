@@ -124,7 +124,13 @@ impl ClaimCursor {
 }
 
 /// Takes up to `room` jobs for a session.
-pub async fn claim(engine: &Engine, session: i64, queues: &[String], cursor: &mut ClaimCursor, room: usize) -> Result<Vec<ClaimedJob>, EngineError> {
+pub async fn claim(
+    engine: &Engine,
+    session: i64,
+    queues: &[String],
+    cursor: &mut ClaimCursor,
+    room: usize,
+) -> Result<Vec<ClaimedJob>, EngineError> {
     if failpoint::reach("claim.before").await {
         return Ok(Vec::new());
     }
@@ -209,7 +215,11 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
 }
 
 /// Earlier outputs, for runs past their first step whose playbook uses any.
-async fn load_outputs(engine: &Engine, claimed: &[&ClaimedJob], contexts: &mut HashMap<Uuid, RunContext>) -> Result<(), EngineError> {
+async fn load_outputs(
+    engine: &Engine,
+    claimed: &[&ClaimedJob],
+    contexts: &mut HashMap<Uuid, RunContext>,
+) -> Result<(), EngineError> {
     let (companies, runs): (Vec<Uuid>, Vec<Uuid>) = claimed
         .iter()
         .filter(|job| job.step > 0)
@@ -230,7 +240,10 @@ async fn load_outputs(engine: &Engine, claimed: &[&ClaimedJob], contexts: &mut H
 
 type Agents = HashMap<CompanyId, Arc<HashMap<String, AgentRow>>>;
 
-async fn load_agents<'a>(engine: &Engine, contexts: impl Iterator<Item = &'a RunContext>) -> Result<Agents, EngineError> {
+async fn load_agents<'a>(
+    engine: &Engine,
+    contexts: impl Iterator<Item = &'a RunContext>,
+) -> Result<Agents, EngineError> {
     let mut companies: Vec<Uuid> = contexts
         .filter(|context| context.playbook.steps.iter().any(|step| step.role.is_some()))
         .map(|context| context.company.0)

@@ -12,11 +12,11 @@ use super::{Engine, EngineError, repeating};
 use crate::domain::event::{APPROVAL_RESOLVED, Event, PLAYBOOK_FAILED, PLAYBOOK_RESUMED};
 use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, RunId};
 use crate::domain::plan::{Gate, RunContext};
-use crate::domain::playbook::model::{OnTimeout, STEP_TIMEOUT};
+use crate::domain::playbook::model::{OnTimeout, STEP_TIMEOUT, Step};
 use crate::failpoint;
 use crate::store::approvals::{ApprovalRow, Filter, NewApproval};
 use crate::store::jobs::Lease;
-use crate::store::{approvals, events, runs};
+use crate::store::{approvals, events, runs, tenants};
 
 /// What a person says.
 #[derive(Debug, Clone)]
@@ -56,7 +56,13 @@ pub(crate) fn waiting_on(approval: ApprovalId) -> Value {
 }
 
 /// The row of a gate.
-pub(crate) fn approval_of(id: ApprovalId, gate: &Gate, context: &RunContext, job: i64, agent: Option<AgentId>) -> NewApproval {
+pub(crate) fn approval_of(
+    id: ApprovalId,
+    gate: &Gate,
+    context: &RunContext,
+    job: i64,
+    agent: Option<AgentId>,
+) -> NewApproval {
     let step = &context.playbook.steps[gate.step];
     NewApproval {
         approval: id,
@@ -77,25 +83,49 @@ pub(crate) fn approval_of(id: ApprovalId, gate: &Gate, context: &RunContext, job
 
 /// Decides a gate. The same decision again changes nothing; the other one, or
 /// one after the end of its time, is a conflict that says who was first.
-pub async fn decide(engine: &Engine, account: AccountId, bound: Option<CompanyId>, id: ApprovalId, by: &str, verdict: &Verdict) -> Result<ApprovalRow, EngineError> {
+pub async fn decide(
+    engine: &Engine,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    id: ApprovalId,
+    by: &str,
+    verdict: &Verdict,
+) -> Result<ApprovalRow, EngineError> {
     let decided = repeating(|| decide_once(engine, account, bound, id, by, verdict)).await?;
     engine.waker.wake();
     Ok(decided)
 }
 
-async fn find(engine: &Engine, account: AccountId, bound: Option<CompanyId>, id: ApprovalId) -> Result<ApprovalRow, EngineError> {
+async fn find(
+    engine: &Engine,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    id: ApprovalId,
+) -> Result<ApprovalRow, EngineError> {
     let filter = Filter { approval: Some(id), company: bound, ..Filter::default() };
-    approvals::list(&engine.pool, account, filter, 1)
-        .await?
-        .pop()
-        .ok_or(EngineError::NotFound("approval"))
+    approvals::list(&engine.pool, account, filter, 1).await?.pop().ok_or(EngineError::NotFound("approval"))
 }
 
-async fn decide_once(engine: &Engine, account: AccountId, bound: Option<CompanyId>, id: ApprovalId, by: &str, verdict: &Verdict) -> Result<ApprovalRow, EngineError> {
+async fn decide_once(
+    engine: &Engine,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    id: ApprovalId,
+    by: &str,
+    verdict: &Verdict,
+) -> Result<ApprovalRow, EngineError> {
     let gate = find(engine, account, bound, id).await?;
     if gate.status == "pending" {
+        let decision = Decision {
+            step: step_of(engine, gate.company, gate.run, gate.step).await?,
+            gate,
+            lease: None,
+            by,
+            status: verdict.status(),
+            words: verdict.words(),
+        };
         let mut tx = engine.pool.begin().await?;
-        if apply(&mut tx, engine, &gate, None, by, verdict.status(), verdict.words()).await? {
+        if apply(&mut tx, &decision).await? {
             if failpoint::reach("approve.before_commit").await {
                 return Err(EngineError::Conflict("failpoint".into()));
             }
@@ -112,18 +142,22 @@ async fn decide_once(engine: &Engine, account: AccountId, bound: Option<CompanyI
     Err(EngineError::Conflict(format!("the approval was {} already{at}", gate.status)))
 }
 
-/// Applies a decision to a pending gate; false when it is too late.
-async fn apply(
-    tx: &mut sqlx::PgConnection,
-    engine: &Engine,
-    gate: &ApprovalRow,
+/// A decision about a pending gate, with all that it takes to apply it: a
+/// transaction must not wait for another connection.
+struct Decision<'a> {
+    gate: ApprovalRow,
+    step: Option<Step>,
     lease: Option<Lease>,
-    by: &str,
-    status: &str,
-    words: Option<&str>,
-) -> Result<bool, EngineError> {
-    let held = approvals::lock_gate_job(tx, gate.job, lease).await?;
-    if !held || !approvals::decide(tx, gate.company, gate.approval, status, by, words).await? {
+    by: &'a str,
+    status: &'a str,
+    words: Option<&'a str>,
+}
+
+/// Applies a decision to a pending gate; false when it is too late.
+async fn apply(tx: &mut sqlx::PgConnection, decision: &Decision<'_>) -> Result<bool, EngineError> {
+    let Decision { gate, step, lease, by, status, words } = decision;
+    let held = approvals::lock_gate_job(tx, gate.job, *lease).await?;
+    if !held || !approvals::decide(tx, gate.company, gate.approval, status, by, *words).await? {
         return Ok(false);
     }
     let resolved = Event::new(
@@ -131,8 +165,8 @@ async fn apply(
         json!({"approval_id": gate.approval, "decision": status, "by": by, "feedback": words}),
     );
     events::append_to_run(&mut *tx, gate.company, gate.run, &resolved).await?;
-    if status == "approved" {
-        let timeout = step_timeout(engine, gate.company, gate.run, gate.step).await?;
+    if *status == "approved" {
+        let timeout = step.as_ref().map_or(STEP_TIMEOUT, |step| step.timeout);
         let resumed = Event::new(PLAYBOOK_RESUMED, json!({"approval_id": gate.approval}));
         events::append_to_run(&mut *tx, gate.company, gate.run, &resumed).await?;
         approvals::release_gate_job(tx, gate.job, timeout).await?;
@@ -152,52 +186,49 @@ async fn apply(
     Ok(approvals::fail_run(tx, gate.company, gate.run, gate.step, &error).await?)
 }
 
-async fn step_timeout(engine: &Engine, company: CompanyId, run: RunId, step: i32) -> Result<std::time::Duration, EngineError> {
-    let Some(row) = runs::get(&engine.pool, company, run).await? else {
-        return Err(EngineError::NotFound("run"));
-    };
+/// The step that a gate stands before, by the version the run is pinned to.
+async fn step_of(engine: &Engine, company: CompanyId, run: RunId, step: i32) -> Result<Option<Step>, EngineError> {
+    let Some(row) = runs::get(&engine.pool, company, run).await? else { return Ok(None) };
     let plans = engine.plans.get(&engine.pool, &[(company.0, row.version.0)]).await?;
-    let step = plans
-        .get(&row.version.0)
-        .and_then(|plan| plan.steps.get(usize::try_from(step).unwrap_or(usize::MAX)));
-    Ok(step.map_or(STEP_TIMEOUT, |step| step.timeout))
+    let index = usize::try_from(step).unwrap_or(usize::MAX);
+    Ok(plans.get(&row.version.0).and_then(|plan| plan.steps.get(index)).cloned())
 }
 
 /// A gate's time is over: it decides itself, as its step says. False when a
 /// person was quicker.
-pub async fn expire(engine: &Engine, lease: Lease, company: CompanyId, run: RunId, step: i32) -> Result<bool, EngineError> {
+pub async fn expire(
+    engine: &Engine,
+    lease: Lease,
+    company: CompanyId,
+    run: RunId,
+    step: i32,
+) -> Result<bool, EngineError> {
     let done = repeating(|| expire_once(engine, lease, company, run, step)).await?;
     engine.waker.wake();
     Ok(done)
 }
 
-async fn expire_once(engine: &Engine, lease: Lease, company: CompanyId, run: RunId, step: i32) -> Result<bool, EngineError> {
-    let Some(row) = runs::get(&engine.pool, company, run).await? else { return Ok(false) };
-    let plans = engine.plans.get(&engine.pool, &[(company.0, row.version.0)]).await?;
-    let on_timeout = plans
-        .get(&row.version.0)
-        .and_then(|plan| plan.steps.get(usize::try_from(step).unwrap_or(usize::MAX)))
-        .and_then(|step| step.approval.as_ref())
-        .map_or(OnTimeout::Reject, |approval| approval.on_timeout);
-    let mut tx = engine.pool.begin().await?;
-    let Some(id) = approvals::pending_of(&mut *tx, company, run, step).await? else { return Ok(false) };
-    let Some(gate) = gate_row(engine, company, id).await? else { return Ok(false) };
+async fn expire_once(
+    engine: &Engine,
+    lease: Lease,
+    company: CompanyId,
+    run: RunId,
+    step: i32,
+) -> Result<bool, EngineError> {
+    let Some(id) = approvals::pending_of(&engine.pool, company, run, step).await? else { return Ok(false) };
+    let Some(account) = tenants::account_of(&engine.pool, company).await? else { return Ok(false) };
+    let gate = find(engine, account, Some(company), id).await?;
+    let step = step_of(engine, company, run, step).await?;
+    let on_timeout = step.as_ref().and_then(|step| step.approval.as_ref()).map(|approval| approval.on_timeout);
     let (status, words) = match on_timeout {
-        OnTimeout::Approve => ("approved", Some("nobody decided in time; the step is approved by its own rule")),
-        OnTimeout::Reject => ("expired", Some("nobody decided in time")),
+        Some(OnTimeout::Approve) => ("approved", "nobody decided in time; the step is approved by its own rule"),
+        _ => ("expired", "nobody decided in time"),
     };
-    let applied = apply(&mut tx, engine, &gate, Some(lease), "system", status, words).await?;
+    let decision = Decision { gate, step, lease: Some(lease), by: "system", status, words: Some(words) };
+    let mut tx = engine.pool.begin().await?;
+    let applied = apply(&mut tx, &decision).await?;
     if applied {
         tx.commit().await?;
     }
     Ok(applied)
-}
-
-async fn gate_row(engine: &Engine, company: CompanyId, id: ApprovalId) -> Result<Option<ApprovalRow>, EngineError> {
-    let account = sqlx::query_scalar!("select account_id from companies where id = $1", company.0)
-        .fetch_optional(&engine.pool)
-        .await?;
-    let Some(account) = account else { return Ok(None) };
-    let filter = Filter { approval: Some(id), company: Some(company), ..Filter::default() };
-    Ok(approvals::list(&engine.pool, AccountId(account), filter, 1).await?.pop())
 }

@@ -21,7 +21,11 @@ impl Plans {
     /// Those of the wanted versions that could be found, reading what is not
     /// cached in one statement. A stored text that no longer loads is an
     /// error: it was checked when it was stored.
-    pub async fn get(&self, pool: &PgPool, wanted: &[(Uuid, Uuid)]) -> Result<HashMap<Uuid, Arc<Playbook>>, StoreError> {
+    pub async fn get(
+        &self,
+        pool: &PgPool,
+        wanted: &[(Uuid, Uuid)],
+    ) -> Result<HashMap<Uuid, Arc<Playbook>>, StoreError> {
         let mut found = HashMap::new();
         let mut missing: Vec<(Uuid, Uuid)> = Vec::new();
         {

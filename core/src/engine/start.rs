@@ -44,9 +44,8 @@ pub async fn start_run(
     params: Map<String, Value>,
     trigger: &'static str,
 ) -> Result<Started, EngineError> {
-    let (status, version) = playbooks::for_start(&engine.pool, company, playbook)
-        .await?
-        .ok_or(EngineError::NotFound("playbook"))?;
+    let (status, version) =
+        playbooks::for_start(&engine.pool, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
     if status != "active" {
         return Err(EngineError::Conflict(format!("the playbook is {status}; only an active one runs")));
     }
@@ -76,14 +75,12 @@ pub async fn start_many(
     count: usize,
     params: Map<String, Value>,
 ) -> Result<Vec<RunId>, EngineError> {
-    let (_, version) = playbooks::for_start(&engine.pool, company, playbook)
-        .await?
-        .ok_or(EngineError::NotFound("playbook"))?;
+    let (_, version) =
+        playbooks::for_start(&engine.pool, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
     let plan = plan_of(engine, company, version).await?;
     let params = checked_params(&plan, params)?;
-    let all: Vec<Prepared> = (0..count)
-        .map(|_| prepare(company, playbook, version, Arc::clone(&plan), params.clone(), "manual"))
-        .collect();
+    let all: Vec<Prepared> =
+        (0..count).map(|_| prepare(company, playbook, version, Arc::clone(&plan), params.clone(), "manual")).collect();
     repeating(|| insert(engine, &all)).await?;
     engine.waker.wake();
     Ok(all.iter().map(|new| new.run.run).collect())

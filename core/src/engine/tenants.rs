@@ -31,13 +31,21 @@ pub struct CreateCompany {
 
 /// Creates a company with its agents, and the job that gets them ready, in
 /// one transaction.
-pub async fn create_company(engine: &Engine, account: AccountId, request: &CreateCompany) -> Result<(CompanyId, DateTime<Utc>), EngineError> {
+pub async fn create_company(
+    engine: &Engine,
+    account: AccountId,
+    request: &CreateCompany,
+) -> Result<(CompanyId, DateTime<Utc>), EngineError> {
     let created = repeating(|| create_once(engine, account, request)).await?;
     engine.waker.wake();
     Ok(created)
 }
 
-async fn create_once(engine: &Engine, account: AccountId, request: &CreateCompany) -> Result<(CompanyId, DateTime<Utc>), EngineError> {
+async fn create_once(
+    engine: &Engine,
+    account: AccountId,
+    request: &CreateCompany,
+) -> Result<(CompanyId, DateTime<Utc>), EngineError> {
     let company = CompanyId::new();
     let mut tx = engine.pool.begin().await?;
     let created_at = tenants::insert_company(
@@ -77,10 +85,16 @@ pub async fn add_agent(engine: &Engine, company: CompanyId, agent: &NewAgent) ->
     Ok(created_at)
 }
 
-async fn insert_agent(tx: &mut sqlx::PgConnection, company: CompanyId, agent: &NewAgent) -> Result<DateTime<Utc>, EngineError> {
+async fn insert_agent(
+    tx: &mut sqlx::PgConnection,
+    company: CompanyId,
+    agent: &NewAgent,
+) -> Result<DateTime<Utc>, EngineError> {
     tenants::insert_agent(tx, company, agent).await.map_err(|error| match error {
         StoreError::Conflict { constraint } if constraint == "agents_live_role" => EngineError::Conflict(format!(
-            "the company has an agent with the role `{}` already; remove it first or use another role", agent.role)),
+            "the company has an agent with the role `{}` already; remove it first or use another role",
+            agent.role
+        )),
         other => other.into(),
     })
 }
@@ -93,13 +107,14 @@ fn provision_job(company: CompanyId) -> NewJob {
 
 /// Gets a company's new agents ready: `check` says of each why it cannot
 /// work, or nothing. Repeating it changes nothing.
-pub async fn provision(engine: &Engine, company: CompanyId, check: impl Fn(&AgentRow) -> Option<String>) -> Result<(), EngineError> {
+pub async fn provision(
+    engine: &Engine,
+    company: CompanyId,
+    check: impl Fn(&AgentRow) -> Option<String>,
+) -> Result<(), EngineError> {
     let agents = tenants::agents_of(&engine.pool, &[company.0]).await?;
-    let verdicts: HashMap<_, _> = agents
-        .iter()
-        .filter(|agent| agent.status == "initializing")
-        .map(|agent| (agent.agent, check(agent)))
-        .collect();
+    let verdicts: HashMap<_, _> =
+        agents.iter().filter(|agent| agent.status == "initializing").map(|agent| (agent.agent, check(agent))).collect();
     let mut tx = engine.pool.begin().await?;
     let mut happened = Vec::new();
     for (agent, error) in &verdicts {

@@ -65,10 +65,7 @@ async fn send_hints(url: &str, wanted: &Notify) -> Result<(), StoreError> {
     let mut connection = PgConnection::connect_with(&options).await?;
     loop {
         wanted.notified().await;
-        sqlx::query("select pg_notify($1, '')")
-            .bind(CHANNEL)
-            .execute(&mut connection)
-            .await?;
+        sqlx::query("select pg_notify($1, '')").bind(CHANNEL).execute(&mut connection).await?;
         tokio::time::sleep(SPACING).await;
     }
 }

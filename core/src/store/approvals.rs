@@ -51,8 +51,19 @@ pub async fn insert(executor: impl Executor<'_, Database = Postgres>, new: &NewA
                                 step_name, context, digest, expires_at)
          values ($1, $2, $3, $4, $5, 'pending', $6, $7, $8, $9, $10, $11, $12,
                  now() + $13::bigint * interval '1 millisecond')",
-        new.approval.0, new.company.0, new.run.0, new.step, new.job, new.agent.map(|a| a.0), new.role, new.action,
-        new.playbook, new.step_name, new.context, &new.digest[..], millis(new.timeout),
+        new.approval.0,
+        new.company.0,
+        new.run.0,
+        new.step,
+        new.job,
+        new.agent.map(|a| a.0),
+        new.role,
+        new.action,
+        new.playbook,
+        new.step_name,
+        new.context,
+        &new.digest[..],
+        millis(new.timeout),
     )
     .execute(executor)
     .await?;
@@ -114,7 +125,12 @@ pub struct Filter<'a> {
 }
 
 /// A page of the approvals that an account sees, newest first.
-pub async fn list(pool: &PgPool, account: AccountId, filter: Filter<'_>, limit: i64) -> Result<Vec<ApprovalRow>, StoreError> {
+pub async fn list(
+    pool: &PgPool,
+    account: AccountId,
+    filter: Filter<'_>,
+    limit: i64,
+) -> Result<Vec<ApprovalRow>, StoreError> {
     let rows = sqlx::query!(
         "select a.id, a.company_id, a.run_id, a.step, a.job_id, a.status, a.agent_id, a.role, a.action, a.playbook,
                 a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note
@@ -128,8 +144,13 @@ pub async fn list(pool: &PgPool, account: AccountId, filter: Filter<'_>, limit: 
              and ($6::uuid is null or a.run_id = $6)
          order by a.id desc
          limit $7",
-        account.0, filter.company.map(|c| c.0), filter.approval.map(|a| a.0), filter.status, filter.before,
-        filter.run.map(|r| r.0), limit,
+        account.0,
+        filter.company.map(|c| c.0),
+        filter.approval.map(|a| a.0),
+        filter.status,
+        filter.before,
+        filter.run.map(|r| r.0),
+        limit,
     )
     .fetch_all(pool)
     .await?;
@@ -158,10 +179,17 @@ pub async fn list(pool: &PgPool, account: AccountId, filter: Filter<'_>, limit: 
 }
 
 /// The pending gate before a step, for the end of its time.
-pub async fn pending_of(executor: impl Executor<'_, Database = Postgres>, company: CompanyId, run: RunId, step: i32) -> Result<Option<ApprovalId>, StoreError> {
+pub async fn pending_of(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    run: RunId,
+    step: i32,
+) -> Result<Option<ApprovalId>, StoreError> {
     Ok(sqlx::query_scalar!(
         "select id from approvals where company_id = $1 and run_id = $2 and step = $3 and status = 'pending'",
-        company.0, run.0, step,
+        company.0,
+        run.0,
+        step,
     )
     .fetch_optional(executor)
     .await?
@@ -169,11 +197,22 @@ pub async fn pending_of(executor: impl Executor<'_, Database = Postgres>, compan
 }
 
 /// Decides a gate that is still pending; false when somebody else has.
-pub async fn decide(tx: &mut PgConnection, company: CompanyId, approval: ApprovalId, status: &str, by: &str, note: Option<&str>) -> Result<bool, StoreError> {
+pub async fn decide(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    approval: ApprovalId,
+    status: &str,
+    by: &str,
+    note: Option<&str>,
+) -> Result<bool, StoreError> {
     let done = sqlx::query!(
         "update approvals set status = $3, decided_at = clock_timestamp(), decided_by = $4, note = $5
          where company_id = $1 and id = $2 and status = 'pending'",
-        company.0, approval.0, status, by, note,
+        company.0,
+        approval.0,
+        status,
+        by,
+        note,
     )
     .execute(tx)
     .await?;
@@ -187,7 +226,8 @@ pub async fn lock_gate_job(tx: &mut PgConnection, job: i64, lease: Option<Lease>
         "select id from jobs
          where id = $1 and kind = 'gate_timeout' and ($2::bigint is null or lease_epoch = $2)
          for update",
-        job, lease.map(|l| l.epoch),
+        job,
+        lease.map(|l| l.epoch),
     )
     .fetch_optional(tx)
     .await?;
@@ -202,7 +242,8 @@ pub async fn release_gate_job(tx: &mut PgConnection, job: i64, timeout: std::tim
          set kind = 'step', state = 'ready', due_at = now(), lease_epoch = lease_epoch + 1, attempt = 0,
              session_id = null, deadline_at = null, timeout_ms = $2
          where id = $1",
-        job, millis(timeout),
+        job,
+        millis(timeout),
     )
     .execute(tx)
     .await?;
@@ -220,14 +261,17 @@ pub async fn resume_run(tx: &mut PgConnection, company: CompanyId, run: RunId, s
     let done = sqlx::query!(
         "update runs set status = 'running', waiting_on = null
          where company_id = $1 and id = $2 and status = 'suspended'",
-        company.0, run.0,
+        company.0,
+        run.0,
     )
     .execute(&mut *tx)
     .await?;
     sqlx::query!(
         "update run_steps set status = 'pending'
          where company_id = $1 and run_id = $2 and step = $3 and status = 'pending_approval'",
-        company.0, run.0, step,
+        company.0,
+        run.0,
+        step,
     )
     .execute(tx)
     .await?;
@@ -235,18 +279,29 @@ pub async fn resume_run(tx: &mut PgConnection, company: CompanyId, run: RunId, s
 }
 
 /// A suspended run ends because its gate stayed shut.
-pub async fn fail_run(tx: &mut PgConnection, company: CompanyId, run: RunId, step: i32, error: &Value) -> Result<bool, StoreError> {
+pub async fn fail_run(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    step: i32,
+    error: &Value,
+) -> Result<bool, StoreError> {
     sqlx::query!(
         "update run_steps set status = 'failed', error = $4, ended_at = clock_timestamp()
          where company_id = $1 and run_id = $2 and step = $3 and status = 'pending_approval'",
-        company.0, run.0, step, error,
+        company.0,
+        run.0,
+        step,
+        error,
     )
     .execute(&mut *tx)
     .await?;
     let done = sqlx::query!(
         "update runs set status = 'failed', waiting_on = null, error = $3, ended_at = clock_timestamp()
          where company_id = $1 and id = $2 and status = 'suspended'",
-        company.0, run.0, error,
+        company.0,
+        run.0,
+        error,
     )
     .execute(tx)
     .await?;
@@ -277,12 +332,23 @@ pub struct NewDeadLetter {
 }
 
 /// Keeps a dead letter.
-pub async fn bury_letter(executor: impl Executor<'_, Database = Postgres>, letter: &NewDeadLetter) -> Result<(), StoreError> {
+pub async fn bury_letter(
+    executor: impl Executor<'_, Database = Postgres>,
+    letter: &NewDeadLetter,
+) -> Result<(), StoreError> {
     sqlx::query!(
         "insert into dead_letters (company_id, id, queue, kind, ref_id, step, reason, attempt, crash_count, error)
          values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
-        letter.company.0, DeadLetterId::new().0, letter.queue, letter.kind, letter.ref_id, letter.step,
-        letter.reason, letter.attempt, letter.crash_count, letter.error,
+        letter.company.0,
+        DeadLetterId::new().0,
+        letter.queue,
+        letter.kind,
+        letter.ref_id,
+        letter.step,
+        letter.reason,
+        letter.attempt,
+        letter.crash_count,
+        letter.error,
     )
     .execute(executor)
     .await?;

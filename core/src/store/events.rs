@@ -11,7 +11,11 @@ use crate::domain::event::Event;
 use crate::domain::ids::{CompanyId, EventId, RunId};
 
 /// Appends events of a company that belong to no run.
-pub async fn append(executor: impl Executor<'_, Database = Postgres>, company: CompanyId, events: &[Event]) -> Result<(), StoreError> {
+pub async fn append(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    events: &[Event],
+) -> Result<(), StoreError> {
     sqlx::query!(
         "insert into events (company_id, id, event, data)
          select $1, e.id, e.name, e.data::jsonb
@@ -27,7 +31,12 @@ pub async fn append(executor: impl Executor<'_, Database = Postgres>, company: C
 }
 
 /// Appends an event of a run, numbered under the run's lock.
-pub async fn append_to_run(executor: impl Executor<'_, Database = Postgres>, company: CompanyId, run: RunId, event: &Event) -> Result<(), StoreError> {
+pub async fn append_to_run(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    run: RunId,
+    event: &Event,
+) -> Result<(), StoreError> {
     sqlx::query!(
         "with r as (
              update runs set event_seq = event_seq + 1
@@ -36,7 +45,11 @@ pub async fn append_to_run(executor: impl Executor<'_, Database = Postgres>, com
          )
          insert into events (company_id, id, run_id, seq, event, data)
          select $1, $3, $2, r.event_seq, $4, $5 from r",
-        company.0, run.0, event.id.0, event.name, event.data,
+        company.0,
+        run.0,
+        event.id.0,
+        event.name,
+        event.data,
     )
     .execute(executor)
     .await?;
@@ -61,11 +74,20 @@ pub struct EventRow {
 }
 
 /// The events of a run after a number, in order.
-pub async fn of_run(pool: &PgPool, company: CompanyId, run: RunId, after: i64, limit: i64) -> Result<Vec<EventRow>, StoreError> {
+pub async fn of_run(
+    pool: &PgPool,
+    company: CompanyId,
+    run: RunId,
+    after: i64,
+    limit: i64,
+) -> Result<Vec<EventRow>, StoreError> {
     let rows = sqlx::query!(
         "select id, run_id, seq, event, data, at from events
          where company_id = $1 and run_id = $2 and seq > $3 order by seq limit $4",
-        company.0, run.0, after, limit,
+        company.0,
+        run.0,
+        after,
+        limit,
     )
     .fetch_all(pool)
     .await?;
@@ -88,7 +110,12 @@ pub type Cursor = (String, Uuid);
 /// The events of a company after a cursor, oldest first, with each one's own
 /// cursor. Only what no open transaction can still come before is shown, so
 /// that a reader who goes by the cursor never skips an event (hazard H4).
-pub async fn of_company(pool: &PgPool, company: CompanyId, after: Option<&Cursor>, limit: i64) -> Result<Vec<(Cursor, EventRow)>, StoreError> {
+pub async fn of_company(
+    pool: &PgPool,
+    company: CompanyId,
+    after: Option<&Cursor>,
+    limit: i64,
+) -> Result<Vec<(Cursor, EventRow)>, StoreError> {
     let (xid, id) = match after {
         Some((xid, id)) => (Some(xid.as_str()), Some(*id)),
         None => (None, None),
@@ -99,7 +126,10 @@ pub async fn of_company(pool: &PgPool, company: CompanyId, after: Option<&Cursor
                and xid < pg_snapshot_xmin(pg_current_snapshot())
                and ($2::text is null or (xid, id) > ($2::text::xid8, $3::uuid))
            order by xid, id limit $4"#,
-        company.0, xid, id, limit,
+        company.0,
+        xid,
+        id,
+        limit,
     )
     .fetch_all(pool)
     .await?;

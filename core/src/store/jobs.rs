@@ -95,8 +95,15 @@ pub async fn enqueue(executor: impl Executor<'_, Database = Postgres>, job: &New
            on conflict (company_id, unique_key) where unique_key is not null
                do update set unique_key = excluded.unique_key
            returning id, (xmax = 0) as "is_new!""#,
-        job.queue, job.kind, job.company.0, job.ref_id, job.step, job.priority, delay_ms,
-        millis(job.timeout), job.unique_key,
+        job.queue,
+        job.kind,
+        job.company.0,
+        job.ref_id,
+        job.step,
+        job.priority,
+        delay_ms,
+        millis(job.timeout),
+        job.unique_key,
     )
     .fetch_one(executor)
     .await?;
@@ -122,7 +129,11 @@ pub async fn enqueue_bulk(
                 case when $3::bigint > 0 then 'scheduled' else 'ready' end,
                 now() + $3 * interval '1 millisecond'
          from unnest($4::uuid[], $5::uuid[]) as n (company_id, ref_id)",
-        queue, kind, millis(delay), companies, refs as &[Option<Uuid>],
+        queue,
+        kind,
+        millis(delay),
+        companies,
+        refs as &[Option<Uuid>],
     )
     .execute(executor)
     .await?;
@@ -192,10 +203,21 @@ macro_rules! claimed_jobs {
 }
 
 /// Takes up to `room` jobs; companies after the cursor first.
-pub async fn claim(pool: &PgPool, session: i64, queues: &[String], after: Uuid, room: i64) -> Result<Vec<ClaimedJob>, StoreError> {
+pub async fn claim(
+    pool: &PgPool,
+    session: i64,
+    queues: &[String],
+    after: Uuid,
+    room: i64,
+) -> Result<Vec<ClaimedJob>, StoreError> {
     let rows = sqlx::query_file!(
         "src/store/sql/claim.sql",
-        session, queues, after, COMPANIES_A_CLAIM, room, millis(DEADLINE_GRACE),
+        session,
+        queues,
+        after,
+        COMPANIES_A_CLAIM,
+        room,
+        millis(DEADLINE_GRACE),
     )
     .fetch_all(pool)
     .await?;
@@ -216,7 +238,12 @@ pub struct Tenant {
 }
 
 /// Takes up to `room` jobs of some companies, from where each goes on.
-pub async fn claim_on(pool: &PgPool, session: i64, tenants: &[Tenant], room: i64) -> Result<Vec<ClaimedJob>, StoreError> {
+pub async fn claim_on(
+    pool: &PgPool,
+    session: i64,
+    tenants: &[Tenant],
+    room: i64,
+) -> Result<Vec<ClaimedJob>, StoreError> {
     let rows = sqlx::query_file!(
         "src/store/sql/claim_on.sql",
         session,
@@ -287,7 +314,10 @@ pub struct Settle {
 }
 
 /// Settles many at once; says which leases held.
-pub async fn settle(executor: impl Executor<'_, Database = Postgres>, items: &[Settle]) -> Result<Vec<i64>, StoreError> {
+pub async fn settle(
+    executor: impl Executor<'_, Database = Postgres>,
+    items: &[Settle],
+) -> Result<Vec<i64>, StoreError> {
     let ids: Vec<i64> = items.iter().map(|item| item.lease.job).collect();
     let epochs: Vec<i64> = items.iter().map(|item| item.lease.epoch).collect();
     if items.iter().all(|item| item.again_after.is_none()) {
@@ -295,7 +325,8 @@ pub async fn settle(executor: impl Executor<'_, Database = Postgres>, items: &[S
             "delete from jobs j using unnest($1::bigint[], $2::bigint[]) as d (id, epoch)
              where j.id = d.id and j.lease_epoch = d.epoch
              returning j.id",
-            &ids, &epochs,
+            &ids,
+            &epochs,
         )
         .fetch_all(executor)
         .await?;
@@ -326,7 +357,10 @@ pub async fn settle(executor: impl Executor<'_, Database = Postgres>, items: &[S
                returning j.id
            )
            select id as "id!" from gone union all select id from again"#,
-        &ids, &epochs, &delays as &[Option<i64>], &charged,
+        &ids,
+        &epochs,
+        &delays as &[Option<i64>],
+        &charged,
     )
     .fetch_all(executor)
     .await?;
@@ -347,20 +381,13 @@ pub const RECLAIM_MAX: i64 = 1_000;
 
 /// Takes back what the dead held; the first delay is `base`.
 pub async fn reclaim(pool: &PgPool, base: Duration) -> Result<Vec<Reclaimed>, StoreError> {
-    let rows = sqlx::query_file!("src/store/sql/reclaim.sql", RECLAIM_MAX, millis(base) as f64)
-        .fetch_all(pool)
-        .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| Reclaimed { job: row.id, crash_count: row.crash_count })
-        .collect())
+    let rows = sqlx::query_file!("src/store/sql/reclaim.sql", RECLAIM_MAX, millis(base) as f64).fetch_all(pool).await?;
+    Ok(rows.into_iter().map(|row| Reclaimed { job: row.id, crash_count: row.crash_count }).collect())
 }
 
 /// What became of a lease whose commit may or may not have landed.
 pub async fn epoch_of(pool: &PgPool, job: i64) -> Result<Option<i64>, StoreError> {
-    Ok(sqlx::query_scalar!("select lease_epoch from jobs where id = $1", job)
-        .fetch_optional(pool)
-        .await?)
+    Ok(sqlx::query_scalar!("select lease_epoch from jobs where id = $1", job).fetch_optional(pool).await?)
 }
 
 /// A duration as the statements take it.

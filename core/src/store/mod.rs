@@ -60,12 +60,8 @@ pub fn connect_options(url: &str, kind: PoolKind) -> Result<PgConnectOptions, St
         PoolKind::Requests => "capx",
         PoolKind::Queue => "capx-queue",
     });
-    let common = [
-        ("jit", "off"),
-        ("timezone", "UTC"),
-        ("idle_in_transaction_session_timeout", "60s"),
-        ("lock_timeout", "10s"),
-    ];
+    let common =
+        [("jit", "off"), ("timezone", "UTC"), ("idle_in_transaction_session_timeout", "60s"), ("lock_timeout", "10s")];
     let options = options.options(common);
     Ok(match kind {
         PoolKind::Requests => options.options([("statement_timeout", "15s")]),
@@ -101,16 +97,13 @@ pub enum SchemaState {
 
 /// Whether the schema is as new as this program.
 pub async fn schema_state(pool: &PgPool) -> Result<SchemaState, StoreError> {
-    let known = sqlx::query_scalar::<_, bool>("select to_regclass('_sqlx_migrations') is not null")
-        .fetch_one(pool)
-        .await?;
+    let known =
+        sqlx::query_scalar::<_, bool>("select to_regclass('_sqlx_migrations') is not null").fetch_one(pool).await?;
     if !known {
         return Ok(SchemaState::Behind);
     }
     let newest: Option<i64> =
-        sqlx::query_scalar("select max(version) from _sqlx_migrations where success")
-            .fetch_one(pool)
-            .await?;
+        sqlx::query_scalar("select max(version) from _sqlx_migrations where success").fetch_one(pool).await?;
     let wanted = MIGRATOR.iter().map(|migration| migration.version).max();
     Ok(if newest >= wanted { SchemaState::Current } else { SchemaState::Behind })
 }

@@ -46,7 +46,12 @@ pub async fn upsert(tx: &mut PgConnection, new: &NewPlaybook<'_>) -> Result<Upse
            values ($1, $2, $3, $4, 'active', $5, $6)
            on conflict on constraint playbooks_name do update set name = excluded.name
            returning p.id, p.current_version_id, (xmax = 0) as "is_new!""#,
-        new.company.0, PlaybookId::new().0, new.name, new.description, new.tags, version_id.0,
+        new.company.0,
+        PlaybookId::new().0,
+        new.name,
+        new.description,
+        new.tags,
+        version_id.0,
     )
     .fetch_one(&mut *tx)
     .await?;
@@ -54,7 +59,8 @@ pub async fn upsert(tx: &mut PgConnection, new: &NewPlaybook<'_>) -> Result<Upse
     if !row.is_new {
         let current = sqlx::query!(
             "select version, content_hash from playbook_versions where company_id = $1 and id = $2",
-            new.company.0, row.current_version_id,
+            new.company.0,
+            row.current_version_id,
         )
         .fetch_one(&mut *tx)
         .await?;
@@ -67,7 +73,11 @@ pub async fn upsert(tx: &mut PgConnection, new: &NewPlaybook<'_>) -> Result<Upse
            select $1, $2, $3, coalesce(max(version), 0) + 1, $4, $5
            from playbook_versions where company_id = $1 and playbook_id = $3
            returning version"#,
-        new.company.0, version_id.0, playbook.0, new.yaml, &new.hash[..],
+        new.company.0,
+        version_id.0,
+        playbook.0,
+        new.yaml,
+        &new.hash[..],
     )
     .fetch_one(&mut *tx)
     .await?;
@@ -77,7 +87,11 @@ pub async fn upsert(tx: &mut PgConnection, new: &NewPlaybook<'_>) -> Result<Upse
              set current_version_id = $3, description = coalesce($4, description),
                  tags = case when cardinality($5::text[]) > 0 then $5 else tags end, updated_at = now()
              where company_id = $1 and id = $2",
-            new.company.0, playbook.0, version_id.0, new.description, new.tags,
+            new.company.0,
+            playbook.0,
+            version_id.0,
+            new.description,
+            new.tags,
         )
         .execute(&mut *tx)
         .await?;
@@ -132,7 +146,12 @@ pub struct Filter<'a> {
 }
 
 /// A page of a company's playbooks, newest first.
-pub async fn list(pool: &PgPool, company: CompanyId, filter: &Filter<'_>, limit: i64) -> Result<Vec<PlaybookRow>, StoreError> {
+pub async fn list(
+    pool: &PgPool,
+    company: CompanyId,
+    filter: &Filter<'_>,
+    limit: i64,
+) -> Result<Vec<PlaybookRow>, StoreError> {
     let rows = sqlx::query!(
         r#"select p.id, p.name, p.description, p.status, p.tags, p.current_version_id, p.created_at,
                   v.version, v.yaml, s.run_count as "run_count!", s.last_run_at,
@@ -153,7 +172,13 @@ pub async fn list(pool: &PgPool, company: CompanyId, filter: &Filter<'_>, limit:
                and ($6::uuid is null or p.id < $6)
            order by p.id desc
            limit $7"#,
-        company.0, filter.playbook.map(|p| p.0), filter.name, filter.status, filter.tags, filter.before, limit,
+        company.0,
+        filter.playbook.map(|p| p.0),
+        filter.name,
+        filter.status,
+        filter.tags,
+        filter.before,
+        limit,
     )
     .fetch_all(pool)
     .await?;
@@ -178,10 +203,15 @@ pub async fn list(pool: &PgPool, company: CompanyId, filter: &Filter<'_>, limit:
 }
 
 /// What a start of a run needs: the playbook's status and current version.
-pub async fn for_start(executor: impl Executor<'_, Database = Postgres>, company: CompanyId, playbook: PlaybookId) -> Result<Option<(String, VersionId)>, StoreError> {
+pub async fn for_start(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    playbook: PlaybookId,
+) -> Result<Option<(String, VersionId)>, StoreError> {
     let row = sqlx::query!(
         "select status, current_version_id from playbooks where company_id = $1 and id = $2",
-        company.0, playbook.0,
+        company.0,
+        playbook.0,
     )
     .fetch_optional(executor)
     .await?;
@@ -194,7 +224,8 @@ pub async fn versions(pool: &PgPool, companies: &[Uuid], versions: &[Uuid]) -> R
         "select v.id, v.yaml
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          join playbook_versions v on v.company_id = k.company_id and v.id = k.id",
-        companies, versions,
+        companies,
+        versions,
     )
     .fetch_all(pool)
     .await?;

@@ -45,7 +45,10 @@ pub struct NewRun {
 }
 
 /// Starts many runs in one statement; gives each run's job.
-pub async fn start(executor: impl Executor<'_, Database = Postgres>, runs: &[NewRun]) -> Result<Vec<(RunId, i64)>, StoreError> {
+pub async fn start(
+    executor: impl Executor<'_, Database = Postgres>,
+    runs: &[NewRun],
+) -> Result<Vec<(RunId, i64)>, StoreError> {
     let events = event_columns(runs.iter().map(|run| run.events.as_slice()));
     let [first, second, third] = &events;
     let rows = sqlx::query_file!(
@@ -134,7 +137,8 @@ pub async fn get(pool: &PgPool, company: CompanyId, run: RunId) -> Result<Option
                   started_at, ended_at,
                   extract(epoch from coalesce(ended_at, clock_timestamp()) - started_at)::bigint as "duration_s!"
            from runs where company_id = $1 and id = $2"#,
-        company.0, run.0,
+        company.0,
+        run.0,
     )
     .fetch_optional(pool)
     .await?;
@@ -160,7 +164,11 @@ pub async fn list(
                and ($4::uuid is null or id < $4)
            order by id desc
            limit $5"#,
-        company.0, playbook.0, status.map(RunStatus::as_str), before, limit,
+        company.0,
+        playbook.0,
+        status.map(RunStatus::as_str),
+        before,
+        limit,
     )
     .fetch_all(pool)
     .await?;
@@ -195,7 +203,8 @@ pub async fn steps(pool: &PgPool, company: CompanyId, run: RunId) -> Result<Vec<
     let rows = sqlx::query!(
         "select step, status, agent_id, attempt, cost_nanos, output, error, started_at, ended_at
          from run_steps where company_id = $1 and run_id = $2 order by step",
-        company.0, run.0,
+        company.0,
+        run.0,
     )
     .fetch_all(pool)
     .await?;
@@ -236,7 +245,8 @@ pub async fn job(pool: &PgPool, company: CompanyId, run: RunId) -> Result<Option
         "select j.kind, j.step, j.state, j.due_at, j.attempt
          from runs r join jobs j on j.id = r.job_id
          where r.company_id = $1 and r.id = $2",
-        company.0, run.0,
+        company.0,
+        run.0,
     )
     .fetch_optional(pool)
     .await?;

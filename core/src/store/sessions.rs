@@ -27,7 +27,11 @@ pub async fn open(pool: &PgPool, session: &NewSession<'_>) -> Result<i64, StoreE
     Ok(sqlx::query_scalar!(
         "insert into worker_sessions (worker, version, queues, slots, lease_ms, state)
          values ($1, $2, $3, $4, $5, 'active') returning id",
-        session.worker, session.version, session.queues, session.slots, millis(session.lease),
+        session.worker,
+        session.version,
+        session.queues,
+        session.slots,
+        millis(session.lease),
     )
     .fetch_one(pool)
     .await?)
@@ -40,7 +44,8 @@ pub async fn beat(connection: &mut PgConnection, id: i64, draining: bool) -> Res
         "update worker_sessions
          set beat_at = clock_timestamp(), state = case when $2 then 'draining' else state end
          where id = $1 and ended_at is null",
-        id, draining,
+        id,
+        draining,
     )
     .execute(connection)
     .await?;

@@ -34,7 +34,8 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          join runs r on r.company_id = k.company_id and r.id = k.id
          where r.status = 'running'",
-        companies, runs,
+        companies,
+        runs,
     )
     .fetch_all(pool)
     .await?;
@@ -51,13 +52,18 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
 }
 
 /// The stored outputs of some runs: run, step, output.
-pub async fn load_outputs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Result<Vec<(Uuid, i32, serde_json::Value)>, StoreError> {
+pub async fn load_outputs(
+    pool: &PgPool,
+    companies: &[Uuid],
+    runs: &[Uuid],
+) -> Result<Vec<(Uuid, i32, serde_json::Value)>, StoreError> {
     let rows = sqlx::query!(
         r#"select s.run_id, s.step, s.output as "output!"
            from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
            join run_steps s on s.company_id = k.company_id and s.run_id = k.id
            where s.status = 'completed' and s.output is not null"#,
-        companies, runs,
+        companies,
+        runs,
     )
     .fetch_all(pool)
     .await?;
@@ -142,12 +148,17 @@ impl StepCommit {
 
 /// Commits many attempts in one statement; says of each whether its lease
 /// held. An attempt whose lease is gone has written nothing.
-pub async fn commit(executor: impl Executor<'_, Database = Postgres>, commits: &[StepCommit]) -> Result<Vec<bool>, StoreError> {
+pub async fn commit(
+    executor: impl Executor<'_, Database = Postgres>,
+    commits: &[StepCommit],
+) -> Result<Vec<bool>, StoreError> {
     let events: [EventColumns; EVENTS_MAX] = event_columns(commits.iter().map(|c| c.events.as_slice()));
     let [first, second, third] = &events;
     let each = |f: &dyn Fn(&StepCommit) -> Option<String>| commits.iter().map(f).collect::<Vec<_>>();
     let job = |f: fn(&NextJob) -> i64| commits.iter().map(|c| c.job.as_ref().map(f)).collect::<Vec<_>>();
-    let step = |f: fn(&StepChange) -> Option<String>| commits.iter().map(|c| c.checkpoint.as_ref().and_then(f)).collect::<Vec<_>>();
+    let step = |f: fn(&StepChange) -> Option<String>| {
+        commits.iter().map(|c| c.checkpoint.as_ref().and_then(f)).collect::<Vec<_>>()
+    };
     let job_state = |c: &StepCommit| {
         c.job.as_ref().map(|job| match (job.held, job.delay.is_zero()) {
             (true, _) => "running".to_owned(),
@@ -175,7 +186,8 @@ pub async fn commit(executor: impl Executor<'_, Database = Postgres>, commits: &
         &each(&|c| c.change.error.clone()) as &[Option<String>],
         &commits.iter().map(|c| c.cost.0).collect::<Vec<_>>(),
         &step(|s| Some(s.status.as_str().to_owned())) as &[Option<String>],
-        &commits.iter().map(|c| c.checkpoint.as_ref().and_then(|s| s.agent.map(|a| a.0))).collect::<Vec<_>>() as &[Option<Uuid>],
+        &commits.iter().map(|c| c.checkpoint.as_ref().and_then(|s| s.agent.map(|a| a.0))).collect::<Vec<_>>()
+            as &[Option<Uuid>],
         &commits.iter().map(|c| c.checkpoint.as_ref().map_or(0, |s| s.attempt)).collect::<Vec<_>>(),
         &step(|s| s.output.clone()) as &[Option<String>],
         &step(|s| s.error.clone()) as &[Option<String>],

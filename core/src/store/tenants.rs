@@ -9,12 +9,18 @@ use super::StoreError;
 use crate::domain::ids::{AccountId, AgentId, CompanyId, KeyId};
 
 /// Finds an account by name, or makes it.
-pub async fn account(executor: impl Executor<'_, Database = Postgres>, name: &str, tier: &str) -> Result<AccountId, StoreError> {
+pub async fn account(
+    executor: impl Executor<'_, Database = Postgres>,
+    name: &str,
+    tier: &str,
+) -> Result<AccountId, StoreError> {
     Ok(AccountId(
         sqlx::query_scalar!(
             "insert into accounts (id, name, tier) values ($1, $2, $3)
              on conflict (name) do update set name = excluded.name returning id",
-            AccountId::new().0, name, tier,
+            AccountId::new().0,
+            name,
+            tier,
         )
         .fetch_one(executor)
         .await?,
@@ -41,12 +47,22 @@ pub struct NewKey<'a> {
 }
 
 /// Stores a key.
-pub async fn insert_key(executor: impl Executor<'_, Database = Postgres>, key: &NewKey<'_>) -> Result<KeyId, StoreError> {
+pub async fn insert_key(
+    executor: impl Executor<'_, Database = Postgres>,
+    key: &NewKey<'_>,
+) -> Result<KeyId, StoreError> {
     let id = KeyId::new();
     sqlx::query!(
         "insert into api_keys (id, account_id, company_id, name, hash, hint, live, scopes)
          values ($1, $2, $3, $4, $5, $6, $7, $8)",
-        id.0, key.account.0, key.company.map(|c| c.0), key.name, &key.hash[..], key.hint, key.live, key.scopes,
+        id.0,
+        key.account.0,
+        key.company.map(|c| c.0),
+        key.name,
+        &key.hash[..],
+        key.hint,
+        key.live,
+        key.scopes,
     )
     .execute(executor)
     .await?;
@@ -99,7 +115,8 @@ pub async fn charge_credits(pool: &PgPool, account: AccountId, credits: i64) -> 
     }
     Ok(sqlx::query_scalar!(
         "update accounts set credits = credits - $2 where id = $1 returning credits",
-        account.0, credits,
+        account.0,
+        credits,
     )
     .fetch_one(pool)
     .await?)
@@ -125,11 +142,20 @@ pub struct NewCompany<'a> {
 }
 
 /// Stores a company in `provisioning`.
-pub async fn insert_company(executor: impl Executor<'_, Database = Postgres>, new: &NewCompany<'_>) -> Result<DateTime<Utc>, StoreError> {
+pub async fn insert_company(
+    executor: impl Executor<'_, Database = Postgres>,
+    new: &NewCompany<'_>,
+) -> Result<DateTime<Utc>, StoreError> {
     Ok(sqlx::query_scalar!(
         "insert into companies (id, account_id, name, description, status, config, template, governance)
          values ($1, $2, $3, $4, 'provisioning', $5, $6, $7) returning created_at",
-        new.company.0, new.account.0, new.name, new.description, new.config, new.template, new.governance,
+        new.company.0,
+        new.account.0,
+        new.name,
+        new.description,
+        new.config,
+        new.template,
+        new.governance,
     )
     .fetch_one(executor)
     .await?)
@@ -161,7 +187,12 @@ pub struct CompanyRow {
 }
 
 /// One company of an account; a key bound to another company does not see it.
-pub async fn company(pool: &PgPool, account: AccountId, bound: Option<CompanyId>, company: CompanyId) -> Result<Option<CompanyRow>, StoreError> {
+pub async fn company(
+    pool: &PgPool,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    company: CompanyId,
+) -> Result<Option<CompanyRow>, StoreError> {
     Ok(companies_where(pool, account, bound, Some(company), None, None, 1).await?.pop())
 }
 
@@ -198,7 +229,12 @@ async fn companies_where(
                and ($5::uuid is null or c.id < $5)
            order by c.id desc
            limit $6"#,
-        account.0, bound.map(|c| c.0), only.map(|c| c.0), status, before, limit,
+        account.0,
+        bound.map(|c| c.0),
+        only.map(|c| c.0),
+        status,
+        before,
+        limit,
     )
     .fetch_all(pool)
     .await?;
@@ -220,14 +256,26 @@ async fn companies_where(
 }
 
 /// A company's status, where the caller has no account at hand.
-pub async fn company_status(executor: impl Executor<'_, Database = Postgres>, company: CompanyId) -> Result<Option<String>, StoreError> {
-    Ok(sqlx::query_scalar!("select status from companies where id = $1", company.0)
-        .fetch_optional(executor)
-        .await?)
+pub async fn company_status(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+) -> Result<Option<String>, StoreError> {
+    Ok(sqlx::query_scalar!("select status from companies where id = $1", company.0).fetch_optional(executor).await?)
+}
+
+/// Whose a company is.
+pub async fn account_of(pool: &PgPool, company: CompanyId) -> Result<Option<AccountId>, StoreError> {
+    Ok(sqlx::query_scalar!("select account_id from companies where id = $1", company.0)
+        .fetch_optional(pool)
+        .await?
+        .map(AccountId))
 }
 
 /// Ends the provisioning of a company; false when it was over.
-pub async fn company_provisioned(executor: impl Executor<'_, Database = Postgres>, company: CompanyId) -> Result<bool, StoreError> {
+pub async fn company_provisioned(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+) -> Result<bool, StoreError> {
     let done = sqlx::query!(
         "update companies set status = 'running', updated_at = now() where id = $1 and status = 'provisioning'",
         company.0,
@@ -257,11 +305,22 @@ pub struct NewAgent {
 }
 
 /// Stores an agent in `initializing`.
-pub async fn insert_agent(executor: impl Executor<'_, Database = Postgres>, company: CompanyId, new: &NewAgent) -> Result<DateTime<Utc>, StoreError> {
+pub async fn insert_agent(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    new: &NewAgent,
+) -> Result<DateTime<Utc>, StoreError> {
     Ok(sqlx::query_scalar!(
         "insert into agents (company_id, id, role, adapter, instructions, model, budget, config, status)
          values ($1, $2, $3, $4, $5, $6, $7, $8, 'initializing') returning created_at",
-        company.0, new.agent.0, new.role, new.adapter, new.instructions, new.model, new.budget, new.config,
+        company.0,
+        new.agent.0,
+        new.role,
+        new.adapter,
+        new.instructions,
+        new.model,
+        new.budget,
+        new.config,
     )
     .fetch_one(executor)
     .await?)
@@ -358,12 +417,19 @@ pub async fn agents_of(pool: &PgPool, companies: &[Uuid]) -> Result<Vec<AgentRow
 }
 
 /// Ends the initializing of an agent; false when it was over.
-pub async fn agent_initialized(executor: impl Executor<'_, Database = Postgres>, company: CompanyId, agent: AgentId, error: Option<&str>) -> Result<bool, StoreError> {
+pub async fn agent_initialized(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    agent: AgentId,
+    error: Option<&str>,
+) -> Result<bool, StoreError> {
     let done = sqlx::query!(
         "update agents
          set status = case when $3::text is null then 'active' else 'errored' end, error = $3, updated_at = now()
          where company_id = $1 and id = $2 and status = 'initializing'",
-        company.0, agent.0, error,
+        company.0,
+        agent.0,
+        error,
     )
     .execute(executor)
     .await?;

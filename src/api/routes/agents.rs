@@ -55,7 +55,10 @@ impl AgentBody {
         };
         let role_ok = self.role.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
         if self.role.is_empty() || self.role.len() > ROLE_CHARS_MAX || !role_ok || self.role.starts_with("ag_") {
-            wrong("role", format!("must be 1 to {ROLE_CHARS_MAX} letters, digits, `_` or `-`, not beginning with `ag_`"));
+            wrong(
+                "role",
+                format!("must be 1 to {ROLE_CHARS_MAX} letters, digits, `_` or `-`, not beginning with `ag_`"),
+            );
         }
         if Adapter::from_name(&self.adapter).is_none() {
             wrong("adapter", format!("unknown adapter `{}`; use one of {}", self.adapter, Adapter::NAMES.join(", ")));
@@ -73,8 +76,12 @@ impl AgentBody {
         for (name, value) in config {
             let fault = match name.as_str() {
                 "heartbeat_interval" if value.as_i64().is_none_or(|s| s < 1) => "must be whole seconds, 1 or more",
-                "budget_limit_daily" if value.as_f64().is_none_or(|usd| usd < 0.0) => "must be an amount in USD, 0 or more",
-                "tools" if !value.as_array().is_some_and(|tools| tools.iter().all(Value::is_string)) => "must be a list of names",
+                "budget_limit_daily" if value.as_f64().is_none_or(|usd| usd < 0.0) => {
+                    "must be an amount in USD, 0 or more"
+                }
+                "tools" if !value.as_array().is_some_and(|tools| tools.iter().all(Value::is_string)) => {
+                    "must be a list of names"
+                }
                 "endpoint" if !value.is_string() => "must be a URL",
                 _ => continue,
             };
@@ -100,7 +107,12 @@ impl AgentBody {
     }
 }
 
-async fn add(State(state): Shared, caller: Caller<AgentsWrite>, Path(company): Path<String>, Body(body): Body<AgentBody>) -> Result<Response, ApiError> {
+async fn add(
+    State(state): Shared,
+    caller: Caller<AgentsWrite>,
+    Path(company): Path<String>,
+    Body(body): Body<AgentBody>,
+) -> Result<Response, ApiError> {
     let company = caller.company(&state, &company).await?;
     let problems = body.problems("", false);
     if !problems.is_empty() {
@@ -124,7 +136,12 @@ struct ListParams {
     cursor: Option<String>,
 }
 
-async fn list(State(state): Shared, caller: Caller<AgentsRead>, Path(company): Path<String>, Params(params): Params<ListParams>) -> Result<Response, ApiError> {
+async fn list(
+    State(state): Shared,
+    caller: Caller<AgentsRead>,
+    Path(company): Path<String>,
+    Params(params): Params<ListParams>,
+) -> Result<Response, ApiError> {
     let company = caller.company(&state, &company).await?;
     let limit = limit(params.limit, 25, 100)?;
     let statuses = ["initializing", "active", "paused", "errored"];
@@ -134,12 +151,18 @@ async fn list(State(state): Shared, caller: Caller<AgentsRead>, Path(company): P
         return Err(ApiError::field("status", format!("must be one of {}", statuses.join(", "))));
     }
     let after = cursor(params.cursor.as_deref())?;
-    let rows = tenants::agents(&state.engine.pool, company.company, None, None, params.status.as_deref(), after, limit + 1).await?;
+    let rows =
+        tenants::agents(&state.engine.pool, company.company, None, None, params.status.as_deref(), after, limit + 1)
+            .await?;
     let page = page(rows, limit, |row| row.agent.0, |row| agent_summary(&row));
     caller.list(&state, page).await
 }
 
-async fn one(State(state): Shared, caller: Caller<AgentsRead>, Path((company, agent)): Path<(String, String)>) -> Result<Response, ApiError> {
+async fn one(
+    State(state): Shared,
+    caller: Caller<AgentsRead>,
+    Path((company, agent)): Path<(String, String)>,
+) -> Result<Response, ApiError> {
     let company = caller.company(&state, &company).await?;
     let id: Option<AgentId> = agent.parse().ok();
     let role = if id.is_some() { None } else { Some(agent.as_str()) };

@@ -36,19 +36,33 @@ struct ListParams {
     cursor: Option<String>,
 }
 
-async fn list(State(state): Shared, caller: Caller<ApprovalsRead>, Params(params): Params<ListParams>) -> Result<Response, ApiError> {
+async fn list(
+    State(state): Shared,
+    caller: Caller<ApprovalsRead>,
+    Params(params): Params<ListParams>,
+) -> Result<Response, ApiError> {
     // A key that is bound to a company sees that one's only.
     let filter = Filter { company: caller.company, ..Filter::default() };
     listed(&state, caller, filter, &params).await
 }
 
-async fn list_of_company(State(state): Shared, caller: Caller<ApprovalsRead>, Path(company): Path<String>, Params(params): Params<ListParams>) -> Result<Response, ApiError> {
+async fn list_of_company(
+    State(state): Shared,
+    caller: Caller<ApprovalsRead>,
+    Path(company): Path<String>,
+    Params(params): Params<ListParams>,
+) -> Result<Response, ApiError> {
     let company = caller.company(&state, &company).await?.company;
     let filter = Filter { company: Some(company), ..Filter::default() };
     listed(&state, caller, filter, &params).await
 }
 
-async fn listed(state: &crate::api::ApiState, caller: Caller<ApprovalsRead>, filter: Filter<'_>, params: &ListParams) -> Result<Response, ApiError> {
+async fn listed(
+    state: &crate::api::ApiState,
+    caller: Caller<ApprovalsRead>,
+    filter: Filter<'_>,
+    params: &ListParams,
+) -> Result<Response, ApiError> {
     let limit = limit(params.limit, 25, 100)?;
     if let Some(status) = params.status.as_deref()
         && !STATUSES.contains(&status)
@@ -65,9 +79,16 @@ fn id_of(text: &str) -> Result<ApprovalId, ApiError> {
     text.parse().map_err(|_| ApiError::NotFound("approval"))
 }
 
-async fn one(State(state): Shared, caller: Caller<ApprovalsRead>, Path(approval): Path<String>) -> Result<Response, ApiError> {
+async fn one(
+    State(state): Shared,
+    caller: Caller<ApprovalsRead>,
+    Path(approval): Path<String>,
+) -> Result<Response, ApiError> {
     let filter = Filter { company: caller.company, approval: Some(id_of(&approval)?), ..Filter::default() };
-    let row = approvals::list(&state.engine.pool, caller.account, filter, 1).await?.pop().ok_or(ApiError::NotFound("approval"))?;
+    let row = approvals::list(&state.engine.pool, caller.account, filter, 1)
+        .await?
+        .pop()
+        .ok_or(ApiError::NotFound("approval"))?;
     caller.reply(&state, StatusCode::OK, 1, show(&row)).await
 }
 
@@ -77,7 +98,12 @@ struct ApproveBody {
     note: Option<String>,
 }
 
-async fn approve(State(state): Shared, caller: Caller<ApprovalsWrite>, Path(approval): Path<String>, Body(body): Body<ApproveBody>) -> Result<Response, ApiError> {
+async fn approve(
+    State(state): Shared,
+    caller: Caller<ApprovalsWrite>,
+    Path(approval): Path<String>,
+    Body(body): Body<ApproveBody>,
+) -> Result<Response, ApiError> {
     let verdict = Verdict::Approve { note: bounded("note", body.note)? };
     decided(&state, &caller, id_of(&approval)?, &verdict).await
 }
@@ -88,7 +114,12 @@ struct RejectBody {
     feedback: String,
 }
 
-async fn reject(State(state): Shared, caller: Caller<ApprovalsWrite>, Path(approval): Path<String>, Body(body): Body<RejectBody>) -> Result<Response, ApiError> {
+async fn reject(
+    State(state): Shared,
+    caller: Caller<ApprovalsWrite>,
+    Path(approval): Path<String>,
+    Body(body): Body<RejectBody>,
+) -> Result<Response, ApiError> {
     if body.feedback.trim().is_empty() {
         return Err(ApiError::field("feedback", "must not be empty: it is what the asker learns from"));
     }
@@ -105,7 +136,12 @@ fn bounded(field: &str, words: Option<String>) -> Result<Option<String>, ApiErro
     }
 }
 
-async fn decided(state: &crate::api::ApiState, caller: &Caller<ApprovalsWrite>, id: ApprovalId, verdict: &Verdict) -> Result<Response, ApiError> {
+async fn decided(
+    state: &crate::api::ApiState,
+    caller: &Caller<ApprovalsWrite>,
+    id: ApprovalId,
+    verdict: &Verdict,
+) -> Result<Response, ApiError> {
     let by = caller.key.to_string();
     let row = decide(&state.engine, caller.account, caller.company, id, &by, verdict).await?;
     caller.reply(state, StatusCode::OK, 2, show(&row)).await

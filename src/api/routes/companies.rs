@@ -26,9 +26,7 @@ const STATUSES: &[&str] = &["running", "paused", "provisioning", "stopped"];
 const TEMPLATES: &[&str] = &["default", "research", "content", "support", "saas-agency"];
 
 pub(in crate::api) fn routes() -> Routes {
-    Routes::new()
-        .route("/companies", get(list).post(create))
-        .route("/companies/{company}", get(one))
+    Routes::new().route("/companies", get(list).post(create)).route("/companies/{company}", get(one))
 }
 
 #[derive(Debug, Deserialize)]
@@ -96,10 +94,16 @@ fn config_problems(config: &Map<String, Value>) -> Vec<FieldProblem> {
     problems
 }
 
-async fn create(State(state): Shared, caller: Caller<CompaniesWrite>, Body(body): Body<CreateBody>) -> Result<Response, ApiError> {
+async fn create(
+    State(state): Shared,
+    caller: Caller<CompaniesWrite>,
+    Body(body): Body<CreateBody>,
+) -> Result<Response, ApiError> {
     body.check()?;
     if caller.company.is_some() {
-        return Err(ApiError::Conflict("this key is bound to one company; create companies with a key of the account".into()));
+        return Err(ApiError::Conflict(
+            "this key is bound to one company; create companies with a key of the account".into(),
+        ));
     }
     let request = CreateCompany {
         name: body.name.trim().to_owned(),
@@ -134,7 +138,11 @@ struct ListParams {
     cursor: Option<String>,
 }
 
-async fn list(State(state): Shared, caller: Caller<CompaniesRead>, Params(params): Params<ListParams>) -> Result<Response, ApiError> {
+async fn list(
+    State(state): Shared,
+    caller: Caller<CompaniesRead>,
+    Params(params): Params<ListParams>,
+) -> Result<Response, ApiError> {
     let limit = limit(params.limit, 25, 100)?;
     if let Some(status) = params.status.as_deref()
         && !STATUSES.contains(&status)
@@ -142,17 +150,34 @@ async fn list(State(state): Shared, caller: Caller<CompaniesRead>, Params(params
         return Err(ApiError::field("status", format!("must be one of {}", STATUSES.join(", "))));
     }
     let before = cursor(params.cursor.as_deref())?;
-    let rows = tenants::companies(&state.engine.pool, caller.account, caller.company, params.status.as_deref(), before, limit + 1).await?;
-    let page = page(rows, limit, |row| row.company.0, |row| {
-        json!({
-            "id": row.company, "name": row.name, "status": row.status, "agent_count": row.agent_count,
-            "created_at": time(row.created_at),
-        })
-    });
+    let rows = tenants::companies(
+        &state.engine.pool,
+        caller.account,
+        caller.company,
+        params.status.as_deref(),
+        before,
+        limit + 1,
+    )
+    .await?;
+    let page = page(
+        rows,
+        limit,
+        |row| row.company.0,
+        |row| {
+            json!({
+                "id": row.company, "name": row.name, "status": row.status, "agent_count": row.agent_count,
+                "created_at": time(row.created_at),
+            })
+        },
+    );
     caller.list(&state, page).await
 }
 
-async fn one(State(state): Shared, caller: Caller<CompaniesRead>, Path(company): Path<String>) -> Result<Response, ApiError> {
+async fn one(
+    State(state): Shared,
+    caller: Caller<CompaniesRead>,
+    Path(company): Path<String>,
+) -> Result<Response, ApiError> {
     let row = caller.company(&state, &company).await?;
     let cost = capx_core::store::runs::company_cost(&state.engine.pool, row.company).await?;
     let mut data = show(&row);

@@ -38,7 +38,12 @@ struct CreateBody {
     tags: Vec<String>,
 }
 
-async fn create(State(state): Shared, caller: Caller<PlaybooksWrite>, Path(company): Path<String>, Body(body): Body<CreateBody>) -> Result<Response, ApiError> {
+async fn create(
+    State(state): Shared,
+    caller: Caller<PlaybooksWrite>,
+    Path(company): Path<String>,
+    Body(body): Body<CreateBody>,
+) -> Result<Response, ApiError> {
     let company = caller.company(&state, &company).await?;
     let mut problems = Vec::new();
     if let Some(name) = &body.name
@@ -76,7 +81,12 @@ struct ListParams {
     cursor: Option<String>,
 }
 
-async fn list(State(state): Shared, caller: Caller<PlaybooksRead>, Path(company): Path<String>, Params(params): Params<ListParams>) -> Result<Response, ApiError> {
+async fn list(
+    State(state): Shared,
+    caller: Caller<PlaybooksRead>,
+    Path(company): Path<String>,
+    Params(params): Params<ListParams>,
+) -> Result<Response, ApiError> {
     let company = caller.company(&state, &company).await?;
     let limit = limit(params.limit, 25, 100)?;
     let statuses = ["active", "paused", "archived"];
@@ -93,17 +103,26 @@ async fn list(State(state): Shared, caller: Caller<PlaybooksRead>, Path(company)
         ..Filter::default()
     };
     let rows = playbooks::list(&state.engine.pool, company.company, &filter, limit + 1).await?;
-    let page = page(rows, limit, |row| row.playbook.0, |row| {
-        json!({
-            "id": row.playbook, "name": row.name, "status": row.status, "version": row.version,
-            "step_count": read(&row).map_or(0, |p| p.steps.len()), "last_run_at": row.last_run_at.map(time),
-            "run_count": row.run_count, "tags": row.tags,
-        })
-    });
+    let page = page(
+        rows,
+        limit,
+        |row| row.playbook.0,
+        |row| {
+            json!({
+                "id": row.playbook, "name": row.name, "status": row.status, "version": row.version,
+                "step_count": read(&row).map_or(0, |p| p.steps.len()), "last_run_at": row.last_run_at.map(time),
+                "run_count": row.run_count, "tags": row.tags,
+            })
+        },
+    );
     caller.list(&state, page).await
 }
 
-async fn one(State(state): Shared, caller: Caller<PlaybooksRead>, Path((company, playbook)): Path<(String, String)>) -> Result<Response, ApiError> {
+async fn one(
+    State(state): Shared,
+    caller: Caller<PlaybooksRead>,
+    Path((company, playbook)): Path<(String, String)>,
+) -> Result<Response, ApiError> {
     let company = caller.company(&state, &company).await?;
     let id = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
     let row = find(&state, company.company, id).await?;

@@ -178,7 +178,12 @@ async fn show<S>(
     Ok(data)
 }
 
-async fn waiting_on<S>(state: &ApiState, caller: &Caller<S>, company: CompanyId, run: RunId) -> Result<Value, ApiError> {
+async fn waiting_on<S>(
+    state: &ApiState,
+    caller: &Caller<S>,
+    company: CompanyId,
+    run: RunId,
+) -> Result<Value, ApiError> {
     let filter = Filter { company: Some(company), run: Some(run), status: Some("pending"), ..Filter::default() };
     let gates = approvals::list(&state.engine.pool, caller.account, filter, 100).await?;
     Ok(gates

@@ -48,9 +48,7 @@ async fn turn(hands: &Hands, call: StepCall<'_>, agent: &AgentRow) -> Result<Out
         Some(text) => duration::parse(text).map_err(|e| Failure::invalid(format!("config.timeout: {e}")))?,
     };
     let headers = match agent.config.get("headers") {
-        Some(Value::Object(map)) => {
-            map.iter().filter_map(|(n, v)| Some((n.clone(), v.as_str()?.to_owned()))).collect()
-        }
+        Some(Value::Object(map)) => map.iter().filter_map(|(n, v)| Some((n.clone(), v.as_str()?.to_owned()))).collect(),
         _ => Vec::new(),
     };
     let left = call.timeout.saturating_sub(call.began.elapsed());
@@ -78,7 +76,10 @@ async fn turn(hands: &Hands, call: StepCall<'_>, agent: &AgentRow) -> Result<Out
         return Err(failure);
     }
     let reply: Reply = serde_json::from_slice(&answer.body).map_err(|error| {
-        Failure::new(ErrorClass::Invalid, format!("the endpoint's answer is not the JSON of the contract, {{\"output\": …}}: {error}"))
+        Failure::new(
+            ErrorClass::Invalid,
+            format!("the endpoint's answer is not the JSON of the contract, {{\"output\": …}}: {error}"),
+        )
     })?;
     if reply.tool_calls.is_some_and(|calls| !calls.is_empty()) {
         return Err(Failure::invalid("the endpoint asks for tool calls, which this version does not carry out"));
@@ -87,7 +88,8 @@ async fn turn(hands: &Hands, call: StepCall<'_>, agent: &AgentRow) -> Result<Out
         return Err(Failure::invalid("the endpoint's answer has no `output`"));
     };
     let usd = reply.cost.or(reply.usage.and_then(|usage| usage.cost_usd)).unwrap_or(0.0);
-    let cost = Nanos::from_usd(usd).ok_or_else(|| Failure::invalid(format!("the endpoint's cost {usd} is no amount")))?;
+    let cost =
+        Nanos::from_usd(usd).ok_or_else(|| Failure::invalid(format!("the endpoint's cost {usd} is no amount")))?;
     let output = match output {
         Value::Object(map) => Value::Object(map),
         Value::String(text) => json!({"text": text}),

@@ -50,7 +50,8 @@ pub async fn ask(hands: &Hands, call: StepCall<'_>) -> Outcome {
     let role = call.step.role.as_deref().unwrap_or_default();
     let Some(agent) = call.agent else {
         return Outcome::failed(Failure::invalid(format!(
-            "no agent of this company has the role `{role}`; add one, or correct the playbook's role")));
+            "no agent of this company has the role `{role}`; add one, or correct the playbook's role"
+        )));
     };
     if agent.status == "errored" {
         let why = agent.error.as_deref().unwrap_or("no reason is known");
@@ -90,6 +91,8 @@ fn provider_trouble(providers: &Providers, adapter: Adapter) -> Option<String> {
     Some(if configured {
         "this version reaches models through the `custom` adapter only; give the agent one, or set CAPX_OFFLINE_MODEL=1 to try playbooks without a model".into()
     } else {
-        format!("{variable} is not set; set it and restart the workers, or set CAPX_OFFLINE_MODEL=1 to try playbooks without a model")
+        format!(
+            "{variable} is not set; set it and restart the workers, or set CAPX_OFFLINE_MODEL=1 to try playbooks without a model"
+        )
     })
 }

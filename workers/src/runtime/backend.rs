@@ -43,9 +43,7 @@ impl Backend for Assignments {
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>, _: &WorkerContext) -> Poll<Option<Result<Task<Assignment>, Never>>> {
-        self.assigned
-            .poll_recv(cx)
-            .map(|next| next.map(|assignment| Ok(TaskBuilder::new(assignment).build())))
+        self.assigned.poll_recv(cx).map(|next| next.map(|assignment| Ok(TaskBuilder::new(assignment).build())))
     }
 
     fn poll_close(&mut self, _: &mut Context<'_>, _: &WorkerContext) -> Poll<Result<(), Never>> {

@@ -175,9 +175,8 @@ impl Worker {
     /// lost.
     pub async fn run(&self, stop: CancellationToken) {
         let nudge = Arc::new(Notify::new());
-        let listener = self.listen.clone().map(|pool| {
-            tokio::spawn(capx_core::engine::wake::listen(pool, Arc::clone(&nudge)))
-        });
+        let listener =
+            self.listen.clone().map(|pool| tokio::spawn(capx_core::engine::wake::listen(pool, Arc::clone(&nudge))));
         while !stop.is_cancelled() {
             let Some(session) = self.open_session(&stop).await else { break };
             match self.run_session(session, Arc::clone(&nudge), &stop).await {
@@ -233,6 +232,8 @@ impl Worker {
             draining: Arc::new(AtomicBool::new(false)),
         });
         let over = CancellationToken::new();
+        // Should this future be dropped, the beat must not vouch for it.
+        let _over = over.clone().drop_guard();
         let beat = beat::spawn(&self.url, &shared, over.clone());
         let (assign, assigned) = mpsc::unbounded_channel();
         let (done, finished) = mpsc::unbounded_channel();
@@ -278,11 +279,7 @@ impl Worker {
 
 /// Sleeps before another try at an unwilling database; false when stopped.
 pub(crate) async fn pause(failures: u32, stop: &CancellationToken) -> bool {
-    let backoff = Backoff {
-        initial: Duration::from_millis(100),
-        max: Duration::from_secs(2),
-        ..Backoff::default()
-    };
+    let backoff = Backoff { initial: Duration::from_millis(100), max: Duration::from_secs(2), ..Backoff::default() };
     let delay = backoff.delay(failures, rand::random()) + Duration::from_millis(20);
     tokio::select! {
         () = stop.cancelled() => false,

@@ -17,8 +17,7 @@ pub(super) async fn read(hands: &Hands, call: StepCall<'_>) -> Result<Value, Fai
         move || workspace.read(&path)
     })
     .await?;
-    let content = String::from_utf8(bytes)
-        .map_err(|_| Failure::invalid(format!("`{path}` is not UTF-8 text")))?;
+    let content = String::from_utf8(bytes).map_err(|_| Failure::invalid(format!("`{path}` is not UTF-8 text")))?;
     Ok(json!({"path": path, "bytes": content.len(), "content": content}))
 }
 

@@ -66,14 +66,15 @@ mod linux {
     use std::os::fd::{AsFd, OwnedFd};
 
     use capx_core::domain::outcome::{ErrorClass, Failure};
-    use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2, renameat, unlinkat};
+    use rustix::fs::{
+        AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2, renameat, unlinkat,
+    };
     use rustix::io::Errno;
 
     use super::{FILE_BYTES_MAX, Workspace, parts};
 
-    const BENEATH: ResolveFlags = ResolveFlags::BENEATH
-        .union(ResolveFlags::NO_SYMLINKS)
-        .union(ResolveFlags::NO_MAGICLINKS);
+    const BENEATH: ResolveFlags =
+        ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
     const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::RDONLY).union(OFlags::CLOEXEC);
 
     fn failure(path: &str, error: Errno) -> Failure {
@@ -105,7 +106,8 @@ mod linux {
             let root = self.open()?;
             // Not blocking: a FIFO must not hang the worker.
             let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
-            let file = openat2(&root, relative.as_str(), flags, Mode::empty(), BENEATH).map_err(|e| failure(path, e))?;
+            let file =
+                openat2(&root, relative.as_str(), flags, Mode::empty(), BENEATH).map_err(|e| failure(path, e))?;
             let stat = fstat(&file).map_err(|e| failure(path, e))?;
             if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
                 return Err(failure(path, Errno::ISDIR));
@@ -126,7 +128,9 @@ mod linux {
         pub fn write(&self, path: &str, bytes: &[u8], key: &str) -> Result<(), Failure> {
             if bytes.len() > FILE_BYTES_MAX {
                 return Err(Failure::invalid(format!(
-                    "the content is {} bytes, over the limit of {FILE_BYTES_MAX}", bytes.len())));
+                    "the content is {} bytes, over the limit of {FILE_BYTES_MAX}",
+                    bytes.len()
+                )));
             }
             let parts = parts(path)?;
             let Some((name, above)) = parts.split_last() else { return Err(failure(path, Errno::NOENT)) };
@@ -136,7 +140,8 @@ mod linux {
                     Ok(()) | Err(Errno::EXIST) => {}
                     Err(error) => return Err(failure(path, error)),
                 }
-                directory = openat2(&directory, *part, DIRECTORY, Mode::empty(), BENEATH).map_err(|e| failure(path, e))?;
+                directory =
+                    openat2(&directory, *part, DIRECTORY, Mode::empty(), BENEATH).map_err(|e| failure(path, e))?;
             }
             let temporary = format!(".capx-{key}");
             let written = write_and_rename(&directory, &temporary, name, bytes);
@@ -210,7 +215,8 @@ mod tests {
         symlink("/etc", root.join("etc")).expect("a link");
         symlink("/etc/passwd", root.join("passwd")).expect("a link");
         symlink("inside", root.join("alias")).expect("a link");
-        for path in ["../x", "a/../../x", "/etc/passwd", "etc/passwd", "passwd", "alias", "", "a/", ".", "x\0y", "x\ny"] {
+        for path in ["../x", "a/../../x", "/etc/passwd", "etc/passwd", "passwd", "alias", "", "a/", ".", "x\0y", "x\ny"]
+        {
             assert!(workspace.read(path).is_err(), "{path:?}");
         }
         for path in ["../x", "etc/x", "/tmp/x", "etc", "a/"] {
@@ -219,8 +225,14 @@ mod tests {
             assert!(written.is_err() || path == "etc", "{path:?}");
         }
         assert!(!std::path::Path::new("/etc/x").exists());
-        rustix::fs::mknodat(rustix::fs::CWD, root.join("fifo"), rustix::fs::FileType::Fifo, rustix::fs::Mode::from_raw_mode(0o644), 0)
-            .expect("a fifo");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            root.join("fifo"),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o644),
+            0,
+        )
+        .expect("a fifo");
         assert!(workspace.read("fifo").is_err());
     }
 
@@ -229,8 +241,12 @@ mod tests {
         let (_scratch, workspace) = workspace();
         assert!(workspace.write("big", &vec![0; FILE_BYTES_MAX + 1], "k").is_err());
         workspace.write("small", b"x", "k").expect("writes");
-        std::fs::File::options().write(true).open(workspace.directory.join("small")).expect("opens")
-            .set_len(1 << 40).expect("a sparse terabyte");
+        std::fs::File::options()
+            .write(true)
+            .open(workspace.directory.join("small"))
+            .expect("opens")
+            .set_len(1 << 40)
+            .expect("a sparse terabyte");
         assert!(workspace.read("small").expect_err("too big").message.contains("larger than"));
     }
 }

@@ -19,15 +19,22 @@ mod step;
 pub(crate) use fields::Fields;
 
 const TOP_KEYS: &[&str] = &[
-    "name", "playbook", "description", "version", "trigger", "schedule", "inputs", "steps",
-    "rubric", "output", "tags",
+    "name",
+    "playbook",
+    "description",
+    "version",
+    "trigger",
+    "schedule",
+    "inputs",
+    "steps",
+    "rubric",
+    "output",
+    "tags",
 ];
 /// Keys of the language that this version does not carry out yet; refused, so
 /// that nobody believes in a guard that is not there.
-const TOP_KEYS_LATER: &[&str] = &[
-    "execution", "concurrency", "finally", "idempotency_key", "secrets", "catch_up", "budget",
-    "role",
-];
+const TOP_KEYS_LATER: &[&str] =
+    &["execution", "concurrency", "finally", "idempotency_key", "secrets", "catch_up", "budget", "role"];
 
 /// The tools that run without an agent's model.
 pub const TOOLS: &[&str] = &["http.request", "file.read", "file.write", "transform"];
@@ -159,8 +166,12 @@ impl Loader {
             "schedule" | "scheduled" => match fields.one_of(self, &["schedule", "cron"]) {
                 Some(cron) => self.schedule(cron, fields.get("timezone"), path),
                 None => {
-                    self.suggest(node.at, path, "a scheduled trigger needs a `schedule`".into(),
-                        Some("write a cron expression such as '0 9 * * MON'".into()));
+                    self.suggest(
+                        node.at,
+                        path,
+                        "a scheduled trigger needs a `schedule`".into(),
+                        Some("write a cron expression such as '0 9 * * MON'".into()),
+                    );
                     None
                 }
             },
@@ -172,8 +183,12 @@ impl Loader {
                 Some(if word == "webhook" { Trigger::Webhook { event } } else { Trigger::Event { event } })
             }
             other => {
-                self.suggest(node.at, path, format!("unknown trigger `{other}`"),
-                    did_you_mean(other, WORDS.iter().copied()));
+                self.suggest(
+                    node.at,
+                    path,
+                    format!("unknown trigger `{other}`"),
+                    did_you_mean(other, WORDS.iter().copied()),
+                );
                 None
             }
         }
@@ -182,8 +197,12 @@ impl Loader {
     fn schedule(&mut self, node: &Node, zone: Option<&Node>, path: &str) -> Option<Trigger> {
         let cron = self.text(node, path)?;
         if let Err(message) = check::cron(&cron) {
-            self.suggest(node.at, path, message,
-                Some("write five fields such as '0 9 * * MON', or @hourly, @daily, @weekly".into()));
+            self.suggest(
+                node.at,
+                path,
+                message,
+                Some("write five fields such as '0 9 * * MON', or @hourly, @daily, @weekly".into()),
+            );
             return None;
         }
         let timezone = zone.and_then(|n| self.text(n, "trigger.timezone"));
@@ -249,8 +268,13 @@ impl Loader {
         let found = InputKind::NAMES.iter().find(|(name, _)| *name == word).map(|(_, kind)| *kind);
         if found.is_none() {
             let names = InputKind::NAMES.iter().map(|(name, _)| *name);
-            self.suggest(node.at, path, format!("unknown type `{word}`"), did_you_mean(&word, names).or_else(
-                || Some("use string, number, integer, boolean, array, object or any".into())));
+            self.suggest(
+                node.at,
+                path,
+                format!("unknown type `{word}`"),
+                did_you_mean(&word, names)
+                    .or_else(|| Some("use string, number, integer, boolean, array, object or any".into())),
+            );
         }
         found
     }
@@ -262,8 +286,12 @@ impl Loader {
         };
         let Kind::Seq(items) = &node.kind else {
             let found = node.describe();
-            self.suggest(node.at, "steps", format!("expected a list, found {found}"),
-                Some("begin each step with a dash".into()));
+            self.suggest(
+                node.at,
+                "steps",
+                format!("expected a list, found {found}"),
+                Some("begin each step with a dash".into()),
+            );
             return Vec::new();
         };
         if items.is_empty() {

@@ -1,7 +1,7 @@
 //! Playbooks: what authors write, and the one model it becomes.
 //!
 //! [`yaml`] reads text into a tree that remembers where everything stands,
-//! [`load`] turns the tree into a [`Playbook`] and collects every problem
+//! [`mod@load`] turns the tree into a [`Playbook`] and collects every problem
 //! with its place, cause and suggestion, [`template`] is the language inside
 //! `${…}`, [`inputs`] checks what a run is started with.
 

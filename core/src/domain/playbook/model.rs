@@ -212,12 +212,7 @@ pub enum OnTimeout {
 
 impl Default for Approval {
     fn default() -> Self {
-        Self {
-            reviewers: Vec::new(),
-            timeout: APPROVAL_TIMEOUT,
-            on_timeout: OnTimeout::Reject,
-            message: None,
-        }
+        Self { reviewers: Vec::new(), timeout: APPROVAL_TIMEOUT, on_timeout: OnTimeout::Reject, message: None }
     }
 }
 

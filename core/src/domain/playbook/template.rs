@@ -97,15 +97,11 @@ pub fn compile(value: &Value) -> Result<Template, String> {
             Ok(Template::List(items))
         }
         Value::Object(map) => {
-            let entries = map
-                .iter()
-                .map(|(key, item)| Ok((key.clone(), compile(item)?)))
-                .collect::<Result<Vec<_>, String>>()?;
+            let entries =
+                map.iter().map(|(key, item)| Ok((key.clone(), compile(item)?))).collect::<Result<Vec<_>, String>>()?;
             if entries.iter().all(|(_, t)| matches!(t, Template::Plain(_))) {
                 // `$${` needs its dollar taken away even in a plain value.
-                return Ok(Template::Plain(Value::Object(
-                    entries.into_iter().map(|(k, t)| (k, plain(t))).collect(),
-                )));
+                return Ok(Template::Plain(Value::Object(entries.into_iter().map(|(k, t)| (k, plain(t))).collect())));
             }
             Ok(Template::Map(entries))
         }
@@ -136,9 +132,7 @@ fn compile_text(text: &str) -> Result<Template, String> {
         }
         literal.push_str(&rest[..at]);
         let body = &rest[at + 2..];
-        let end = body
-            .find('}')
-            .ok_or_else(|| format!("`{}` has no closing brace", excerpt(&rest[at..])))?;
+        let end = body.find('}').ok_or_else(|| format!("`{}` has no closing brace", excerpt(&rest[at..])))?;
         let reference = parse_reference(body[..end].trim())?;
         if !literal.is_empty() {
             parts.push(Part::Text(std::mem::take(&mut literal)));
@@ -166,14 +160,15 @@ fn excerpt(text: &str) -> String {
 /// Reads a path; names are letters, digits, `_` and `-`.
 pub fn parse_reference(text: &str) -> Result<Reference, String> {
     let bad = || {
-        format!("`${{{}}}` is no reference; write a path such as ${{inputs.topic}} or ${{steps.draft.output}}", excerpt(text))
+        format!(
+            "`${{{}}}` is no reference; write a path such as ${{inputs.topic}} or ${{steps.draft.output}}",
+            excerpt(text)
+        )
     };
     let mut segments = Vec::new();
     let mut rest = text;
     loop {
-        let end = rest
-            .find(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '-'))
-            .unwrap_or(rest.len());
+        let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '-')).unwrap_or(rest.len());
         if end == 0 {
             return Err(bad());
         }
@@ -279,7 +274,10 @@ mod tests {
         let inputs = json!({"n": 3, "list": [1, {"a": "x"}], "t": "hi"});
         assert_eq!(render(json!("${inputs.n}"), inputs.clone()), Ok(json!(3)));
         assert_eq!(render(json!({"v": ["${inputs.list[1].a}", true]}), inputs.clone()), Ok(json!({"v": ["x", true]})));
-        assert_eq!(render(json!("${inputs.t}, ${ inputs.list }!"), inputs.clone()), Ok(json!("hi, [1,{\"a\":\"x\"}]!")));
+        assert_eq!(
+            render(json!("${inputs.t}, ${ inputs.list }!"), inputs.clone()),
+            Ok(json!("hi, [1,{\"a\":\"x\"}]!"))
+        );
         assert_eq!(render(json!("cost: $5, $${inputs.n}"), inputs.clone()), Ok(json!("cost: $5, ${inputs.n}")));
         assert_eq!(render(json!({"a": "$${x}"}), inputs), Ok(json!({"a": "${x}"})));
     }

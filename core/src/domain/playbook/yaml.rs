@@ -82,9 +82,7 @@ impl Node {
             Kind::Float(n) => Value::from(*n),
             Kind::Str(s) => Value::String(s.clone()),
             Kind::Seq(items) => Value::Array(items.iter().map(Node::to_json).collect()),
-            Kind::Map(entries) => {
-                Value::Object(entries.iter().map(|(k, v)| (k.text.clone(), v.to_json())).collect())
-            }
+            Kind::Map(entries) => Value::Object(entries.iter().map(|(k, v)| (k.text.clone(), v.to_json())).collect()),
         }
     }
 }
@@ -187,8 +185,11 @@ fn options() -> serde_saphyr::Options {
 pub fn read(text: &str) -> Result<Node, Problem> {
     let start = Pos { line: 1, column: 1 };
     if text.len() > YAML_BYTES_MAX {
-        return Err(Problem::error(start, "", format!(
-            "the playbook is {} bytes, over the limit of {YAML_BYTES_MAX}", text.len())));
+        return Err(Problem::error(
+            start,
+            "",
+            format!("the playbook is {} bytes, over the limit of {YAML_BYTES_MAX}", text.len()),
+        ));
     }
     if let Some(line) = text.lines().position(|line| line.contains('\0')) {
         let at = Pos { line: line as u64 + 1, column: 1 };

@@ -44,8 +44,12 @@ fn check(
         "inputs" => {
             // Without declared inputs a run may bring any.
             if !inputs.is_empty() && !inputs.iter().any(|input| input.name == name) {
-                loader.suggest(at, path, format!("`${{{reference}}}`: there is no input `{name}`"),
-                    did_you_mean(name, inputs.iter().map(|input| input.name.as_str())));
+                loader.suggest(
+                    at,
+                    path,
+                    format!("`${{{reference}}}`: there is no input `{name}`"),
+                    did_you_mean(name, inputs.iter().map(|input| input.name.as_str())),
+                );
             }
         }
         "steps" => {
@@ -60,18 +64,30 @@ fn check(
             } else if !STEP_FIELDS.contains(&reference.name(2).unwrap_or_default()) {
                 let rest = reference.to_string().split('.').skip(2).collect::<Vec<_>>().join(".");
                 let tail = if rest.is_empty() { String::new() } else { format!(".{rest}") };
-                loader.suggest(at, path, format!("`${{{reference}}}`: a step shows its `output`"),
-                    Some(format!("write `${{steps.{name}.output{tail}}}`")));
+                loader.suggest(
+                    at,
+                    path,
+                    format!("`${{{reference}}}`: a step shows its `output`"),
+                    Some(format!("write `${{steps.{name}.output{tail}}}`")),
+                );
             }
         }
         "run" => {
             if !RUN_FIELDS.contains(&name) {
-                loader.suggest(at, path, format!("`${{{reference}}}`: a run has no `{name}`"),
-                    Some(format!("it has {}", RUN_FIELDS.join(", "))));
+                loader.suggest(
+                    at,
+                    path,
+                    format!("`${{{reference}}}`: a run has no `{name}`"),
+                    Some(format!("it has {}", RUN_FIELDS.join(", "))),
+                );
             }
         }
-        other => loader.suggest(at, path, format!("`${{{reference}}}`: there is no `{other}`"),
-            did_you_mean(other, ROOTS.iter().copied()).or_else(|| Some("begin with `inputs` or `steps`".into()))),
+        other => loader.suggest(
+            at,
+            path,
+            format!("`${{{reference}}}`: there is no `{other}`"),
+            did_you_mean(other, ROOTS.iter().copied()).or_else(|| Some("begin with `inputs` or `steps`".into())),
+        ),
     }
 }
 
@@ -82,13 +98,8 @@ pub(super) fn cron(expression: &str) -> Result<(), String> {
     if !expression.starts_with('@') && words != 5 {
         return Err(format!("`{expression}` is no cron expression: five fields, found {words}"));
     }
-    let cron: croner::Cron = expression
-        .parse()
-        .map_err(|error| format!("`{expression}` is no cron expression: {error}"))?;
-    let from = jiff::Timestamp::from_second(1_767_225_600)
-        .unwrap_or_default()
-        .to_zoned(jiff::tz::TimeZone::UTC);
-    cron.find_next_occurrence(&from, false)
-        .map(|_| ())
-        .map_err(|_| format!("`{expression}` never fires"))
+    let cron: croner::Cron =
+        expression.parse().map_err(|error| format!("`{expression}` is no cron expression: {error}"))?;
+    let from = jiff::Timestamp::from_second(1_767_225_600).unwrap_or_default().to_zoned(jiff::tz::TimeZone::UTC);
+    cron.find_next_occurrence(&from, false).map(|_| ()).map_err(|_| format!("`{expression}` never fires"))
 }

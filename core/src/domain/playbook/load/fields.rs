@@ -43,10 +43,7 @@ impl<'a> Fields<'a> {
 
     /// The value of a key; a key without a value counts as absent.
     pub(crate) fn get(&self, key: &str) -> Option<&'a Node> {
-        self.entries
-            .iter()
-            .find(|(k, v)| k.text == key && !matches!(v.kind, Kind::Null))
-            .map(|(_, v)| v)
+        self.entries.iter().find(|(k, v)| k.text == key && !matches!(v.kind, Kind::Null)).map(|(_, v)| v)
     }
 
     /// Whether a key is written at all.
@@ -63,8 +60,11 @@ impl<'a> Fields<'a> {
             match found {
                 None => found = Some((key, node)),
                 Some((first, value)) if value.to_json() != node.to_json() => {
-                    loader.error(node.at, format!("{}.{key}", self.path),
-                        format!("`{first}` and `{key}` mean the same and differ here; keep one"));
+                    loader.error(
+                        node.at,
+                        format!("{}.{key}", self.path),
+                        format!("`{first}` and `{key}` mean the same and differ here; keep one"),
+                    );
                 }
                 Some(_) => {}
             }

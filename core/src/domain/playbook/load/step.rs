@@ -9,21 +9,33 @@ use super::{Fields, Loader, TOOLS, params};
 use crate::domain::backoff::Backoff;
 use crate::domain::duration;
 use crate::domain::outcome::ErrorClass;
-use crate::domain::playbook::model::{
-    Approval, MAX_ATTEMPTS_MAX, OnTimeout, Retry, STEP_TIMEOUT, Step,
-};
+use crate::domain::playbook::model::{Approval, MAX_ATTEMPTS_MAX, OnTimeout, Retry, STEP_TIMEOUT, Step};
 use crate::domain::playbook::problem::{did_you_mean, nearest};
 use crate::domain::playbook::template::{self, Template};
 use crate::domain::playbook::yaml::{Kind, Node};
 
 const KEYS: &[&str] = &[
-    "id", "name", "role", "agent", "action", "tool", "params", "with", "retry", "timeout",
-    "approval", "adapter", "model", "rubric",
+    "id", "name", "role", "agent", "action", "tool", "params", "with", "retry", "timeout", "approval", "adapter",
+    "model", "rubric",
 ];
 const KEYS_LATER: &[&str] = &[
-    "if", "goto", "max_retries", "for_each", "max_parallel", "min_success", "on_item_failure",
-    "needs", "compensate", "sleep", "wait_for", "playbook", "on_failure", "output", "concurrency",
-    "on_unknown", "prompt",
+    "if",
+    "goto",
+    "max_retries",
+    "for_each",
+    "max_parallel",
+    "min_success",
+    "on_item_failure",
+    "needs",
+    "compensate",
+    "sleep",
+    "wait_for",
+    "playbook",
+    "on_failure",
+    "output",
+    "concurrency",
+    "on_unknown",
+    "prompt",
 ];
 
 /// Reads one step; `taken` holds the ids before it.
@@ -97,16 +109,19 @@ fn check_action(loader: &mut Loader, action: &str, at: &Node, has_role: bool, pa
     {
         loader.suggest(at.at, &path, format!("unknown tool `{action}`"), Some(format!("did you mean `{near}`?")));
     } else if !has_role {
-        loader.suggest(at.at, &path, format!("`{action}` is no tool, so the step needs a `role` to do it"),
-            Some(format!("the tools are {}", TOOLS.join(", "))));
+        loader.suggest(
+            at.at,
+            &path,
+            format!("`{action}` is no tool, so the step needs a `role` to do it"),
+            Some(format!("the tools are {}", TOOLS.join(", "))),
+        );
     }
 }
 
 fn check_id(loader: &mut Loader, id: &str, at: &Node, path: &str, taken: &HashSet<String>) {
     let path = format!("{path}.id");
     if !id.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') || id.len() > 64 {
-        loader.error(at.at, path, format!(
-            "`{id}` cannot be referred to; use up to 64 letters, digits, `_` and `-`"));
+        loader.error(at.at, path, format!("`{id}` cannot be referred to; use up to 64 letters, digits, `_` and `-`"));
     } else if taken.contains(id) {
         loader.error(at.at, path, format!("another step is called `{id}` already"));
     }
@@ -114,11 +129,8 @@ fn check_id(loader: &mut Loader, id: &str, at: &Node, path: &str, taken: &HashSe
 
 /// A step without an id is called after its action.
 fn free_id(action: &str, taken: &HashSet<String>) -> String {
-    let base: String = action
-        .chars()
-        .take(60)
-        .map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' })
-        .collect();
+    let base: String =
+        action.chars().take(60).map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect();
     std::iter::once(base.clone())
         .chain((2..).map(|n| format!("{base}_{n}")))
         .find(|id| !taken.contains(id))
@@ -204,8 +216,12 @@ fn classes(loader: &mut Loader, node: &Node, path: &str) -> Option<Vec<ErrorClas
             let word = loader.text(item, path)?;
             let class = ErrorClass::from_name(&word).filter(|_| names.contains(&word.as_str()));
             if class.is_none() {
-                loader.suggest(item.at, path, format!("unknown error class `{word}`"),
-                    did_you_mean(&word, names).or_else(|| Some(format!("the classes are {}", names.join(", ")))));
+                loader.suggest(
+                    item.at,
+                    path,
+                    format!("unknown error class `{word}`"),
+                    did_you_mean(&word, names).or_else(|| Some(format!("the classes are {}", names.join(", ")))),
+                );
             }
             class
         })
@@ -221,7 +237,12 @@ fn approval(loader: &mut Loader, node: &Node, path: &str) -> Option<Approval> {
         Kind::Str(word) if word == "none" => return None,
         Kind::Str(word) => {
             let near = did_you_mean(word, ["required"]);
-            loader.suggest(node.at, path, format!("unknown approval `{word}`"), near.or_else(|| Some("write `required`".into())));
+            loader.suggest(
+                node.at,
+                path,
+                format!("unknown approval `{word}`"),
+                near.or_else(|| Some("write `required`".into())),
+            );
             return None;
         }
         _ => {}

@@ -49,15 +49,20 @@ fn the_guide_and_platform_dialects_are_the_same_model() {
 
 #[test]
 fn every_problem_is_told_at_once_with_its_place() {
-    let found = problems("nam: x\nsteps:\n  - role: writer\n    action: write\n    params: {a: '${steps.reserch.output}'}\n    timout: 5s\n  - id: b\n    action: http.requst\n    timeout: 5\n");
-    assert_eq!(found, [
-        "1:1: nam: unknown key `nam`; did you mean `name`?",
-        "1:1: name: a playbook needs a `name`",
-        "3:5: steps.0.params: `${steps.reserch.output}`: there is no step `reserch`",
-        "6:5: steps.0.timout: unknown key `timout`; did you mean `timeout`?",
-        "8:13: steps.1.action: unknown tool `http.requst`; did you mean `http.request`?",
-        "9:14: steps.1.timeout: `5` is not a duration; write a number and a unit, such as 100ms, 2s, 5m, 1h or 1d",
-    ]);
+    let found = problems(
+        "nam: x\nsteps:\n  - role: writer\n    action: write\n    params: {a: '${steps.reserch.output}'}\n    timout: 5s\n  - id: b\n    action: http.requst\n    timeout: 5\n",
+    );
+    assert_eq!(
+        found,
+        [
+            "1:1: nam: unknown key `nam`; did you mean `name`?",
+            "1:1: name: a playbook needs a `name`",
+            "3:5: steps.0.params: `${steps.reserch.output}`: there is no step `reserch`",
+            "6:5: steps.0.timout: unknown key `timout`; did you mean `timeout`?",
+            "8:13: steps.1.action: unknown tool `http.requst`; did you mean `http.request`?",
+            "9:14: steps.1.timeout: `5` is not a duration; write a number and a unit, such as 100ms, 2s, 5m, 1h or 1d",
+        ]
+    );
 }
 
 #[test]
@@ -114,7 +119,9 @@ fn retry_timeout_and_approval_are_read_and_bounded() {
 
 #[test]
 fn synonyms_must_agree_and_ids_be_unique() {
-    let found = problems("name: x\nsteps:\n  - {id: a, role: w, agent: v, action: t}\n  - {id: a, role: w, action: t}\n  - {id: 'a b', role: w, action: t}\n  - {action: dance}\n");
+    let found = problems(
+        "name: x\nsteps:\n  - {id: a, role: w, agent: v, action: t}\n  - {id: a, role: w, action: t}\n  - {id: 'a b', role: w, action: t}\n  - {action: dance}\n",
+    );
     assert!(found[0].contains("`role` and `agent` mean the same"), "{found:?}");
     assert!(found[1].contains("another step is called `a`"), "{found:?}");
     assert!(found[2].contains("`a b` cannot be referred to"), "{found:?}");

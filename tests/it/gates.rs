@@ -1,0 +1,144 @@
+//! Gates: a run that waits for a person holds nothing, and one word counts.
+
+use std::time::Duration;
+
+use capx_core::domain::ids::{ApprovalId, CompanyId, RunId};
+use capx_core::domain::run::RunStatus;
+use capx_core::engine::EngineError;
+use capx_core::engine::gates::{Verdict, decide};
+use capx_core::store::approvals::{self, Filter};
+use capx_core::store::{events, runs};
+use serde_json::json;
+
+use crate::harness::{Db, SHORT_LEASE};
+
+fn gated(approval: &str) -> String {
+    format!(
+        "name: gated\nsteps:\n  - {{id: draft, action: transform, params: {{text: hi}}}}\n  - {{id: publish, action: transform, params: {{text: '${{steps.draft.output.text}}'}}, approval: {approval}}}\n  - {{id: after, action: transform}}\n"
+    )
+}
+
+async fn pending(db: &Db, company: CompanyId, run: RunId) -> ApprovalId {
+    let filter = Filter { company: Some(company), run: Some(run), ..Filter::default() };
+    approvals::list(&db.pool, db.account, filter, 10).await.unwrap().remove(0).approval
+}
+
+fn yes() -> Verdict {
+    Verdict::Approve { note: Some("fine".into()) }
+}
+
+fn no() -> Verdict {
+    Verdict::Reject { feedback: "too short".into() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gate_suspends_the_run_and_approval_lets_it_go_on() {
+    let db = Db::new().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let playbook = db.playbook(company, &gated("required")).await;
+    let worker = db.worker(SHORT_LEASE);
+    let run = db.start(company, playbook, json!({})).await;
+    db.until(company, run, RunStatus::Suspended).await;
+    // Nothing is held: one timer, due in a day, no lease.
+    let job = runs::job(&db.pool, company, run).await.unwrap().unwrap();
+    assert_eq!((job.kind.as_str(), job.state.as_str()), ("gate_timeout", "scheduled"));
+    assert_eq!(db.count("select count(*) from jobs where queue = 'steps' and state = 'running'").await, 0);
+    // A word is kept even while no worker runs.
+    worker.stop().await;
+    let id = pending(&db, company, run).await;
+    let decided = decide(&db.engine, db.account, None, id, "key_x", &yes()).await.unwrap();
+    assert_eq!((decided.status.as_str(), decided.note.as_deref()), ("approved", Some("fine")));
+    assert_eq!(decided.context["params"], json!({"text": "hi"}), "what was shown");
+    let _worker = db.worker(SHORT_LEASE);
+    db.until(company, run, RunStatus::Completed).await;
+    // The same word again changes nothing, the other one is too late.
+    assert!(decide(&db.engine, db.account, None, id, "key_x", &yes()).await.is_ok());
+    let late = decide(&db.engine, db.account, None, id, "key_x", &no()).await;
+    assert!(matches!(late, Err(EngineError::Conflict(said)) if said.contains("was approved already")));
+    let names: Vec<String> =
+        events::of_run(&db.pool, company, run, 0, 100).await.unwrap().into_iter().map(|e| e.event).collect();
+    assert_eq!(
+        names,
+        [
+            "playbook.started",
+            "step.completed",
+            "approval.requested",
+            "playbook.suspended",
+            "approval.resolved",
+            "playbook.resumed",
+            "step.completed",
+            "step.completed",
+            "playbook.completed"
+        ]
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rejection_fails_the_run_with_the_feedback() {
+    let db = Db::new().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    // The gate may also stand before the first step.
+    let playbook =
+        db.playbook(company, "name: first\nsteps:\n  - {id: go, action: transform, approval: required}\n").await;
+    let run = db.start(company, playbook, json!({})).await;
+    db.until(company, run, RunStatus::Suspended).await;
+    let id = pending(&db, company, run).await;
+    decide(&db.engine, db.account, None, id, "key_x", &no()).await.unwrap();
+    let row = db.until(company, run, RunStatus::Failed).await;
+    assert_eq!(row.error.unwrap()["feedback"], "too short");
+    let steps = runs::steps(&db.pool, company, run).await.unwrap();
+    assert_eq!(steps[0].status, "failed");
+    assert_eq!(db.count("select count(*) from jobs where queue = 'steps'").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gate_that_nobody_opens_decides_itself() {
+    let db = Db::new().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let _worker = db.worker(SHORT_LEASE);
+    for (rule, status) in [("reject", RunStatus::Failed), ("approve", RunStatus::Completed)] {
+        let yaml = gated(&format!("{{timeout: 100ms, on_timeout: {rule}}}")).replace("gated", rule);
+        let playbook = db.playbook(company, &yaml).await;
+        let run = db.start(company, playbook, json!({})).await;
+        db.until(company, run, status).await;
+        let id = pending(&db, company, run).await;
+        let late = decide(&db.engine, db.account, None, id, "key_x", &no()).await;
+        assert!(matches!(late, Err(EngineError::Conflict(_))), "{rule}");
+    }
+    db.assert_nothing_stranded().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_words_at_once_one_counts_and_all_are_told_which() {
+    let db = Db::new().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let _worker = db.worker(SHORT_LEASE);
+    for round in 0..25 {
+        // The gate's own end falls into the middle of it.
+        let yaml = gated("{timeout: 60ms}").replace("gated", &format!("race-{round}"));
+        let playbook = db.playbook(company, &yaml).await;
+        let run = db.start(company, playbook, json!({})).await;
+        db.until_left(company, run, RunStatus::Running).await;
+        let id = pending(&db, company, run).await;
+        tokio::time::sleep(Duration::from_millis(round * 3)).await;
+        let words: Vec<Verdict> = (0..8).map(|i| if i % 2 == 0 { yes() } else { no() }).collect();
+        let told = futures_util::future::join_all(
+            words.iter().map(|word| decide(&db.engine, db.account, None, id, "key_x", word)),
+        )
+        .await;
+        let filter = Filter { company: Some(company), approval: Some(id), ..Filter::default() };
+        let truth = approvals::list(&db.pool, db.account, filter, 1).await.unwrap().remove(0).status;
+        for (word, told) in words.iter().zip(told) {
+            let agrees = matches!(
+                (word, truth.as_str()),
+                (Verdict::Approve { .. }, "approved") | (Verdict::Reject { .. }, "rejected")
+            );
+            assert_eq!(told.is_ok(), agrees, "{truth}: {told:?}");
+        }
+        let wanted = if truth == "approved" { RunStatus::Completed } else { RunStatus::Failed };
+        db.until(company, run, wanted).await;
+        let resolved = events::of_run(&db.pool, company, run, 0, 100).await.unwrap();
+        assert_eq!(resolved.iter().filter(|e| e.event == "approval.resolved").count(), 1);
+    }
+    db.assert_nothing_stranded().await;
+}

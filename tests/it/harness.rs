@@ -1,0 +1,331 @@
+//! One private server for all tests of this process, a database for each,
+//! and waiting for conditions instead of times.
+
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use capx::api::{self, server};
+use capx::dev::postgres::{Binaries, Options, Server};
+use capx::{keys, serve};
+use capx_core::domain::ids::{AccountId, AgentId, CompanyId, PlaybookId, RunId};
+use capx_core::domain::run::RunStatus;
+use capx_core::engine::playbooks::CreatePlaybook;
+use capx_core::engine::tenants::CreateCompany;
+use capx_core::engine::{Engine, Waker, playbooks, start, tenants as companies};
+use capx_core::store::runs::RunRow;
+use capx_core::store::tenants::NewAgent;
+use capx_core::store::{self, PoolKind, runs, tenants};
+use capx_workers::adapters::Providers;
+use capx_workers::egress::{Egress, Rules};
+use capx_workers::{Hands, Worker, WorkerConfig};
+use metrics_exporter_prometheus::PrometheusHandle;
+use serde_json::{Map, Value, json};
+use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
+
+/// The longest that any test waits for a condition.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+/// A lease that lets a death be noticed soon.
+pub const SHORT_LEASE: Duration = Duration::from_millis(1_500);
+
+fn scratch() -> PathBuf {
+    std::env::temp_dir().join(format!("capx-it-{}", std::process::id()))
+}
+
+/// Leftovers of test processes that are gone.
+fn sweep_leftovers() {
+    for entry in std::fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(pid) = name.strip_prefix("capx-it-") else { continue };
+        if !Path::new("/proc").join(pid).exists() {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn server() -> &'static Server {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(|| {
+        sweep_leftovers();
+        let directory = scratch();
+        std::fs::create_dir_all(&directory).unwrap();
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let cache = capx::dev::fetch::bin(&directory);
+        let mut found = Binaries::on_this_machine(&cache).unwrap();
+        if found.is_empty() {
+            found.push(capx::dev::fetch::fetch(&directory).unwrap());
+        }
+        // No test pulls the plug of the machine, so no test needs fsync.
+        let settings = vec!["fsync=off".into(), "max_connections=400".into(), "autovacuum_naptime=5s".into()];
+        Server::start(&found, &Options { directory, settings }).unwrap()
+    })
+}
+
+/// Runs one statement on the server's own database.
+async fn on_server(sql: String) {
+    use sqlx::Connection;
+    let mut connection = sqlx::PgConnection::connect(&server().url_of("postgres")).await.unwrap();
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
+}
+
+/// A test's own database, migrated.
+pub struct Db {
+    pub url: String,
+    pub pool: PgPool,
+    pub engine: Engine,
+    pub account: AccountId,
+    pub files: PathBuf,
+}
+
+impl Db {
+    pub async fn new() -> Self {
+        // Brings the process's one TLS provider, which clients need too.
+        let _ = Egress::new(Rules::default());
+        static TEMPLATE: tokio::sync::OnceCell<()> = tokio::sync::OnceCell::const_new();
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        TEMPLATE
+            .get_or_init(|| async {
+                on_server("create database template_capx".into()).await;
+                let pool = store::pool(&server().url_of("template_capx"), PoolKind::Requests, 1).unwrap();
+                store::migrate(&pool).await.unwrap();
+                pool.close().await;
+            })
+            .await;
+        // One at a time: a template must have no other users.
+        static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+        let name = format!("t{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        {
+            let _turn = TURN.lock().await;
+            on_server(format!("create database {name} template template_capx")).await;
+        }
+        let url = server().url_of(&name);
+        let pool = store::pool(&url, PoolKind::Queue, 8).unwrap();
+        let account = tenants::account(&pool, "tests", "enterprise").await.unwrap();
+        let engine = Engine::new(pool.clone()).with_waker(Waker::start(&url));
+        Self { files: scratch().join(format!("files-{name}")), url, pool, engine, account }
+    }
+
+    /// A company with agents of some roles, by an adapter.
+    pub async fn company(&self, roles: &[&str], adapter: &str, config: Value) -> CompanyId {
+        let agents = roles
+            .iter()
+            .map(|role| NewAgent {
+                agent: AgentId::new(),
+                role: (*role).into(),
+                adapter: adapter.into(),
+                instructions: "Work.".into(),
+                model: None,
+                budget: None,
+                config: config.clone(),
+            })
+            .collect();
+        let request = CreateCompany {
+            name: "test".into(),
+            description: None,
+            config: json!({}),
+            governance: None,
+            template: None,
+            agents,
+        };
+        companies::create_company(&self.engine, self.account, &request).await.unwrap().0
+    }
+
+    pub async fn playbook(&self, company: CompanyId, yaml: &str) -> PlaybookId {
+        let request = CreatePlaybook { name: None, description: None, yaml: yaml.into(), tags: Vec::new() };
+        match playbooks::create(&self.engine, company, &request).await {
+            Ok(created) => created.upserted.playbook,
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+
+    pub async fn start(&self, company: CompanyId, playbook: PlaybookId, params: Value) -> RunId {
+        let params: Map<String, Value> = params.as_object().cloned().unwrap();
+        start::start_run(&self.engine, company, playbook, params, "manual").await.unwrap().run
+    }
+
+    pub async fn run(&self, company: CompanyId, run: RunId) -> RunRow {
+        runs::get(&self.pool, company, run).await.unwrap().unwrap()
+    }
+
+    /// Waits until a run has a status; a run that ends otherwise fails the
+    /// test with the reason.
+    pub async fn until(&self, company: CompanyId, run: RunId, wanted: RunStatus) -> RunRow {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let row = self.run(company, run).await;
+            if row.status == wanted {
+                return row;
+            }
+            assert!(!row.status.is_terminal(), "{:?} instead of {wanted:?}: {:?}", row.status, row.error);
+            assert!(Instant::now() < end, "{:?} instead of {wanted:?} in time", row.status);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Nothing may be left that nobody explains: every open run has a job.
+    pub async fn assert_nothing_stranded(&self) {
+        let mut connection = self.pool.acquire().await.unwrap();
+        assert_eq!(runs::stranded(&mut connection).await.unwrap(), 0);
+    }
+
+    pub async fn count(&self, sql: &'static str) -> i64 {
+        sqlx::query_scalar(sql).fetch_one(&self.pool).await.unwrap()
+    }
+
+    /// A worker of this process, offline model on, loopback allowed.
+    pub fn worker(&self, lease: Duration) -> Running {
+        let pool = store::pool(&self.url, PoolKind::Queue, 6).unwrap();
+        let egress = Egress::new(Rules::default().with_loopback()).unwrap();
+        let providers = Providers { offline: true, anthropic: false, openai: false };
+        let config = WorkerConfig { slots: 16, lease, drain: Duration::from_secs(20), ..WorkerConfig::default() };
+        let engine = Engine::new(pool.clone()).with_waker(Waker::start(&self.url));
+        let worker = Worker::new(engine, &self.url, config, Hands::new(egress, &self.files, providers)).listening(pool);
+        let stop = CancellationToken::new();
+        let token = stop.clone();
+        let task = tokio::spawn(async move { worker.run(token).await });
+        Running { stop, task: Some(task) }
+    }
+
+    /// The API over this database, on a port of its own, with a key.
+    pub async fn api(&self) -> Api {
+        static METRICS: OnceLock<PrometheusHandle> = OnceLock::new();
+        let metrics = METRICS.get_or_init(|| serve::metrics().unwrap()).clone();
+        let stop = CancellationToken::new();
+        let state = serve::api_state(&self.url, metrics, stop.clone()).unwrap();
+        let listener = serve::listen("127.0.0.1:0").await.unwrap();
+        let base = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(server::serve(listener, api::router(state), stop.clone()));
+        let key = self.key(&["*"]).await;
+        Api { base, key, client: reqwest::Client::builder().no_proxy().build().unwrap(), _stop: stop.drop_guard() }
+    }
+
+    pub async fn key(&self, scopes: &[&str]) -> String {
+        let scopes: Vec<String> = scopes.iter().map(|s| (*s).to_owned()).collect();
+        keys::make(&self.pool, self.account, None, "test", true, &scopes).await.unwrap().key
+    }
+}
+
+/// A worker that stops, and is waited for, on demand.
+pub struct Running {
+    stop: CancellationToken,
+    task: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Running {
+    pub async fn stop(mut self) {
+        self.stop.cancel();
+        self.task.take().unwrap().await.unwrap();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// A client of a running API.
+pub struct Api {
+    pub base: String,
+    pub key: String,
+    pub client: reqwest::Client,
+    pub _stop: tokio_util::sync::DropGuard,
+}
+
+impl Api {
+    pub async fn send(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+        let mut request = self
+            .client
+            .request(method.parse().unwrap(), format!("{}{path}", self.base))
+            .header("authorization", format!("Bearer {}", self.key));
+        if let Some(body) = body {
+            request = request.header("content-type", "application/json").body(body.to_string());
+        }
+        let response = request.send().await.unwrap();
+        let status = response.status().as_u16();
+        assert!(response.headers().contains_key("x-request-id"), "{method} {path}");
+        let text = response.text().await.unwrap();
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    pub async fn get(&self, path: &str) -> (u16, Value) {
+        self.send("GET", path, None).await
+    }
+
+    pub async fn post(&self, path: &str, body: Value) -> (u16, Value) {
+        self.send("POST", path, Some(body)).await
+    }
+}
+
+/// Waits for a condition.
+pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: impl FnMut() -> F) {
+    let end = Instant::now() + PATIENCE;
+    while !condition().await {
+        assert!(Instant::now() < end, "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A sink outside of the system that counts effects by their key: it fails
+/// as often as it is told to, and then answers.
+pub mod witness {
+    use std::collections::HashMap;
+    use std::sync::{Arc, Mutex};
+
+    use axum::Router;
+    use axum::extract::State;
+    use axum::http::{HeaderMap, StatusCode};
+    use axum::routing::any;
+
+    #[derive(Clone, Default)]
+    pub struct Witness {
+        calls: Arc<Mutex<HashMap<String, u32>>>,
+        failures: Arc<Mutex<Vec<u16>>>,
+        pub url: String,
+    }
+
+    impl Witness {
+        /// Starts one that first answers with the given statuses.
+        pub async fn start(failures: &[u16]) -> Self {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let witness = Self {
+                failures: Arc::new(Mutex::new(failures.to_vec())),
+                url: format!("http://{}", listener.local_addr().unwrap()),
+                ..Self::default()
+            };
+            let router = Router::new().fallback(any(answer)).with_state(witness.clone());
+            tokio::spawn(async move { axum::serve(listener, router).await });
+            witness
+        }
+
+        /// The calls by key.
+        pub fn calls(&self) -> HashMap<String, u32> {
+            self.calls.lock().unwrap().clone()
+        }
+    }
+
+    async fn answer(
+        State(witness): State<Witness>,
+        headers: HeaderMap,
+    ) -> (StatusCode, [(&'static str, &'static str); 1], &'static str) {
+        let key = headers.get("idempotency-key").and_then(|v| v.to_str().ok()).unwrap_or("none").to_owned();
+        *witness.calls.lock().unwrap().entry(key).or_default() += 1;
+        let json = [("content-type", "application/json")];
+        let mut failures = witness.failures.lock().unwrap();
+        if failures.is_empty() {
+            (StatusCode::OK, json, r#"{"output": {"ok": true}, "cost": 0.25}"#)
+        } else {
+            (StatusCode::from_u16(failures.remove(0)).unwrap(), json, r#"{"error": "as told"}"#)
+        }
+    }
+}
+
+impl Db {
+    /// Waits until a run has left a status, whatever it has come to.
+    pub async fn until_left(&self, company: CompanyId, run: RunId, status: RunStatus) {
+        eventually("the run to go on", || async { self.run(company, run).await.status != status }).await;
+    }
+}

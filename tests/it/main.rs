@@ -1,0 +1,13 @@
+//! The promises of capx, tested through its doors: the queue and the engine
+//! on a real Postgres with a database each, the API over HTTP, and whole
+//! processes that are killed at named points.
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a test that cannot go on stops")]
+
+mod api;
+mod crash;
+mod gates;
+mod harness;
+mod queue;
+mod rooms;
+mod runs;
+mod schedules;

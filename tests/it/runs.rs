@@ -1,0 +1,198 @@
+//! Runs: what their steps do, how they fail, and that what is done stays
+//! done.
+
+use capx_core::domain::run::RunStatus;
+use capx_core::store::{events, runs};
+use serde_json::json;
+
+use crate::harness::witness::Witness;
+use crate::harness::{Db, SHORT_LEASE, eventually};
+
+const WEEKLY: &str = include_str!("../../playbooks/weekly-market-report.yml");
+const HELLO: &str = include_str!("../../playbooks/hello.yml");
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_weekly_market_report_runs_as_it_is_written() {
+    let db = Db::new().await;
+    let company = db.company(&["researcher", "writer"], "claude", json!({})).await;
+    let playbook = db.playbook(company, WEEKLY).await;
+    let worker = db.worker(SHORT_LEASE);
+    let run = db.start(company, playbook, json!({"topic": "AI infrastructure", "depth": "deep"})).await;
+    db.until(company, run, RunStatus::Completed).await;
+    let steps = runs::steps(&db.pool, company, run).await.unwrap();
+    assert_eq!(steps.len(), 2);
+    for step in &steps {
+        assert_eq!(step.status, "completed");
+        assert!(step.agent.is_some());
+        assert_eq!(step.output.as_ref().unwrap()["simulated"], true);
+    }
+    // A run's parameters override those of the step.
+    assert_eq!(steps[0].output.as_ref().unwrap()["params"], json!({"depth": "deep", "topic": "AI infrastructure"}));
+    let names: Vec<String> =
+        events::of_run(&db.pool, company, run, 0, 100).await.unwrap().into_iter().map(|e| e.event).collect();
+    assert_eq!(names, ["playbook.started", "step.completed", "step.completed", "playbook.completed"]);
+    assert_eq!(db.count("select count(*) from jobs where queue = 'steps'").await, 0);
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn data_flows_between_steps_into_a_file_and_the_output() {
+    let db = Db::new().await;
+    let company = db.company(&["researcher"], "claude", json!({"script": {"research": {"text": "tides turn"}}})).await;
+    let playbook = db.playbook(company, HELLO).await;
+    let _worker = db.worker(SHORT_LEASE);
+    let run = db.start(company, playbook, json!({"topic": "tides"})).await;
+    let row = db.until(company, run, RunStatus::Completed).await;
+    let output = row.output.unwrap();
+    assert_eq!(output["path"], "summary.json");
+    let file = db.files.join(company.to_string()).join(run.to_string()).join("summary.json");
+    let written: serde_json::Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    assert_eq!(written, json!({"said": "tides turn", "title": "About tides"}));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_is_repeated_with_the_same_key_until_it_works() {
+    let db = Db::new().await;
+    let witness = Witness::start(&[503, 500]).await;
+    let company = db.company(&["caller"], "custom", json!({"endpoint": witness.url})).await;
+    let yaml = format!(
+        "name: calls\nsteps:\n  - {{id: tool, action: http.request, params: {{method: POST, url: '{0}/a', body: {{n: 1}}, headers: {{Idempotency-Key: mine}}}}, retry: {{max_attempts: 3, initial: 20ms}}}}\n  - {{id: agent, role: caller, action: think}}\n",
+        witness.url
+    );
+    let playbook = db.playbook(company, &yaml).await;
+    let _worker = db.worker(SHORT_LEASE);
+    let run = db.start(company, playbook, json!({})).await;
+    let row = db.until(company, run, RunStatus::Completed).await;
+    let mut counts: Vec<u32> = witness.calls().into_values().collect();
+    counts.sort_unstable();
+    assert_eq!(counts, [1, 3], "two effects, one of them tried three times: {:?}", witness.calls());
+    assert!(!witness.calls().contains_key("mine") && !witness.calls().contains_key("none"));
+    assert_eq!(row.cost.to_usd(), 0.25);
+    let steps = runs::steps(&db.pool, company, run).await.unwrap();
+    assert_eq!(steps[0].attempt, 3);
+    assert_eq!(steps[0].output.as_ref().unwrap()["body"]["output"]["ok"], true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_out_of_tries_fails_its_run_with_the_reason() {
+    let db = Db::new().await;
+    let witness = Witness::start(&[500; 10]).await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let _worker = db.worker(SHORT_LEASE);
+    let cases = [
+        (
+            format!(
+                "{{action: http.request, params: {{url: '{}'}}, retry: {{max_attempts: 2, initial: 10ms}}}}",
+                witness.url
+            ),
+            "transient",
+            "exhausted",
+            2,
+        ),
+        ("{action: http.request, params: {url: 'http://169.254.169.254/'}}".into(), "governance", "invalid", 1),
+        ("{action: file.read, params: {path: ../../etc/passwd}}".into(), "invalid", "invalid", 1),
+        ("{action: transform, params: {v: '${inputs.nothing}'}}".into(), "invalid", "invalid", 1),
+        ("{role: nobody, action: dance}".into(), "invalid", "invalid", 1),
+    ];
+    for (at, (step, class, reason, attempts)) in cases.iter().enumerate() {
+        let playbook =
+            db.playbook(company, &format!("name: fails-{at}\nsteps:\n  - {step}\n  - {{action: transform}}\n")).await;
+        let run = db.start(company, playbook, json!({})).await;
+        let row = db.until(company, run, RunStatus::Failed).await;
+        let error = row.error.unwrap();
+        assert_eq!(error["code"], *class, "{error}");
+        assert!(!error["message"].as_str().unwrap().is_empty());
+        let steps = runs::steps(&db.pool, company, run).await.unwrap();
+        assert_eq!((steps.len(), steps[0].attempt), (1, *attempts), "{error}");
+        let letter: (String,) = sqlx::query_as("select reason from dead_letters where ref_id = $1")
+            .bind(run.0)
+            .fetch_one(&db.pool)
+            .await
+            .unwrap();
+        assert_eq!(letter.0, *reason);
+    }
+    db.assert_nothing_stranded().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_stored_fails_the_step_and_never_sticks() {
+    let db = Db::new().await;
+    let big = "x".repeat(300 * 1024);
+    let company = db.company(&["nul", "big"], "claude", json!({"script": {"big": big, "nul": "placeholder"}})).await;
+    let _worker = db.worker(SHORT_LEASE);
+    let playbook = db.playbook(company, "name: big\nsteps:\n  - {role: big, action: big}\n").await;
+    let run = db.start(company, playbook, json!({})).await;
+    let row = db.until(company, run, RunStatus::Failed).await;
+    assert!(row.error.unwrap()["message"].as_str().unwrap().contains("over the limit"));
+    // A NUL comes from outside: an endpoint's answer.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let router = axum::Router::new().fallback(|| async { r#"{"output": {"text": "a\u0000b"}}"# });
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let company = db.company(&["n"], "custom", json!({"endpoint": url})).await;
+    let playbook = db.playbook(company, "name: nul\nsteps:\n  - {role: n, action: say}\n").await;
+    let run = db.start(company, playbook, json!({})).await;
+    let row = db.until(company, run, RunStatus::Failed).await;
+    assert!(row.error.unwrap()["message"].as_str().unwrap().contains("NUL"));
+    db.assert_nothing_stranded().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_ends_at_its_timeout_and_a_long_one_is_seen() {
+    let db = Db::new().await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    // Accepts, and never answers.
+    tokio::spawn(async move {
+        let mut open = Vec::new();
+        while let Ok(stream) = listener.accept().await {
+            open.push(stream);
+        }
+    });
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let playbook = db
+        .playbook(
+            company,
+            &format!(
+                "name: slow\nsteps:\n  - {{action: http.request, params: {{url: '{url}'}}, timeout: 900ms, retry: 1}}\n"
+            ),
+        )
+        .await;
+    let _worker = db.worker(SHORT_LEASE);
+    let run = db.start(company, playbook, json!({})).await;
+    eventually("the step to be shown as running", || async {
+        runs::steps(&db.pool, company, run).await.unwrap().first().is_some_and(|s| s.status == "running")
+    })
+    .await;
+    let row = db.until(company, run, RunStatus::Failed).await;
+    assert_eq!(row.error.unwrap()["code"], "timeout");
+    let names: Vec<String> =
+        events::of_run(&db.pool, company, run, 0, 100).await.unwrap().into_iter().map(|e| e.event).collect();
+    assert_eq!(names, ["playbook.started", "step.started", "step.failed", "playbook.failed"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopping_worker_hands_its_work_back_uncharged() {
+    let db = Db::new().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let steps: String = (0..40).map(|i| format!("  - {{id: s{i}, action: transform, params: {{i: {i}}}}}\n")).collect();
+    let playbook = db.playbook(company, &format!("name: many\nsteps:\n{steps}")).await;
+    let mut runs_started = Vec::new();
+    for _ in 0..20 {
+        runs_started.push(db.start(company, playbook, json!({})).await);
+    }
+    // Workers that come and go while the runs are under way.
+    for _ in 0..5 {
+        let worker = db.worker(SHORT_LEASE);
+        tokio::time::sleep(std::time::Duration::from_millis(30)).await;
+        worker.stop().await;
+        assert_eq!(db.count("select count(*) from jobs where state = 'running'").await, 0);
+    }
+    let _worker = db.worker(SHORT_LEASE);
+    for run in runs_started {
+        db.until(company, run, RunStatus::Completed).await;
+    }
+    // Nothing ran twice: each step has one completion, at its first try.
+    assert_eq!(db.count("select count(*) from events where event = 'step.completed'").await, 800);
+    assert_eq!(db.count("select count(*) from run_steps where attempt <> 1").await, 0);
+}

@@ -1,0 +1,143 @@
+//! Random crash schedules: workers that vanish at arbitrary points, again and
+//! again, until the runs are done. A short form runs with the tests; the full
+//! one with `CAPX_SCHEDULES=2000 cargo test --release --test it schedules`.
+
+use std::time::Duration;
+
+use capx_core::domain::run::RunStatus;
+use capx_core::engine::{Engine, Waker};
+use capx_core::store::{self, PoolKind};
+use capx_workers::adapters::Providers;
+use capx_workers::egress::{Egress, Rules};
+use capx_workers::{Hands, Worker, WorkerConfig};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::harness::Db;
+use crate::harness::witness::Witness;
+
+/// Schedules with the tests.
+const SHORT: usize = 24;
+/// Schedules under way at once.
+const TOGETHER: usize = 4;
+const RUNS: usize = 4;
+const LEASE: Duration = Duration::from_millis(300);
+
+/// A worker in a runtime of its own, which can be taken away from it at any
+/// await: its connections break, its lease runs out, nobody says goodbye.
+struct Mortal {
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Mortal {
+    fn start(db: &Db) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let (url, files) = (db.url.clone(), db.files.clone());
+        runtime.spawn(async move {
+            let pool = store::pool(&url, PoolKind::Queue, 5).unwrap();
+            let egress = Egress::new(Rules::default().with_loopback()).unwrap();
+            let providers = Providers { offline: true, ..Providers::default() };
+            let config =
+                WorkerConfig { slots: 4, lease: LEASE, poll: Duration::from_millis(100), ..WorkerConfig::default() };
+            let engine = Engine::new(pool.clone()).with_waker(Waker::start(&url));
+            let worker = Worker::new(engine, &url, config, Hands::new(egress, files, providers)).listening(pool);
+            worker.run(CancellationToken::new()).await;
+        });
+        Self { runtime: Some(runtime) }
+    }
+}
+
+impl Drop for Mortal {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// A small generator, so that a schedule can be run again from its seed.
+struct Seeded(u64);
+
+impl Seeded {
+    fn below(&mut self, n: u64) -> u64 {
+        // SplitMix64 (Steele, Lea, Flood 2014).
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % n
+    }
+}
+
+async fn schedule(db: &Db, seed: u64) -> i64 {
+    let mut random = Seeded(seed);
+    let witness = Witness::start(&[]).await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let mut effects = 0;
+    let count = 2 + random.below(4);
+    let steps: String = (0..count)
+        .map(|i| {
+            if random.below(2) == 0 {
+                effects += 1;
+                format!("  - {{id: s{i}, action: http.request, params: {{method: POST, url: '{}'}}, retry: {{initial: 10ms}}}}\n", witness.url)
+            } else {
+                format!("  - {{id: s{i}, role: a, action: think, params: {{i: {i}}}}}\n")
+            }
+        })
+        .collect();
+    let playbook = db.playbook(company, &format!("name: schedule-{seed}\nsteps:\n{steps}")).await;
+    let mut runs = Vec::new();
+    for _ in 0..RUNS {
+        runs.push(db.start(company, playbook, json!({})).await);
+    }
+    for _ in 0..1 + random.below(3) {
+        let mortal = Mortal::start(db);
+        tokio::time::sleep(Duration::from_micros(2_000 + random.below(40_000))).await;
+        drop(mortal);
+    }
+    let survivor = Mortal::start(db);
+    for run in &runs {
+        db.until(company, *run, RunStatus::Completed).await;
+    }
+    drop(survivor);
+    let (events, steps): (i64, i64) = sqlx::query_as(
+        "select (select count(*) from events where company_id = $1 and event = 'step.completed'),
+                (select count(*) from run_steps where company_id = $1 and status = 'completed')",
+    )
+    .bind(company.0)
+    .fetch_one(&db.pool)
+    .await
+    .unwrap();
+    let expected = i64::try_from(count).unwrap() * RUNS as i64;
+    assert_eq!((events, steps), (expected, expected), "seed {seed}: a step was lost or completed twice");
+    assert_eq!(witness.calls().len(), effects * RUNS, "seed {seed}: one key an effect");
+    i64::from(witness.calls().values().sum::<u32>()) - (effects * RUNS) as i64
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn random_crashes_lose_nothing_and_repeat_nothing_that_is_done() {
+    let schedules: usize = std::env::var("CAPX_SCHEDULES").ok().and_then(|n| n.parse().ok()).unwrap_or(SHORT);
+    let base: u64 = std::env::var("CAPX_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let mut tasks = Vec::new();
+    for lane in 0..TOGETHER {
+        tasks.push(tokio::spawn(async move {
+            let db = Db::new().await;
+            let mut repeated = 0;
+            for at in (lane..schedules).step_by(TOGETHER) {
+                repeated += schedule(&db, base + at as u64).await;
+            }
+            db.assert_nothing_stranded().await;
+            let deaths = db.count("select count(*) from worker_sessions where state = 'dead'").await;
+            (deaths, repeated)
+        }));
+    }
+    let (mut deaths, mut repeated) = (0, 0);
+    for task in tasks {
+        let (d, r) = task.await.unwrap();
+        deaths += d;
+        repeated += r;
+    }
+    // The faults happened: else this test has shown nothing.
+    assert!(deaths > 0, "no worker was found dead");
+    println!("{schedules} schedules, {deaths} dead sessions, {repeated} calls repeated under their key");
+}
