@@ -71,10 +71,9 @@ pub async fn make(
     live: bool,
     scopes: &[String],
 ) -> anyhow::Result<Made> {
-    // From the operating system's generator, which is what it takes for 220
-    // bits that nobody can guess.
-    let mut rng = rand::rng();
-    let key = ApiKey::generate(live, |below| rng.random_range(0..below));
+    // A generator seeded by the operating system, which is what it takes for
+    // 220 bits that nobody can guess.
+    let key = ApiKey::generate(live, |below| rand::rng().random_range(0..below));
     let hint = key.hint();
     let new = NewKey { account, company, name, hash: key.hash(), hint: &hint, live, scopes };
     let id = tenants::insert_key(pool, &new).await?;

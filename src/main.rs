@@ -61,7 +61,8 @@ fn main() -> ExitCode {
         .enable_all()
         .build()
         .map_err(anyhow::Error::from)
-        .and_then(|runtime| runtime.block_on(run(cli)));
+        // On a worker thread, where what a socket wakes goes on at once.
+        .and_then(|runtime| runtime.block_on(async { tokio::spawn(run(cli)).await? }));
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -133,7 +133,8 @@ const WORKER_CONNECTIONS: u32 = 8;
 pub fn worker(url: &str, args: &WorkerArgs, dev: bool) -> anyhow::Result<Worker> {
     let pool = store::pool(url, PoolKind::Queue, WORKER_CONNECTIONS)?;
     let waker = Waker::start(url);
-    let engine = Engine::new(pool.clone()).with_waker(waker);
+    let claims = store::pool(url, PoolKind::Claims, 1)?;
+    let engine = Engine::new(pool.clone()).with_claims(claims).with_waker(waker);
     Ok(Worker::new(engine, url, args.config(), args.hands(dev)?).listening(pool))
 }
 
@@ -167,6 +168,14 @@ pub fn metrics() -> anyhow::Result<PrometheusHandle> {
     let buckets = [0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
     let recorder = PrometheusBuilder::new().set_buckets(&buckets)?.build_recorder();
     let handle = recorder.handle();
+    let upkeep = handle.clone();
+    tokio::spawn(async move {
+        // Folds what histograms have gathered; nobody may ever scrape.
+        loop {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            upkeep.run_upkeep();
+        }
+    });
     metrics::set_global_recorder(recorder).map_err(|_| anyhow::anyhow!("the metrics were started twice"))?;
     Ok(handle)
 }

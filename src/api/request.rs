@@ -40,7 +40,14 @@ pub(super) async fn pass(mut request: Request, next: Next) -> Response {
     let route = request.extensions().get::<MatchedPath>().map_or("none", |path| path.as_str()).to_owned();
     let began = Instant::now();
     request.extensions_mut().insert(began);
-    let served = tokio::spawn(CURRENT.scope(id.clone(), next.run(request))).await;
+    let has_nul = request.uri().path_and_query().is_some_and(|path| path.as_str().contains("%00"));
+    let handler = async move {
+        if has_nul {
+            return ApiError::field("path", "must not hold a NUL character").into_response();
+        }
+        next.run(request).await
+    };
+    let served = tokio::spawn(CURRENT.scope(id.clone(), handler)).await;
     let mut response = match served {
         Ok(response) => response,
         Err(error) => {

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use capx_core::engine::enqueue::Enqueuer;
 use capx_core::store::jobs::{self, NewJob, kind, queue};
-use capx_core::store::{self, PoolKind};
 
 use super::Bench;
 use super::report::{Report, Target};
@@ -24,19 +24,15 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
 async fn single(bench: &Bench) -> anyhow::Result<f64> {
     bench.reset().await?;
     let each = bench.amount(50_000) / TASKS;
-    let pool = store::pool(&bench.url, PoolKind::Queue, TASKS as u32)?;
-    // Connections are made before the clock starts.
-    let warm: Vec<_> = futures_util::future::join_all((0..TASKS).map(|_| pool.acquire())).await;
-    drop(warm);
+    let enqueuer = Enqueuer::start(bench.pool.clone());
     let company = bench.company;
     let began = Instant::now();
     let tasks: Vec<_> = (0..TASKS)
         .map(|_| {
-            let pool = pool.clone();
+            let enqueuer = enqueuer.clone();
             tokio::spawn(async move {
-                let job = NewJob::new(queue::BENCH, kind::NOOP, company);
                 for _ in 0..each {
-                    jobs::enqueue(&pool, &job).await?;
+                    enqueuer.enqueue(NewJob::new(queue::BENCH, kind::NOOP, company)).await?;
                 }
                 anyhow::Ok(())
             })

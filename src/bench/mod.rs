@@ -140,6 +140,11 @@ impl Bench {
         };
         let pool = store::pool(&url, PoolKind::Queue, 16)?;
         store::migrate(&pool).await.context("cannot migrate the database")?;
+        let others: bool =
+            sqlx::query_scalar("select exists (select from accounts where name <> 'bench')").fetch_one(&pool).await?;
+        if others {
+            bail!("the database holds somebody's work, which the benchmarks would clear away; give an empty one");
+        }
         let weak = store::unsafe_settings(&pool).await?;
         if !weak.is_empty() {
             bail!("the server is not durable ({}): its figures would mean nothing", weak.join(", "));
@@ -180,7 +185,7 @@ impl Bench {
         let hands = Hands::new(egress, std::env::temp_dir(), Providers::default());
         let config =
             WorkerConfig { queues: queues.iter().map(|q| (*q).to_owned()).collect(), slots, ..WorkerConfig::default() };
-        let engine = Engine::new(pool.clone());
+        let engine = Engine::new(pool.clone()).with_claims(store::pool(&self.url, PoolKind::Claims, 1)?);
         Ok(Worker::new(engine, &self.url, config, hands).listening(pool))
     }
 

@@ -404,13 +404,16 @@ fn await_predecessor(data: &Path) -> anyhow::Result<()> {
     loop {
         let Ok(text) = fs::read_to_string(&lock) else { return Ok(()) };
         let pid: Option<i32> = text.lines().next().and_then(|line| line.trim().parse().ok());
-        let alive = pid.and_then(rustix::process::Pid::from_raw).is_some_and(|pid| {
-            rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH) && is_postgres(pid)
-        });
+        let pid = pid.and_then(rustix::process::Pid::from_raw);
+        let exists = pid.is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH));
+        let alive = exists && pid.is_some_and(is_postgres);
         if !alive {
-            // The server itself removes a lock whose owner is gone, unless
-            // the pid belongs to somebody else by now.
-            let _ = fs::remove_file(&lock);
+            // The server itself takes over a lock whose owner is gone, and
+            // checks that nobody is left of it; only a pid that belongs to
+            // somebody else by now would mislead it.
+            if exists {
+                let _ = fs::remove_file(&lock);
+            }
             return Ok(());
         }
         if Instant::now() > until {
@@ -458,7 +461,10 @@ fn password(home: &Path, run_as: Option<RunAs>) -> anyhow::Result<String> {
 }
 
 fn initialize(binaries: &Binaries, home: &Path, data: &Path, run_as: Option<RunAs>) -> anyhow::Result<()> {
-    // What an interrupted first start has left is no database yet.
+    // Made beside and renamed when it is whole: what an interrupted first
+    // start has left is no database yet.
+    let whole = data;
+    let data = &whole.with_extension("partial");
     if data.exists() {
         fs::remove_dir_all(data).with_context(|| format!("cannot clear {}", data.display()))?;
     }
@@ -480,7 +486,8 @@ fn initialize(binaries: &Binaries, home: &Path, data: &Path, run_as: Option<RunA
         }
         bail!("initdb failed:\n{}", said.trim());
     }
-    create_database(binaries, data, run_as)
+    create_database(binaries, data, run_as)?;
+    fs::rename(data, whole).with_context(|| format!("cannot make {}", whole.display()))
 }
 
 /// The one database, made before the server listens to anybody.

@@ -43,6 +43,15 @@ impl Process {
         Self::start(db, &["worker", "--concurrency", "8"], failpoints)
     }
 
+    /// Kills it, and asserts that it was at a point before.
+    fn was_at(mut self, point: &str) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let mut said = String::new();
+        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert!(said.contains(&format!("failpoint fired: {point}")), "{point} was not reached:\n{said}");
+    }
+
     /// Waits until it has died at its point, and asserts that it was there.
     async fn dies_at(mut self, point: &str) {
         eventually("the process to die", || {
@@ -135,14 +144,16 @@ async fn whoever_takes_over_may_die_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_answers_of_the_database_lose_and_double_nothing() {
-    for point in ["commit.before", "commit.after"] {
+    // The answers to commits, and to a claim: found again, and given back.
+    for (point, hit) in [("commit.before", 2), ("commit.after", 2), ("claim.after_commit", 1)] {
         let db = Db::new().await;
         let witness = Witness::start(&[]).await;
         let (company, run) = effects(&db, &witness, "lost").await;
         // The commit fails, or it lands and only its answer is lost.
-        let _worker = Process::worker(&db, &format!("{point}=fail@2"));
+        let worker = Process::worker(&db, &format!("{point}=fail@{hit}"));
         assert_whole(&db, &witness, company, run, point).await;
         assert!(witness.calls().values().all(|calls| *calls == 1), "{point}: {:?}", witness.calls());
+        worker.was_at(point);
     }
 }
 
@@ -269,4 +280,60 @@ async fn killing_everything_changes_no_result() {
     assert_eq!(witness.calls().len(), 120);
     assert_eq!(db.count("select count(*) from events where event = 'step.completed'").await, 120);
     assert!(db.count("select count(*) from worker_sessions where state = 'dead'").await > 0, "nobody was found dead");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_was_frozen_past_its_lease_overwrites_nothing() {
+    use rustix::process::{Pid, Signal, kill_process};
+    let db = Db::new().await;
+    let witness = Witness::start(&[]).await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let steps: String = (0..8)
+        .map(|i| {
+            format!(
+                "  - {{id: s{i}, action: http.request, params: {{url: '{}/{i}'}}, retry: {{initial: 20ms}}}}\n",
+                witness.url
+            )
+        })
+        .collect();
+    let playbook = db.playbook(company, &format!("name: eight\nsteps:\n{steps}")).await;
+    let mut all = Vec::new();
+    for _ in 0..20 {
+        all.push(db.start(company, playbook, json!({})).await);
+    }
+    let frozen = Process::worker(&db, "");
+    eventually("work in its hands", || async {
+        db.count("select count(*) from jobs where state = 'running'").await > 0
+    })
+    .await;
+    let pid = Pid::from_raw(i32::try_from(frozen.child.id()).unwrap()).unwrap();
+    // Several times, so that it thaws in the midst of others' work and of its
+    // own next session's.
+    let mut other = None;
+    for _ in 0..3 {
+        kill_process(pid, Signal::STOP).unwrap();
+        let dead = db.count("select count(*) from worker_sessions where state = 'dead'").await;
+        other = Some(Process::worker(&db, ""));
+        let more_work: Vec<RunId> = vec![db.start(company, playbook, json!({})).await];
+        all.extend(more_work);
+        eventually("the frozen one to be found dead", || async {
+            db.count("select count(*) from worker_sessions where state = 'dead'").await > dead
+        })
+        .await;
+        kill_process(pid, Signal::CONT).unwrap();
+        all.push(db.start(company, playbook, json!({})).await);
+        eventually("a new session of its own", || async {
+            db.count("select count(*) from worker_sessions where ended_at is null").await >= 2
+        })
+        .await;
+    }
+    let runs = all.len() as i64;
+    for run in all {
+        db.until(company, run, RunStatus::Completed).await;
+    }
+    drop(other);
+    assert_eq!(db.count("select count(*) from events where event = 'step.completed'").await, runs * 8);
+    assert_eq!(db.count("select count(*) from run_steps where status = 'completed'").await, runs * 8);
+    assert_eq!(witness.calls().len() as i64, runs * 8);
+    db.assert_nothing_stranded().await;
 }

@@ -39,7 +39,8 @@ impl Mortal {
             let providers = Providers { offline: true, ..Providers::default() };
             let config =
                 WorkerConfig { slots: 4, lease: LEASE, poll: Duration::from_millis(100), ..WorkerConfig::default() };
-            let engine = Engine::new(pool.clone()).with_waker(Waker::start(&url));
+            let claims = store::pool(&url, PoolKind::Claims, 1).unwrap();
+            let engine = Engine::new(pool.clone()).with_claims(claims).with_waker(Waker::start(&url));
             let worker = Worker::new(engine, &url, config, Hands::new(egress, files, providers)).listening(pool);
             worker.run(CancellationToken::new()).await;
         });

@@ -230,7 +230,9 @@ impl RunContext {
             return Decision::Fail { reason: DeadReason::Invalid };
         }
         // A server that names a time is obeyed, and costs no try.
-        if let Some(after) = failure.retry_after {
+        // One that names next to none is treated like any failure, or it could
+        // keep us calling for ever.
+        if let Some(after) = failure.retry_after.filter(|after| *after >= step.retry.backoff.initial) {
             return Decision::Retry { delay: after.min(RETRY_AFTER_MAX), charged: false };
         }
         if attempt >= step.retry.max_attempts {
@@ -306,9 +308,12 @@ mod tests {
         let mut asked = Failure::new(ErrorClass::RateLimited, "slow down");
         asked.retry_after = Some(Duration::from_secs(99_999_999));
         assert_eq!(
-            run.decide(0, 3, &Outcome::failed(asked), 0.0),
+            run.decide(0, 3, &Outcome::failed(asked.clone()), 0.0),
             Decision::Retry { delay: RETRY_AFTER_MAX, charged: false }
         );
+        asked.retry_after = Some(Duration::ZERO);
+        let hurried = Outcome::failed(asked);
+        assert!(!matches!(run.decide(0, 3, &hurried, 0.0), Decision::Retry { charged: false, .. }));
     }
 
     proptest! {

@@ -74,11 +74,23 @@ pub async fn commit(
     stay: bool,
 ) -> Result<Vec<Committed>, (EngineError, Pending)> {
     let decided = finished.into_iter().map(|f| decide(f, stay, rand::random())).collect();
-    commit_again(engine, Pending { decided, maybe_landed: false }).await
+    commit_again(engine, Pending { done: Vec::new(), decided, maybe_landed: false }).await
+}
+
+impl Decided {
+    fn answer(self, landed: bool) -> Committed {
+        match (landed, self.next) {
+            (true, Some((job, work))) => Committed::Continue(job, work),
+            (true, None) => Committed::Settled,
+            (false, _) => Committed::Lost,
+        }
+    }
 }
 
 /// Outcomes that are decided but perhaps not written.
 pub struct Pending {
+    /// What became of those before them.
+    done: Vec<Committed>,
     decided: Vec<Decided>,
     maybe_landed: bool,
 }
@@ -90,15 +102,15 @@ impl std::fmt::Debug for Pending {
 }
 
 /// Commits what an earlier call could not. Where that call's commit may have
-/// landed unseen, the epochs tell (hazard H8).
+/// landed unseen, the job's row tells (hazard H8).
 pub async fn commit_again(engine: &Engine, mut pending: Pending) -> Result<Vec<Committed>, (EngineError, Pending)> {
     let held = match write(engine, &pending.decided).await {
         Ok(held) => held,
-        Err(EngineError::Store(error)) if error.is_passing() => {
+        Err(EngineError::Store(error)) if error.is_about_data() => return one_by_one(engine, pending).await,
+        Err(error) => {
             pending.maybe_landed = true;
-            return Err((error.into(), pending));
+            return Err((error, pending));
         }
-        Err(_) => return one_by_one(engine, pending).await,
     };
     let mut landed = held;
     if pending.maybe_landed {
@@ -110,69 +122,57 @@ pub async fn commit_again(engine: &Engine, mut pending: Pending) -> Result<Vec<C
             }
         }
     }
-    let committed = pending
-        .decided
-        .iter_mut()
-        .zip(landed)
-        .map(|(decided, landed)| match (landed, decided.next.take()) {
-            (true, Some((job, work))) => Committed::Continue(job, work),
-            (true, None) => Committed::Settled,
-            (false, _) => Committed::Lost,
-        })
-        .collect();
     if pending.decided.iter().any(|d| wakes(&d.commit)) {
         engine.waker.wake();
     }
-    Ok(committed)
+    let mut done = pending.done;
+    done.extend(pending.decided.into_iter().zip(landed).map(|(decided, landed)| decided.answer(landed)));
+    Ok(done)
 }
 
 fn wakes(commit: &StepCommit) -> bool {
     commit.job.as_ref().is_some_and(|job| !job.held && job.delay.is_zero())
 }
 
-/// Whether an earlier commit of the same attempt is in: the job's row is gone
-/// as it should be, or carries the epoch that only that commit gives.
+/// Whether an earlier commit of the same attempt is in, as far as it matters:
+/// whether the job is now ours to go on with. Its row must carry the epoch,
+/// the session and the step that only that commit gives; a mere retake of the
+/// same step has the same epoch. What is not ours any more needs no answer.
 async fn has_landed(engine: &Engine, commit: &StepCommit) -> Result<bool, StoreError> {
-    let epoch = jobs::epoch_of(&engine.pool, commit.lease.job).await?;
-    Ok(match &commit.job {
-        None => epoch.is_none(),
-        Some(_) => epoch == Some(commit.lease.epoch + 1),
-    })
+    let Lease { job, epoch, session } = commit.lease;
+    let Some(next) = commit.job.as_ref().filter(|next| next.held) else { return Ok(true) };
+    let holder = jobs::holder_of(&engine.pool, job).await?;
+    Ok(holder.is_some_and(|now| (now.epoch, now.session, now.step) == (epoch + 1, Some(session), next.step)))
 }
 
+/// A batch that the database refuses for what is in it: each by itself, so
+/// that a bad outcome harms only its own run.
 async fn one_by_one(engine: &Engine, pending: Pending) -> Result<Vec<Committed>, (EngineError, Pending)> {
-    let mut committed = Vec::with_capacity(pending.decided.len());
-    let mut rest = pending.decided.into_iter();
+    let Pending { mut done, decided, maybe_landed } = pending;
+    let mut rest = decided.into_iter();
     while let Some(mut decided) = rest.next() {
         let mut written = write(engine, std::slice::from_ref(&decided)).await;
         if let Err(EngineError::Store(error)) = &written
-            && !error.is_passing()
+            && error.is_about_data()
         {
             tracing::warn!(run.id = %decided.commit.run, job.id = decided.commit.lease.job, %error, "a result could not be stored");
             decided = unstorable(decided, error);
             written = write(engine, std::slice::from_ref(&decided)).await;
         }
-        match written {
-            Ok(held) => committed.push(match (held.first(), decided.next.take()) {
-                (Some(true), Some((job, work))) => Committed::Continue(job, work),
-                (Some(true), None) => Committed::Settled,
-                _ => Committed::Lost,
-            }),
-            Err(EngineError::Store(error)) if error.is_passing() => {
-                // Those before it are written: to repeat them is harmless, as
-                // their leases are spent.
-                let decided = std::iter::once(decided).chain(rest).collect();
-                return Err((error.into(), Pending { decided, maybe_landed: true }));
-            }
+        let landed = match written {
+            Ok(held) if held.first() == Some(&true) || !maybe_landed => Ok(held.first() == Some(&true)),
+            Ok(_) => has_landed(engine, &decided.commit).await.map_err(EngineError::from),
+            Err(error) => Err(error),
+        };
+        match landed {
+            Ok(landed) => done.push(decided.answer(landed)),
             Err(error) => {
-                // Not even the failure can be written. The deadline takes the
-                // job away, and after three such deaths it is quarantined.
-                tracing::error!(run.id = %decided.commit.run, %error, "an attempt could not be committed");
-                committed.push(Committed::Lost);
+                let decided = std::iter::once(decided).chain(rest).collect();
+                return Err((error, Pending { done, decided, maybe_landed: true }));
             }
         }
     }
-    Ok(committed)
+    Ok(done)
 }
 
 /// The failure that takes the place of a result the database refuses.
@@ -380,7 +380,7 @@ impl Facts {
         }
         self.work.chain += 1;
         let next_job = ClaimedJob {
-            lease: Lease { job: self.job.lease.job, epoch: self.job.lease.epoch + 1 },
+            lease: Lease { epoch: self.job.lease.epoch + 1, ..self.job.lease },
             step: commit.job.as_ref().map_or(0, |job| job.step),
             attempt: 1,
             crash_count: 0,

@@ -13,7 +13,7 @@ use crate::domain::plan::{CRASHES_MAX, RunContext};
 use crate::failpoint;
 use crate::store::jobs::{self, ClaimedJob, Tenant, kind};
 use crate::store::tenants::AgentRow;
-use crate::store::{steps, tenants};
+use crate::store::{StoreError, steps, tenants};
 
 /// A claimed job and what to do about it.
 #[derive(Debug)]
@@ -91,35 +91,30 @@ impl ClaimCursor {
         (fresh && self.has_more()).then_some(&self.tenants)
     }
 
-    /// Remembers how far a claim got.
+    /// Remembers how far a claim got: which companies gave their whole share
+    /// and so have more.
     fn note(&mut self, jobs: &[ClaimedJob], room: usize, full: bool) {
+        let mut taken: HashMap<(&str, Uuid), (usize, i16, i64)> = HashMap::new();
+        for job in jobs {
+            let entry = taken.entry((job.queue.as_str(), job.company.0)).or_insert((0, i16::MIN, 0));
+            let at = (job.priority, job.lease.job);
+            *entry = if at > (entry.1, entry.2) { (entry.0 + 1, at.0, at.1) } else { (entry.0 + 1, entry.1, entry.2) };
+        }
         if full {
             self.looked = Some(Instant::now());
+            // A look that has seen as many companies as it may begins the next
+            // one after them; else it has seen all that come after its cursor.
+            let last = taken.keys().map(|(_, company)| *company).max();
+            let seen_all = taken.len() < usize::try_from(jobs::COMPANIES_A_CLAIM).unwrap_or(usize::MAX);
+            self.after = last.filter(|_| !seen_all).unwrap_or_default();
         }
-        let filled = jobs.len() >= room;
-        // The next full look begins after the last company of this one; what
-        // came up short has seen them all.
-        self.after = match jobs.iter().map(|job| job.company.0).max() {
-            Some(last) if full && filled => last,
-            Some(_) if filled => self.after,
-            _ => Uuid::nil(),
-        };
-        self.tenants.clear();
-        if !filled {
-            return;
-        }
-        let mut last: HashMap<(&str, Uuid), (i16, i64)> = HashMap::new();
-        for job in jobs {
-            let at = (job.priority, job.lease.job);
-            let entry = last.entry((job.queue.as_str(), job.company.0)).or_insert(at);
-            *entry = at.max(*entry);
-        }
-        self.tenants.extend(last.into_iter().map(|((queue, company), (priority, job))| Tenant {
-            queue: queue.to_owned(),
-            company,
-            priority,
-            job,
-        }));
+        let asked = if full { taken.len() } else { self.tenants.len() };
+        let share = room.div_ceil(asked.max(1));
+        self.tenants = taken
+            .into_iter()
+            .filter(|(_, (count, ..))| *count >= share || jobs.len() >= room)
+            .map(|((queue, company), (_, priority, job))| Tenant { queue: queue.to_owned(), company, priority, job })
+            .collect();
     }
 }
 
@@ -136,13 +131,14 @@ pub async fn claim(
     }
     let limit = i64::try_from(room).unwrap_or(i64::MAX);
     let (jobs, full) = match cursor.goes_on() {
-        Some(tenants) => (jobs::claim_on(&engine.pool, session, tenants, limit).await?, false),
-        None => (jobs::claim(&engine.pool, session, queues, cursor.after, limit).await?, true),
+        Some(tenants) => (jobs::claim_on(&engine.claims, session, tenants, limit).await?, false),
+        None => (jobs::claim(&engine.claims, session, queues, cursor.after, limit).await?, true),
     };
-    cursor.note(&jobs, room, full);
-    if !jobs.is_empty() {
-        failpoint::reach("claim.after_commit").await;
+    if !jobs.is_empty() && failpoint::reach("claim.after_commit").await {
+        // As if the answer had been lost on its way.
+        return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
+    cursor.note(&jobs, room, full);
     Ok(jobs)
 }
 

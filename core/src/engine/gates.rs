@@ -138,6 +138,9 @@ async fn decide_once(
     if gate.status == verdict.status() {
         return Ok(gate);
     }
+    if gate.status == "pending" {
+        return Err(EngineError::Conflict("the approval's time is over".into()));
+    }
     let at = gate.decided_at.map(|at: DateTime<Utc>| at.format(" at %FT%TZ").to_string()).unwrap_or_default();
     Err(EngineError::Conflict(format!("the approval was {} already{at}", gate.status)))
 }

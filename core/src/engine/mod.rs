@@ -11,7 +11,9 @@ use sqlx::PgPool;
 use crate::store::StoreError;
 
 pub mod advance;
+pub mod batch;
 pub mod claim;
+pub mod enqueue;
 pub mod gates;
 pub mod plans;
 pub mod playbooks;
@@ -29,6 +31,8 @@ pub use wake::Waker;
 pub struct Engine {
     /// The database.
     pub pool: PgPool,
+    /// The same for claims, which need not wait for the disk.
+    pub claims: PgPool,
     /// Playbooks already read and checked.
     pub plans: Plans,
     /// Wakes idle workers.
@@ -38,7 +42,14 @@ pub struct Engine {
 impl Engine {
     /// An engine over a pool, which wakes nobody: workers poll all the same.
     pub fn new(pool: PgPool) -> Self {
-        Self { pool, plans: Plans::default(), waker: Waker::silent() }
+        Self { claims: pool.clone(), pool, plans: Plans::default(), waker: Waker::silent() }
+    }
+
+    /// The same, claiming over a pool of its own.
+    #[must_use]
+    pub fn with_claims(mut self, claims: PgPool) -> Self {
+        self.claims = claims;
+        self
     }
 
     /// The same, waking workers after commits.

@@ -19,8 +19,9 @@ pub struct Plans(Arc<Mutex<HashMap<Uuid, Arc<Playbook>>>>);
 
 impl Plans {
     /// Those of the wanted versions that could be found, reading what is not
-    /// cached in one statement. A stored text that no longer loads is an
-    /// error: it was checked when it was stored.
+    /// cached in one statement. A stored text that no longer loads becomes a
+    /// playbook that fails its runs with the reason: one tenant's must not
+    /// hold up a worker's.
     pub async fn get(
         &self,
         pool: &PgPool,
@@ -45,11 +46,11 @@ impl Plans {
         }
         let (companies, versions): (Vec<_>, Vec<_>) = missing.into_iter().unzip();
         for (version, yaml) in playbooks::versions(pool, &companies, &versions).await? {
-            let plan = playbook::load(&yaml).map_err(|problems| {
+            let plan = Arc::new(playbook::load(&yaml).unwrap_or_else(|problems| {
                 let first = problems.first().map(ToString::to_string).unwrap_or_default();
-                StoreError::Unreadable(format!("playbook version {version}: {first}"))
-            })?;
-            let plan = Arc::new(plan);
+                tracing::error!(version.id = %version, problem = first, "a stored playbook does not load any more");
+                Playbook::unreadable(format!("this version of capx cannot read the playbook: {first}"))
+            }));
             self.insert(version, Arc::clone(&plan));
             found.insert(version, plan);
         }

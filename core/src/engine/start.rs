@@ -57,6 +57,9 @@ pub async fn start_run(
         None => return Err(EngineError::NotFound("company")),
     }
     let plan = plan_of(engine, company, version).await?;
+    if let Some(reason) = &plan.unreadable {
+        return Err(EngineError::Conflict(format!("{reason}; send a corrected version")));
+    }
     let params = checked_params(&plan, params)?;
     let new = prepare(company, playbook, version, plan, params, trigger);
     let params = new.context.inputs.as_ref().clone();

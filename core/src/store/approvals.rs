@@ -207,7 +207,9 @@ pub async fn decide(
 ) -> Result<bool, StoreError> {
     let done = sqlx::query!(
         "update approvals set status = $3, decided_at = clock_timestamp(), decided_by = $4, note = $5
-         where company_id = $1 and id = $2 and status = 'pending'",
+         where company_id = $1 and id = $2 and status = 'pending'
+             -- A word that comes after the end waits for the timer to say so.
+             and ($3 = 'expired' or $4 = 'system' or expires_at > now())",
         company.0,
         approval.0,
         status,
@@ -224,10 +226,12 @@ pub async fn decide(
 pub async fn lock_gate_job(tx: &mut PgConnection, job: i64, lease: Option<Lease>) -> Result<bool, StoreError> {
     let found = sqlx::query_scalar!(
         "select id from jobs
-         where id = $1 and kind = 'gate_timeout' and ($2::bigint is null or lease_epoch = $2)
+         where id = $1 and kind = 'gate_timeout'
+             and ($2::bigint is null or (lease_epoch = $2 and coalesce(session_id, $3) = $3))
          for update",
         job,
         lease.map(|l| l.epoch),
+        lease.map(|l| l.session),
     )
     .fetch_optional(tx)
     .await?;

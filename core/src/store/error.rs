@@ -39,12 +39,15 @@ impl From<sqlx::Error> for StoreError {
             | sqlx::Error::WorkerCrashed => Self::Unavailable(error),
             sqlx::Error::Database(db) => match db.code().as_deref() {
                 Some("40001" | "40P01" | "55P03") => Self::Contended(error),
-                // 08 connection, 53 out of resources, 57P0x shutdown and
-                // start-up, 25006 a standby.
+                // 08 connection, 53 out of resources, 57 shutdown, start-up and
+                // statement timeouts, 58 the server's own trouble with its
+                // files, 25P idle transactions, 25006 a standby.
                 Some(code)
                     if code.starts_with("08")
                         || code.starts_with("53")
-                        || code.starts_with("57P0")
+                        || code.starts_with("57")
+                        || code.starts_with("58")
+                        || code.starts_with("25P")
                         || code == "25006" =>
                 {
                     Self::Unavailable(error)
@@ -60,6 +63,20 @@ impl From<sqlx::Error> for StoreError {
 }
 
 impl StoreError {
+    /// Whether the database refused what was to be written, so that the same
+    /// will be refused again: data exceptions, program limits, constraints on
+    /// the data. Everything else is trouble that passes or is mended.
+    pub fn is_about_data(&self) -> bool {
+        match self {
+            Self::Conflict { constraint } => !constraint.starts_with("jobs_"),
+            Self::Query(sqlx::Error::Database(error)) => {
+                error.code().is_some_and(|code| code.starts_with("22") || code.starts_with("54"))
+            }
+            Self::Query(sqlx::Error::Encode(_)) => true,
+            _ => false,
+        }
+    }
+
     /// Whether the same call may work later without anybody changing
     /// anything.
     pub fn is_passing(&self) -> bool {

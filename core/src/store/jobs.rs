@@ -110,6 +110,42 @@ pub async fn enqueue(executor: impl Executor<'_, Database = Postgres>, job: &New
     Ok(if row.is_new { Enqueued::New(row.id) } else { Enqueued::Existing(row.id) })
 }
 
+/// Puts jobs without unique keys into their queues in one statement; gives
+/// their ids in order.
+pub async fn enqueue_many(
+    executor: impl Executor<'_, Database = Postgres>,
+    jobs: &[NewJob],
+) -> Result<Vec<i64>, StoreError> {
+    debug_assert!(jobs.iter().all(|job| job.unique_key.is_none()), "a keyed job in a batch");
+    Ok(sqlx::query_scalar!(
+        r#"with n as materialized (
+               select n.*, nextval(pg_get_serial_sequence('jobs', 'id')) as id
+               from unnest($1::text[], $2::text[], $3::uuid[], $4::uuid[], $5::integer[], $6::smallint[],
+                           $7::bigint[], $8::bigint[])
+                   with ordinality as n (queue, kind, company_id, ref_id, step, priority, delay_ms, timeout_ms, place)
+           ),
+           job as (
+               insert into jobs (id, queue, kind, company_id, ref_id, step, priority, state, due_at, timeout_ms)
+               overriding system value
+               select id, queue, kind, company_id, ref_id, step, priority,
+                   case when delay_ms > 0 then 'scheduled' else 'ready' end,
+                   now() + delay_ms * interval '1 millisecond', timeout_ms
+               from n
+           )
+           select id as "id!" from n order by place"#,
+        &jobs.iter().map(|j| j.queue.to_owned()).collect::<Vec<_>>(),
+        &jobs.iter().map(|j| j.kind.to_owned()).collect::<Vec<_>>(),
+        &jobs.iter().map(|j| j.company.0).collect::<Vec<_>>(),
+        &jobs.iter().map(|j| j.ref_id).collect::<Vec<_>>() as &[Option<Uuid>],
+        &jobs.iter().map(|j| j.step).collect::<Vec<_>>(),
+        &jobs.iter().map(|j| j.priority).collect::<Vec<_>>(),
+        &jobs.iter().map(|j| millis(j.delay)).collect::<Vec<_>>(),
+        &jobs.iter().map(|j| millis(j.timeout)).collect::<Vec<_>>(),
+    )
+    .fetch_all(executor)
+    .await?)
+}
+
 /// The most jobs of one bulk enqueue.
 pub const BULK_MAX: usize = 10_000;
 
@@ -140,13 +176,20 @@ pub async fn enqueue_bulk(
     Ok(done.rows_affected())
 }
 
-/// The right to write what an attempt did: valid while the row has the epoch.
+/// The right to write what an attempt did: valid while the row has the epoch
+/// and nobody else's session.
+///
+/// The session is part of it because a claim is not flushed before it counts:
+/// one that a crash of the server has undone is made again, by another worker
+/// with the same epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Lease {
     /// The job.
     pub job: i64,
     /// The attempt's epoch.
     pub epoch: i64,
+    /// The worker's session.
+    pub session: i64,
 }
 
 /// A claimed job.
@@ -181,11 +224,11 @@ pub const COMPANIES_A_CLAIM: i32 = 64;
 pub const DEADLINE_GRACE: Duration = Duration::from_secs(10);
 
 macro_rules! claimed_jobs {
-    ($rows:expr) => {{
+    ($rows:expr, $session:expr) => {{
         let mut jobs: Vec<ClaimedJob> = $rows
             .into_iter()
             .map(|row| ClaimedJob {
-                lease: Lease { job: row.id, epoch: row.lease_epoch },
+                lease: Lease { job: row.id, epoch: row.lease_epoch, session: $session },
                 queue: row.queue,
                 kind: row.kind,
                 company: CompanyId(row.company_id),
@@ -221,7 +264,7 @@ pub async fn claim(
     )
     .fetch_all(pool)
     .await?;
-    Ok(claimed_jobs!(rows))
+    Ok(claimed_jobs!(rows, session))
 }
 
 /// Where a company's ready work goes on.
@@ -256,7 +299,7 @@ pub async fn claim_on(
     )
     .fetch_all(pool)
     .await?;
-    Ok(claimed_jobs!(rows))
+    Ok(claimed_jobs!(rows, session))
 }
 
 /// What an idle worker sees when it looks.
@@ -313,20 +356,22 @@ pub struct Settle {
     pub charged: bool,
 }
 
-/// Settles many at once; says which leases held.
+/// Settles many of one session at once; says which leases held.
 pub async fn settle(
     executor: impl Executor<'_, Database = Postgres>,
     items: &[Settle],
 ) -> Result<Vec<i64>, StoreError> {
     let ids: Vec<i64> = items.iter().map(|item| item.lease.job).collect();
     let epochs: Vec<i64> = items.iter().map(|item| item.lease.epoch).collect();
+    let Some(session) = items.first().map(|item| item.lease.session) else { return Ok(Vec::new()) };
     if items.iter().all(|item| item.again_after.is_none()) {
         let rows = sqlx::query_scalar!(
             "delete from jobs j using unnest($1::bigint[], $2::bigint[]) as d (id, epoch)
-             where j.id = d.id and j.lease_epoch = d.epoch
+             where j.id = d.id and j.lease_epoch = d.epoch and coalesce(j.session_id, $3) = $3
              returning j.id",
             &ids,
             &epochs,
+            session,
         )
         .fetch_all(executor)
         .await?;
@@ -341,7 +386,8 @@ pub async fn settle(
            ),
            gone as (
                delete from jobs j using d
-               where j.id = d.id and j.lease_epoch = d.epoch and d.delay_ms is null
+               where j.id = d.id and j.lease_epoch = d.epoch and coalesce(j.session_id, $5) = $5
+                   and d.delay_ms is null
                returning j.id
            ),
            again as (
@@ -353,7 +399,8 @@ pub async fn settle(
                    session_id = null,
                    deadline_at = null
                from d
-               where j.id = d.id and j.lease_epoch = d.epoch and d.delay_ms is not null
+               where j.id = d.id and j.lease_epoch = d.epoch and coalesce(j.session_id, $5) = $5
+                   and d.delay_ms is not null
                returning j.id
            )
            select id as "id!" from gone union all select id from again"#,
@@ -361,6 +408,7 @@ pub async fn settle(
         &epochs,
         &delays as &[Option<i64>],
         &charged,
+        session,
     )
     .fetch_all(executor)
     .await?;
@@ -385,9 +433,39 @@ pub async fn reclaim(pool: &PgPool, base: Duration) -> Result<Vec<Reclaimed>, St
     Ok(rows.into_iter().map(|row| Reclaimed { job: row.id, crash_count: row.crash_count }).collect())
 }
 
-/// What became of a lease whose commit may or may not have landed.
-pub async fn epoch_of(pool: &PgPool, job: i64) -> Result<Option<i64>, StoreError> {
-    Ok(sqlx::query_scalar!("select lease_epoch from jobs where id = $1", job).fetch_optional(pool).await?)
+/// Who has a job, for a lease whose commit may or may not have landed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Holder {
+    /// The epoch now.
+    pub epoch: i64,
+    /// The session that holds it.
+    pub session: Option<i64>,
+    /// The step it is about.
+    pub step: i32,
+}
+
+/// Who has a job; `None` when it is gone.
+pub async fn holder_of(pool: &PgPool, job: i64) -> Result<Option<Holder>, StoreError> {
+    Ok(sqlx::query!("select lease_epoch, session_id, step from jobs where id = $1", job)
+        .fetch_optional(pool)
+        .await?
+        .map(|row| Holder { epoch: row.lease_epoch, session: row.session_id, step: row.step }))
+}
+
+/// Gives back what a session holds without knowing it: a claim committed, and
+/// its answer was lost. `in_hand` is what the session knows of.
+pub async fn give_back_unknown(pool: &PgPool, session: i64, in_hand: &[i64]) -> Result<u64, StoreError> {
+    let done = sqlx::query!(
+        "update jobs
+         set state = 'ready', session_id = null, deadline_at = null, lease_epoch = lease_epoch + 1,
+             attempt = greatest(attempt - 1, 0)
+         where state = 'running' and session_id = $1 and id <> all ($2)",
+        session,
+        in_hand,
+    )
+    .execute(pool)
+    .await?;
+    Ok(done.rows_affected())
 }
 
 /// A duration as the statements take it.

@@ -29,6 +29,9 @@ pub enum PoolKind {
     /// The queue's few hot statements, whose plans must not change with the
     /// statistics of a table that is empty now and huge in an hour.
     Queue,
+    /// The same for claims alone, whose commits need not wait for the disk: a
+    /// claim that a crash of the server undoes leaves a job that is ready.
+    Claims,
 }
 
 /// How long a request waits for a connection before it is told 503.
@@ -42,7 +45,7 @@ pub fn pool(url: &str, kind: PoolKind, connections_max: u32) -> Result<PgPool, S
     let options = connect_options(url, kind)?;
     let acquire = match kind {
         PoolKind::Requests => REQUEST_ACQUIRE,
-        PoolKind::Queue => QUEUE_ACQUIRE,
+        PoolKind::Queue | PoolKind::Claims => QUEUE_ACQUIRE,
     };
     Ok(PgPoolOptions::new()
         .max_connections(connections_max)
@@ -58,23 +61,24 @@ pub fn connect_options(url: &str, kind: PoolKind) -> Result<PgConnectOptions, St
     let options: PgConnectOptions = url.parse().map_err(StoreError::from)?;
     let options = options.application_name(match kind {
         PoolKind::Requests => "capx",
-        PoolKind::Queue => "capx-queue",
+        PoolKind::Queue | PoolKind::Claims => "capx-queue",
     });
     let common =
         [("jit", "off"), ("timezone", "UTC"), ("idle_in_transaction_session_timeout", "60s"), ("lock_timeout", "10s")];
     let options = options.options(common);
+    // Planned once, by index, whatever the statistics say: a sequential scan
+    // chosen while the table was empty would be kept when it holds millions.
+    let pinned = [
+        ("statement_timeout", "60s"),
+        ("plan_cache_mode", "force_generic_plan"),
+        ("enable_seqscan", "off"),
+        ("enable_bitmapscan", "off"),
+        ("enable_mergejoin", "off"),
+    ];
     Ok(match kind {
         PoolKind::Requests => options.options([("statement_timeout", "15s")]),
-        PoolKind::Queue => options.options([
-            ("statement_timeout", "60s"),
-            // Planned once, by index, whatever the statistics say: a
-            // sequential scan chosen while the table was empty would be kept
-            // when it holds millions.
-            ("plan_cache_mode", "force_generic_plan"),
-            ("enable_seqscan", "off"),
-            ("enable_bitmapscan", "off"),
-            ("enable_mergejoin", "off"),
-        ]),
+        PoolKind::Queue => options.options(pinned),
+        PoolKind::Claims => options.options(pinned).options([("synchronous_commit", "off")]),
     })
 }
 

@@ -146,7 +146,7 @@ impl StepCommit {
     }
 }
 
-/// Commits many attempts in one statement; says of each whether its lease
+/// Commits many attempts of one session in one statement; says of each whether its lease
 /// held. An attempt whose lease is gone has written nothing.
 pub async fn commit(
     executor: impl Executor<'_, Database = Postgres>,
@@ -154,6 +154,7 @@ pub async fn commit(
 ) -> Result<Vec<bool>, StoreError> {
     let events: [EventColumns; EVENTS_MAX] = event_columns(commits.iter().map(|c| c.events.as_slice()));
     let [first, second, third] = &events;
+    let Some(session) = commits.first().map(|commit| commit.lease.session) else { return Ok(Vec::new()) };
     let each = |f: &dyn Fn(&StepCommit) -> Option<String>| commits.iter().map(f).collect::<Vec<_>>();
     let job = |f: fn(&NextJob) -> i64| commits.iter().map(|c| c.job.as_ref().map(f)).collect::<Vec<_>>();
     let step = |f: fn(&StepChange) -> Option<String>| {
@@ -203,6 +204,7 @@ pub async fn commit(
         &third.names as &[Option<String>],
         &third.data as &[Option<String>],
         millis(DEADLINE_GRACE),
+        session,
     )
     .fetch_all(executor)
     .await?;
@@ -252,7 +254,7 @@ pub async fn mark_started(
 ) -> Result<(), StoreError> {
     sqlx::query!(
         "with held as (
-             select id from jobs where id = $1 and lease_epoch = $2 and state = 'running' for update
+             select id from jobs where id = $1 and lease_epoch = $2 and session_id = $12 and state = 'running' for update
          ),
          run as (
              update runs set event_seq = event_seq + 1
@@ -270,7 +272,7 @@ pub async fn mark_started(
          insert into events (company_id, id, run_id, seq, event, data, at)
          select $3, $9, $4, run.event_seq, $10, $11, clock_timestamp() - $8 * interval '1 millisecond' from run",
         job.lease.job, job.lease.epoch, job.company.0, run.0, job.step, agent.map(|a| a.0), job.attempt,
-        millis(ago) as f64, event.id.0, event.name, event.data,
+        millis(ago) as f64, event.id.0, event.name, event.data, job.lease.session,
     )
     .execute(executor)
     .await?;

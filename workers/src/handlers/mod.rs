@@ -63,7 +63,10 @@ impl Hands {
     pub async fn step(&self, job: &ClaimedJob, work: &StepWork) -> Outcome {
         let index = usize::try_from(job.step).unwrap_or(usize::MAX);
         let Some(step) = work.context.playbook.steps.get(index) else {
-            return Outcome::failed(Failure::invalid(format!("the playbook has no step {index}")));
+            let why = work.context.playbook.unreadable.clone();
+            return Outcome::failed(Failure::invalid(
+                why.unwrap_or_else(|| format!("the playbook has no step {index}")),
+            ));
         };
         let params = match work.context.params(step) {
             Ok(params) => params,

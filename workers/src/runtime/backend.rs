@@ -134,6 +134,7 @@ pub(super) fn serve(
     done: mpsc::UnboundedSender<Attempted>,
     over: CancellationToken,
 ) -> BoxFuture<'static, ()> {
+    let lost = shared.lost.clone();
     let name = format!("capx-session-{}", shared.session);
     let worker = WorkerBuilder::new(name.as_str())
         .backend(Assignments { assigned, done })
@@ -151,9 +152,10 @@ pub(super) fn serve(
     // the compiler's proof that such a block is Send.
     worker
         .run_until(until)
-        .map(|ended| {
+        .map(move |ended| {
             if let Err(error) = ended {
-                tracing::error!(%error, "the attempts ended early; the session is given up by its lease");
+                tracing::error!(%error, "the attempts ended early; the session is given up");
+                lost.cancel();
             }
         })
         .boxed()

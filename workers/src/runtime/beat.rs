@@ -22,7 +22,7 @@ const BEATS_A_LEASE: u32 = 6;
 const FENCE_SHARE: f64 = 0.8;
 
 /// Time since boot, host suspension included.
-fn boot_time() -> Duration {
+pub(super) fn boot_time() -> Duration {
     #[cfg(target_os = "linux")]
     let clock = rustix::time::ClockId::Boottime;
     #[cfg(not(target_os = "linux"))]
@@ -32,14 +32,19 @@ fn boot_time() -> Duration {
 }
 
 /// Starts the beat; it ends with `over`, or by cancelling `shared.lost`.
-pub(super) fn spawn(url: &str, shared: &Arc<Shared>, over: CancellationToken) -> std::thread::JoinHandle<()> {
+pub(super) fn spawn(
+    url: &str,
+    shared: &Arc<Shared>,
+    renewed: Duration,
+    over: CancellationToken,
+) -> std::thread::JoinHandle<()> {
     let url = url.to_owned();
     let shared = Arc::clone(shared);
-    // The session's row was just written: the lease began then.
-    let renewed = boot_time();
     std::thread::Builder::new()
         .name("capx-beat".into())
         .spawn(move || {
+            // However this thread ends, nobody beats for the session then.
+            let _lost = shared.lost.clone().drop_guard();
             let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
                 tracing::error!("the beat has no runtime; the session is given up");
                 shared.lost.cancel();

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use capx_core::engine::claim::{self, ClaimCursor, Claimed};
-use capx_core::store::jobs::ClaimedJob;
+use capx_core::store::jobs::{self, ClaimedJob};
 use tokio::sync::mpsc;
 
 use super::load::{Ahead, Held};
@@ -23,15 +23,22 @@ pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assig
     let mut cursor = ClaimCursor::default();
     let mut ahead = Ahead::new();
     let mut failures = 0;
+    // Whether a claim may have committed whose answer never came.
+    let mut unsure = false;
     while let Some(room) = room(&shared, &mut ahead, cursor.has_more()).await {
+        if unsure && jobs::give_back_unknown(&shared.engine.pool, shared.session, &shared.load.in_hand()).await.is_ok()
+        {
+            unsure = false;
+        }
         let began = Instant::now();
         let full_look = cursor.is_full_look();
         let claimed = claim::claim(&shared.engine, shared.session, &shared.config.queues, &mut cursor, room).await;
-        let jobs = match claimed {
+        let taken = match claimed {
             Ok(jobs) => jobs,
             Err(error) => {
                 failures += 1;
                 tracing::warn!(%error, failures, "a claim failed");
+                unsure = true;
                 if !pause(failures, &shared.stopping).await {
                     return;
                 }
@@ -39,14 +46,18 @@ pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assig
             }
         };
         failures = 0;
-        observe(&shared, jobs.len(), began.elapsed());
-        if jobs.is_empty() {
+        observe(&shared, taken.len(), began.elapsed());
+        if taken.is_empty() {
             if full_look && !idle(&shared).await {
                 return;
             }
             continue;
         }
-        let held: Vec<Held> = jobs.iter().map(|_| shared.load.hold()).collect();
+        let (jobs, held): (Vec<ClaimedJob>, Vec<Held>) = taken
+            .into_iter()
+            .filter_map(|job| Some((shared.load.hold(job.lease.job)?, job)))
+            .map(|(h, j)| (j, h))
+            .unzip();
         for (claimed, held) in load(&shared, jobs).await.into_iter().zip(held) {
             if assign.send(Assignment { claimed, held }).is_err() {
                 return;

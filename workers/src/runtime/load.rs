@@ -5,8 +5,9 @@
 //! just been finishing: much for work of microseconds, nothing for work of
 //! minutes, so that no job waits here that another worker could run.
 
-use std::sync::Arc;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
@@ -29,6 +30,8 @@ pub(crate) struct Load {
     unfinished: AtomicUsize,
     /// Ended, and not yet written.
     uncommitted: AtomicUsize,
+    /// The jobs in hand.
+    jobs: Mutex<HashSet<i64>>,
     /// Handlers ended so far.
     finished: AtomicU64,
     changed: Notify,
@@ -38,6 +41,7 @@ pub(crate) struct Load {
 #[derive(Debug)]
 pub(crate) struct Held {
     load: Arc<Load>,
+    job: i64,
     finished: bool,
 }
 
@@ -48,15 +52,29 @@ impl Load {
             free: Arc::new(Semaphore::new(slots)),
             unfinished: AtomicUsize::new(0),
             uncommitted: AtomicUsize::new(0),
+            jobs: Mutex::new(HashSet::new()),
             finished: AtomicU64::new(0),
             changed: Notify::new(),
         }
     }
 
-    /// Takes a job in hand.
-    pub(super) fn hold(self: &Arc<Self>) -> Held {
+    /// Takes a job in hand; `None` when it is in hand already, since its
+    /// claim was undone by a crash of the server and made again.
+    pub(super) fn hold(self: &Arc<Self>, job: i64) -> Option<Held> {
+        if !self.lock().insert(job) {
+            return None;
+        }
         self.unfinished.fetch_add(1, Relaxed);
-        Held { load: Arc::clone(self), finished: false }
+        Some(Held { load: Arc::clone(self), job, finished: false })
+    }
+
+    /// The jobs in hand.
+    pub(super) fn in_hand(&self) -> Vec<i64> {
+        self.lock().iter().copied().collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashSet<i64>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many jobs may be claimed now.
@@ -113,6 +131,7 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
+        self.load.lock().remove(&self.job);
         let counter = if self.finished { &self.load.uncommitted } else { &self.load.unfinished };
         counter.fetch_sub(1, Relaxed);
         self.load.changed.notify_one();
@@ -152,7 +171,8 @@ mod tests {
     #[tokio::test]
     async fn what_is_held_is_counted_through_its_phases() {
         let load = Arc::new(Load::new(2));
-        let (mut a, b) = (load.hold(), load.hold());
+        let (mut a, b) = (load.hold(1).expect("new"), load.hold(2).expect("new"));
+        assert!(load.hold(1).is_none());
         assert_eq!((load.room(0), load.room(3)), (0, 3));
         a.finish();
         a.finish();

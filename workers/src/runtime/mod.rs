@@ -178,8 +178,8 @@ impl Worker {
         let listener =
             self.listen.clone().map(|pool| tokio::spawn(capx_core::engine::wake::listen(pool, Arc::clone(&nudge))));
         while !stop.is_cancelled() {
-            let Some(session) = self.open_session(&stop).await else { break };
-            match self.run_session(session, Arc::clone(&nudge), &stop).await {
+            let Some((session, renewed)) = self.open_session(&stop).await else { break };
+            match self.run_session(session, renewed, Arc::clone(&nudge), &stop).await {
                 Ended::Stopped => break,
                 Ended::Lost => {
                     self.counters.sessions_lost.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -193,7 +193,7 @@ impl Worker {
     }
 
     /// Opens a session, waiting for the database as long as it takes.
-    async fn open_session(&self, stop: &CancellationToken) -> Option<i64> {
+    async fn open_session(&self, stop: &CancellationToken) -> Option<(i64, Duration)> {
         let new = NewSession {
             worker: &self.config.name,
             version: env!("CARGO_PKG_VERSION"),
@@ -203,8 +203,10 @@ impl Worker {
         };
         let mut failures = 0;
         loop {
+            // The lease counts from before the row was written.
+            let renewed = beat::boot_time();
             match sessions::open(&self.engine.pool, &new).await {
-                Ok(session) => return Some(session),
+                Ok(session) => return Some((session, renewed)),
                 Err(error) => {
                     failures += 1;
                     tracing::warn!(%error, failures, "no session yet; is the database up and migrated?");
@@ -216,7 +218,13 @@ impl Worker {
         }
     }
 
-    async fn run_session(&self, session: i64, nudge: Arc<Notify>, stop: &CancellationToken) -> Ended {
+    async fn run_session(
+        &self,
+        session: i64,
+        renewed: Duration,
+        nudge: Arc<Notify>,
+        stop: &CancellationToken,
+    ) -> Ended {
         let shared = Arc::new(Shared {
             engine: self.engine.clone(),
             config: self.config.clone(),
@@ -234,7 +242,7 @@ impl Worker {
         let over = CancellationToken::new();
         // Should this future be dropped, the beat must not vouch for it.
         let _over = over.clone().drop_guard();
-        let beat = beat::spawn(&self.url, &shared, over.clone());
+        let beat = beat::spawn(&self.url, &shared, renewed, over.clone());
         let (assign, assigned) = mpsc::unbounded_channel();
         let (done, finished) = mpsc::unbounded_channel();
         let tasks = TaskTracker::new();
@@ -249,8 +257,13 @@ impl Worker {
             () = shared.lost.cancelled() => Ended::Lost,
         };
         shared.stopping.cancel();
-        // A claim under way may still bring jobs in hand.
-        let _ = claimer.await;
+        // A claim under way may still bring jobs in hand; one that waits for
+        // the database does so no longer than a drain.
+        let mut claimer = claimer;
+        if tokio::time::timeout(self.config.drain, &mut claimer).await.is_err() {
+            shared.lost.cancel();
+            let _ = claimer.await;
+        }
         self.wind_down(&shared, &ended).await;
         // Everything is back: apalis has nothing left to wait for.
         over.cancel();

@@ -143,7 +143,8 @@ mod linux {
                 directory =
                     openat2(&directory, *part, DIRECTORY, Mode::empty(), BENEATH).map_err(|e| failure(path, e))?;
             }
-            let temporary = format!(".capx-{key}");
+            // An attempt that ran out of time may still be writing.
+            let temporary = format!(".capx-{key}-{:08x}", rand::random::<u32>());
             let written = write_and_rename(&directory, &temporary, name, bytes);
             if written.is_err() {
                 let _ = unlinkat(&directory, temporary.as_str(), AtFlags::empty());

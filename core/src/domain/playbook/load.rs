@@ -97,6 +97,7 @@ impl Loader {
             steps: steps.into_iter().map(|(step, _)| step).collect(),
             rubric,
             output: output.map(|(template, _)| template),
+            unreadable: None,
         })
     }
 

@@ -25,6 +25,8 @@ pub struct Playbook {
     pub rubric: Option<Value>,
     /// What the run's `output` is made of.
     pub output: Option<Template>,
+    /// Why it cannot be run, for a stored text that no longer loads.
+    pub unreadable: Option<String>,
 }
 
 /// What starts a run.
@@ -217,6 +219,20 @@ impl Default for Approval {
 }
 
 impl Playbook {
+    /// Stands for a stored text that no longer loads.
+    pub fn unreadable(reason: String) -> Self {
+        Self {
+            name: String::new(),
+            description: None,
+            trigger: Trigger::Manual,
+            inputs: Vec::new(),
+            steps: Vec::new(),
+            rubric: None,
+            output: None,
+            unreadable: Some(reason),
+        }
+    }
+
     /// The step with an id.
     pub fn step_index(&self, id: &str) -> Option<usize> {
         self.steps.iter().position(|step| step.id == id)

@@ -122,7 +122,10 @@ impl<'de> Visitor<'de> for KindVisitor {
         Ok(Kind::Float(value))
     }
 
-    fn visit_str<E>(self, value: &str) -> Result<Kind, E> {
+    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<Kind, E> {
+        if value.contains('\0') {
+            return Err(E::custom("a NUL character, which cannot be stored"));
+        }
         Ok(Kind::Str(value.to_owned()))
     }
 
@@ -272,5 +275,6 @@ mod tests {
         assert!(read(&format!("a: {}", "x".repeat(YAML_BYTES_MAX))).is_err());
         assert!(read("a: &a [*a]").is_err());
         assert!(read("a: \"x\0y\"").is_err());
+        assert!(read(r#"a: "x\0y""#).is_err());
     }
 }
