@@ -2,14 +2,33 @@
 
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use capx_core::store::jobs::queue;
 
 use super::Bench;
 use super::jobs::memory_of;
 use super::report::{Report, Target};
 
+/// The database of this benchmark alone: the counters of the other would also
+/// count the clearing up after the benchmarks before.
+const DATABASE: &str = "capx_bench_idle";
+
 pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
-    bench.reset().await?;
+    let drop = format!("drop database if exists {DATABASE} with (force)");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(drop.clone())).execute(&bench.pool).await?;
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("create database {DATABASE}"))).execute(&bench.pool).await?;
+    let (base, _) = bench.url.rsplit_once('/').context("the database's address has no name")?;
+    let fresh = bench.at(&format!("{base}/{DATABASE}")).await?;
+    // On our own server nobody else commits: what is counted is the worker.
+    fresh.autovacuum(false).await?;
+    let measured = measure(&fresh, report).await;
+    fresh.autovacuum(true).await?;
+    fresh.pool.close().await;
+    sqlx::raw_sql(sqlx::AssertSqlSafe(drop)).execute(&bench.pool).await?;
+    measured
+}
+
+async fn measure(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     let worker = bench.worker_process(queue::BENCH)?;
     bench.await_workers(1).await?;
     // Its start is over.

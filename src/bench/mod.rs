@@ -85,6 +85,8 @@ pub(crate) struct Bench {
     pub slots: usize,
     pub quick: bool,
     pub quiet: bool,
+    /// The server is our own.
+    pub private: bool,
     _server: Option<Scratch>,
 }
 
@@ -158,7 +160,36 @@ impl Bench {
             slots: args.slots,
             quick: args.quick,
             quiet: args.json,
+            private: server.is_some(),
             _server: server,
+        })
+    }
+
+    /// Switches autovacuum, where the server is ours to switch.
+    pub(crate) async fn autovacuum(&self, on: bool) -> anyhow::Result<()> {
+        if self.private {
+            let switch = if on { "alter system reset autovacuum" } else { "alter system set autovacuum = off" };
+            sqlx::raw_sql(switch).execute(&self.pool).await?;
+            sqlx::raw_sql("select pg_reload_conf()").execute(&self.pool).await?;
+        }
+        Ok(())
+    }
+
+    /// The same bench over another database of the server.
+    pub(crate) async fn at(&self, url: &str) -> anyhow::Result<Self> {
+        let pool = store::pool(url, PoolKind::Queue, 4)?;
+        store::migrate(&pool).await?;
+        let company = scratch_company(&pool).await?;
+        Ok(Self {
+            engine: Engine::new(pool.clone()).with_waker(Waker::start(url)),
+            url: url.to_owned(),
+            pool,
+            company,
+            slots: self.slots,
+            quick: self.quick,
+            quiet: self.quiet,
+            private: self.private,
+            _server: None,
         })
     }
 

@@ -12,8 +12,9 @@ use crate::store::StoreError;
 const BATCH_MAX: usize = 256;
 /// Callers that may wait before the next one waits to wait.
 const WAITING_MAX: usize = 4_096;
-/// Commits under way at once: while one waits for the disk, the next gathers.
-const LANES: usize = 2;
+/// Commits under way at once. One: while it waits for the disk the next
+/// gathers, and two would only halve the batches.
+const LANES: usize = 1;
 
 type Answer<R> = oneshot::Sender<Result<R, StoreError>>;
 type Waiting<T, R> = Arc<Mutex<mpsc::Receiver<(T, Answer<R>)>>>;

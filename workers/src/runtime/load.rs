@@ -15,9 +15,9 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 /// How far ahead a worker claims, in time.
 const AHEAD: Duration = Duration::from_millis(15);
 /// The most jobs claimed ahead.
-const AHEAD_MAX: usize = 1_024;
+const AHEAD_MAX: usize = 768;
 /// Outcomes that may wait for their commit before claims pause.
-const UNCOMMITTED_MAX: usize = 4_096;
+const UNCOMMITTED_MAX: usize = 1_536;
 /// A claimed job that has got no slot by then is given back.
 pub(super) const UNSTARTED_MAX: Duration = Duration::from_millis(500);
 

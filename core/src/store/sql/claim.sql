@@ -1,36 +1,37 @@
 -- Takes up to $5 ready jobs for the session $1 out of the queues $2, an equal
 -- share for each of up to $4 companies after $3: a loose index scan finds the
 -- companies, so that one tenant's million jobs cost another's first one
--- nothing. A session that has been declared dead takes nothing; its row is
+-- nothing. Each company's share begins at its first ready row, which the walk
+-- has found already: dead entries before it are walked once. A session that has been declared dead takes nothing; its row is
 -- locked so that it cannot be declared dead in between.
 with me as (
     select id from worker_sessions where id = $1 and ended_at is null for key share
 ),
 tenants as materialized (
-    select q.queue, c.company_id
+    select q.queue, c.company_id, c.priority, c.id
     from unnest($2::text[]) as q (queue)
     cross join lateral (
         with recursive walk as (
             (
-                select j.company_id, 1 as place
+                select j.company_id, j.priority, j.id, 1 as place
                 from jobs j
                 where j.state = 'ready' and j.queue = q.queue and j.company_id > $3
-                order by j.company_id
+                order by j.company_id, j.priority, j.id
                 limit 1
             )
             union all
-            select following.company_id, walk.place + 1
+            select following.company_id, following.priority, following.id, walk.place + 1
             from walk
             cross join lateral (
-                select j.company_id
+                select j.company_id, j.priority, j.id
                 from jobs j
                 where j.state = 'ready' and j.queue = q.queue and j.company_id > walk.company_id
-                order by j.company_id
+                order by j.company_id, j.priority, j.id
                 limit 1
             ) following
             where walk.place < $4
         )
-        select company_id from walk
+        select company_id, priority, id from walk
     ) c
 ),
 picked as materialized (
@@ -40,6 +41,7 @@ picked as materialized (
         select j.id
         from jobs j
         where j.state = 'ready' and j.queue = tenants.queue and j.company_id = tenants.company_id
+            and (j.priority, j.id) >= (tenants.priority, tenants.id)
         order by j.priority, j.id
         limit (select ceil($5::bigint::float8 / greatest(count(*), 1))::bigint from tenants)
         for update skip locked
