@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use capx_core::store::jobs::Lease;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 /// How far ahead a worker claims, in time.
@@ -30,8 +31,8 @@ pub(crate) struct Load {
     unfinished: AtomicUsize,
     /// Ended, and not yet written.
     uncommitted: AtomicUsize,
-    /// The jobs in hand.
-    jobs: Mutex<HashSet<i64>>,
+    /// The leases in hand, as they were claimed.
+    leases: Mutex<HashSet<Lease>>,
     /// Handlers ended so far.
     finished: AtomicU64,
     changed: Notify,
@@ -41,7 +42,7 @@ pub(crate) struct Load {
 #[derive(Debug)]
 pub(crate) struct Held {
     load: Arc<Load>,
-    job: i64,
+    lease: Lease,
     finished: bool,
 }
 
@@ -52,29 +53,31 @@ impl Load {
             free: Arc::new(Semaphore::new(slots)),
             unfinished: AtomicUsize::new(0),
             uncommitted: AtomicUsize::new(0),
-            jobs: Mutex::new(HashSet::new()),
+            leases: Mutex::new(HashSet::new()),
             finished: AtomicU64::new(0),
             changed: Notify::new(),
         }
     }
 
-    /// Takes a job in hand; `None` when it is in hand already, since its
-    /// claim was undone by a crash of the server and made again.
-    pub(super) fn hold(self: &Arc<Self>, job: i64) -> Option<Held> {
-        if !self.lock().insert(job) {
+    /// Takes a job in hand; `None` when this very lease is in hand already,
+    /// since its claim was undone by a crash of the server and made again. A
+    /// job that we have just given back may come under a new lease before the
+    /// old one is let go of.
+    pub(super) fn hold(self: &Arc<Self>, lease: Lease) -> Option<Held> {
+        if !self.lock().insert(lease) {
             return None;
         }
         self.unfinished.fetch_add(1, Relaxed);
-        Some(Held { load: Arc::clone(self), job, finished: false })
+        Some(Held { load: Arc::clone(self), lease, finished: false })
     }
 
     /// The jobs in hand.
     pub(super) fn in_hand(&self) -> Vec<i64> {
-        self.lock().iter().copied().collect()
+        self.lock().iter().map(|lease| lease.job).collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashSet<i64>> {
-        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, HashSet<Lease>> {
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many jobs may be claimed now.
@@ -131,7 +134,7 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.load.lock().remove(&self.job);
+        self.load.lock().remove(&self.lease);
         let counter = if self.finished { &self.load.uncommitted } else { &self.load.unfinished };
         counter.fetch_sub(1, Relaxed);
         self.load.changed.notify_one();
@@ -171,8 +174,11 @@ mod tests {
     #[tokio::test]
     async fn what_is_held_is_counted_through_its_phases() {
         let load = Arc::new(Load::new(2));
-        let (mut a, b) = (load.hold(1).expect("new"), load.hold(2).expect("new"));
-        assert!(load.hold(1).is_none());
+        let lease = |job, epoch| Lease { job, epoch, session: 1 };
+        let (mut a, b) = (load.hold(lease(1, 1)).expect("new"), load.hold(lease(2, 1)).expect("new"));
+        assert!(load.hold(lease(1, 1)).is_none());
+        // Given back and claimed again, while the old lease is still in hand.
+        drop(load.hold(lease(1, 3)).expect("a new lease"));
         assert_eq!((load.room(0), load.room(3)), (0, 3));
         a.finish();
         a.finish();
