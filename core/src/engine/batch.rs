@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::store::StoreError;
 
@@ -12,14 +12,12 @@ use crate::store::StoreError;
 const BATCH_MAX: usize = 256;
 /// Callers that may wait before the next one waits to wait.
 const WAITING_MAX: usize = 4_096;
-/// Commits under way at once. One: while it waits for the disk the next
-/// gathers, and two would only halve the batches.
-const LANES: usize = 1;
 
 type Answer<R> = oneshot::Sender<Result<R, StoreError>>;
-type Waiting<T, R> = Arc<Mutex<mpsc::Receiver<(T, Answer<R>)>>>;
 
-/// Writes items together. Cheap to clone; its tasks end with its last clone.
+/// Writes items together. Cheap to clone; its one task ends with its last
+/// clone. One commit at a time: while it waits for the disk the next gathers,
+/// and two would only halve the batches.
 #[derive(Debug)]
 pub struct Batcher<T, R> {
     items: mpsc::Sender<(T, Answer<R>)>,
@@ -44,11 +42,7 @@ where
         Fut: Future<Output = Result<Vec<R>, StoreError>> + Send + 'static,
     {
         let (items, waiting) = mpsc::channel(WAITING_MAX);
-        let waiting = Arc::new(Mutex::new(waiting));
-        let write = Arc::new(write);
-        for _ in 0..LANES {
-            tokio::spawn(lane(Arc::clone(&waiting), Arc::clone(&write)));
-        }
+        tokio::spawn(commits(waiting, write));
         Self { items }
     }
 
@@ -61,13 +55,13 @@ where
     }
 }
 
-async fn lane<T, R, F, Fut>(waiting: Waiting<T, R>, write: Arc<F>)
+async fn commits<T, R, F, Fut>(mut waiting: mpsc::Receiver<(T, Answer<R>)>, write: F)
 where
     F: Fn(Arc<Vec<T>>) -> Fut,
     Fut: Future<Output = Result<Vec<R>, StoreError>>,
 {
     let mut taken = Vec::with_capacity(BATCH_MAX);
-    while waiting.lock().await.recv_many(&mut taken, BATCH_MAX).await > 0 {
+    while waiting.recv_many(&mut taken, BATCH_MAX).await > 0 {
         let (items, answers): (Vec<T>, Vec<Answer<R>>) = taken.drain(..).unzip();
         let items = Arc::new(items);
         match write(Arc::clone(&items)).await {

@@ -54,7 +54,7 @@ pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assig
             continue;
         }
         let (jobs, held): (Vec<ClaimedJob>, Vec<Held>) =
-            taken.into_iter().filter_map(|job| Some((shared.load.hold(job.lease)?, job))).map(|(h, j)| (j, h)).unzip();
+            taken.into_iter().filter_map(|job| shared.load.hold(job.lease).map(|held| (job, held))).unzip();
         for (claimed, held) in load(&shared, jobs).await.into_iter().zip(held) {
             if assign.send(Assignment { claimed, held }).is_err() {
                 return;

@@ -15,7 +15,7 @@ use super::load::Held;
 use super::{Assignment, Shared, after_commit, pause};
 
 /// The most outcomes of one commit.
-pub const COMMIT_MAX: usize = 1_024;
+const COMMIT_MAX: usize = 1_024;
 /// Commits under way at once.
 const LANES: usize = 2;
 

@@ -32,8 +32,6 @@ mod timers;
 
 use load::{Held, Load};
 
-pub use committer::COMMIT_MAX;
-
 /// How a worker works.
 #[derive(Debug, Clone)]
 pub struct WorkerConfig {
