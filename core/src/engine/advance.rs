@@ -58,11 +58,16 @@ pub enum Committed {
 }
 
 /// A decided attempt: what to write, and what to go on with.
-struct Decided {
-    commit: StepCommit,
-    approval: Option<NewApproval>,
-    letter: Option<NewDeadLetter>,
-    next: Option<(ClaimedJob, Box<StepWork>)>,
+#[derive(Debug)]
+pub struct Decided {
+    /// Under the attempt's lease.
+    pub commit: StepCommit,
+    /// The gate that the run has come to.
+    pub approval: Option<NewApproval>,
+    /// Why the step gave up.
+    pub letter: Option<NewDeadLetter>,
+    /// What this worker goes on with, once that is written.
+    pub next: Option<(ClaimedJob, Box<StepWork>)>,
 }
 
 /// Commits finished attempts; one answer each, in order. `stay` allows this
@@ -236,8 +241,9 @@ async fn write_once(engine: &Engine, decided: &[Decided]) -> Result<Vec<bool>, E
     Ok(held)
 }
 
-/// One attempt: pure, but for the ids of its events.
-fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
+/// One attempt: pure, but for the ids of its events. `draw` in `[0, 1)` is the
+/// jitter.
+pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
     let Finished { job, mut work, outcome, took } = finished;
     let (outcome, output) = storable_outcome(outcome);
     let step = usize::try_from(job.step).unwrap_or(usize::MAX);
