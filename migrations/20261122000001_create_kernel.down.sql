@@ -1,3 +1,3 @@
 drop table dead_letters, approvals, events, run_steps, runs, worker_sessions, jobs,
     playbook_versions, playbooks, agents, companies, api_keys, accounts;
-drop function refuse_terminal_update();
+drop function refuse_transition();

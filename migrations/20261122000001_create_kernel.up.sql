@@ -173,14 +173,20 @@ create table runs (
 -- primary key, and a pinned plan would then walk all runs of the company.
 create index runs_playbook on runs (playbook_id, id);
 
-create function refuse_terminal_update() returns trigger language plpgsql as $$
+-- The transition table of domain::run, as what it forbids; a condition costs
+-- next to nothing, the function runs only to refuse.
+create function refuse_transition() returns trigger language plpgsql as $$
 begin
-    raise exception 'a % row in state % never changes', tg_table_name, old.status
-        using errcode = 'check_violation', constraint = 'terminal_never_changes';
+    raise exception 'a row of % never goes from % to %', tg_table_name, old.status, new.status
+        using errcode = 'check_violation', constraint = tg_name;
 end $$;
-create trigger runs_terminal before update on runs for each row
-    when (old.status in ('completed', 'failed', 'cancelled'))
-    execute function refuse_terminal_update();
+create trigger runs_transitions before update on runs for each row
+    when (
+        old.status in ('completed', 'failed', 'cancelled')
+        or (new.status = 'queued' and old.status <> 'queued')
+        or (new.status = 'completed' and old.status <> 'running')
+    )
+    execute function refuse_transition();
 
 -- One checkpoint a step. A step that has not begun has no row.
 create table run_steps (

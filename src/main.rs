@@ -101,7 +101,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             serve::check_database(&store::pool(&url, PoolKind::Requests, 1)?).await?;
             let worker = serve::worker(&url, &worker, false)?;
             tracing::info!("the worker runs");
-            worker.run(stop).await;
+            worker.run(stop).await?;
             Ok(())
         }
         Command::Migrate { database } => {

@@ -158,7 +158,7 @@ pub async fn listen(bind: &str) -> anyhow::Result<TcpListener> {
 /// What the API needs of a database.
 pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationToken) -> anyhow::Result<ApiState> {
     let pool = store::pool(url, PoolKind::Requests, API_CONNECTIONS)?;
-    let engine = Engine::new(pool).with_waker(Waker::start(url));
+    let engine = Engine::new(pool).with_waker(Waker::start(url)).with_group_commit();
     Ok(ApiState { engine, metrics, stopping })
 }
 

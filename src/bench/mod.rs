@@ -321,7 +321,9 @@ impl Running {
     pub(crate) fn start(worker: Worker) -> Self {
         let stop = CancellationToken::new();
         let token = stop.clone();
-        let task = tokio::spawn(async move { worker.run(token).await });
+        let task = tokio::spawn(async move {
+            let _ = worker.run(token).await;
+        });
         Self { stop, task: Some(task) }
     }
 

@@ -122,7 +122,11 @@ async fn with_database(
     for _ in 0..args.workers {
         let worker = serve::worker(url, &worker_args(args), true)?;
         let stop = stop.clone();
-        workers.push(tokio::spawn(async move { worker.run(stop).await }));
+        workers.push(tokio::spawn(async move {
+            // One that gives up takes everything down, with its reason.
+            let _down = stop.clone().drop_guard();
+            worker.run(stop).await
+        }));
     }
     let file = DevFile {
         base_url: base_url.clone(),
@@ -138,7 +142,7 @@ async fn with_database(
     stop.cancel();
     show.line("stopping: the attempts under way are brought to their end");
     for worker in workers {
-        worker.await?;
+        worker.await??;
     }
     api.await?;
     shown

@@ -126,8 +126,7 @@ async fn of_many_words_at_once_one_counts_and_all_are_told_which() {
             words.iter().map(|word| decide(&db.engine, db.account, None, id, "key_x", word)),
         )
         .await;
-        let filter = Filter { company: Some(company), approval: Some(id), ..Filter::default() };
-        let truth = approvals::list(&db.pool, db.account, filter, 1).await.unwrap().remove(0).status;
+        let truth = approvals::get(&db.pool, db.account, Some(company), id).await.unwrap().unwrap().status;
         for (word, told) in words.iter().zip(told) {
             let agrees = matches!(
                 (word, truth.as_str()),

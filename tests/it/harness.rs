@@ -26,7 +26,7 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
 /// The longest that any test waits for a condition.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 /// A lease that lets a death be noticed soon.
 pub const SHORT_LEASE: Duration = Duration::from_millis(1_500);
 
@@ -185,7 +185,9 @@ impl Db {
         let worker = Worker::new(engine, &self.url, config, Hands::new(egress, &self.files, providers)).listening(pool);
         let stop = CancellationToken::new();
         let token = stop.clone();
-        let task = tokio::spawn(async move { worker.run(token).await });
+        let task = tokio::spawn(async move {
+            worker.run(token).await.unwrap();
+        });
         Running { stop, task: Some(task) }
     }
 

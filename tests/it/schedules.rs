@@ -42,7 +42,7 @@ impl Mortal {
             let claims = store::pool(&url, PoolKind::Claims, 1).unwrap();
             let engine = Engine::new(pool.clone()).with_claims(claims).with_waker(Waker::start(&url));
             let worker = Worker::new(engine, &url, config, Hands::new(egress, files, providers)).listening(pool);
-            worker.run(CancellationToken::new()).await;
+            worker.run(CancellationToken::new()).await.unwrap();
         });
         Self { runtime: Some(runtime) }
     }

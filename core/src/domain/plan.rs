@@ -33,7 +33,7 @@ pub struct RunContext {
     /// The parameters it was started with, defaults filled in.
     pub inputs: Arc<Value>,
     /// The outputs of finished steps that a later step or the run's output
-    /// refers to, by step index.
+    /// still refers to, by step index.
     pub outputs: HashMap<usize, Value>,
 }
 
@@ -140,10 +140,8 @@ impl RunContext {
     /// declares no inputs, a run's parameters override the step parameters of
     /// the same name.
     pub fn params(&self, step: &Step) -> Result<Map<String, Value>, Failure> {
-        let rendered = step
-            .template
-            .render(&self.scope())
-            .map_err(|undefined| Failure::invalid(format!("params: {undefined}")))?;
+        let rendered =
+            step.template.render(&self.scope()).map_err(|error| Failure::invalid(format!("params: {error}")))?;
         let Value::Object(mut params) = rendered else {
             return Err(Failure::invalid("params: not a map"));
         };
@@ -159,18 +157,12 @@ impl RunContext {
         Ok(params)
     }
 
-    /// Whether anything later refers to the output of a step.
-    pub fn is_referenced(&self, step: usize) -> bool {
-        let id = self.playbook.steps.get(step).map(|s| s.id.as_str());
-        let later = self.playbook.steps.iter().skip(step + 1).map(|s| &s.template);
-        later
-            .chain(self.playbook.output.as_ref())
-            .any(|template| template.references().iter().any(|r| r.name(0) == Some("steps") && r.name(1) == id))
-    }
-
-    /// Remembers an output, when something later needs it.
+    /// Remembers an output when something later needs it, and forgets those
+    /// that nothing needs any more.
     pub fn remember(&mut self, step: usize, output: &Value) {
-        if self.is_referenced(step) {
+        let steps = &self.playbook.steps;
+        self.outputs.retain(|earlier, _| steps.get(*earlier).is_some_and(|earlier| earlier.last_use > Some(step)));
+        if steps.get(step).is_some_and(|step| step.last_use.is_some()) {
             self.outputs.insert(step, output.clone());
         }
     }
@@ -208,10 +200,10 @@ impl RunContext {
                 let rendered = self.playbook.output.as_ref().map(|t| t.render(&self.scope()));
                 match rendered {
                     None => Decision::Complete { output: None },
-                    // An output that is not defined is told as such: all the
+                    // An output that does not render is told as such: all the
                     // steps are done, so the run is not failed for it.
-                    Some(Err(undefined)) => {
-                        Decision::Complete { output: Some(serde_json::json!({"error": undefined.to_string()})) }
+                    Some(Err(error)) => {
+                        Decision::Complete { output: Some(serde_json::json!({"error": error.to_string()})) }
                     }
                     Some(Ok(value)) => Decision::Complete { output: Some(value) },
                 }
@@ -274,8 +266,8 @@ mod tests {
         };
         assert_eq!(gate.context["params"], json!({"v": 1}));
         assert_eq!(run.decide(2, 1, &done(9), 0.0), Decision::Complete { output: Some(json!({"n": 8})) });
-        // Only what is referred to is carried along.
-        assert_eq!(run.outputs.len(), 2);
+        // Only what is still referred to is carried along.
+        assert_eq!(run.outputs.keys().collect::<Vec<_>>(), [&1]);
     }
 
     #[test]

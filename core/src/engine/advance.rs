@@ -24,7 +24,7 @@ use crate::domain::run::{RunStatus, StepStatus};
 use crate::domain::storable::{self, OUTPUT_BYTES_MAX};
 use crate::failpoint;
 use crate::store::approvals::{NewApproval, NewDeadLetter};
-use crate::store::jobs::{ClaimedJob, Lease, kind};
+use crate::store::jobs::{ClaimedJob, Lease, kind, queue};
 use crate::store::steps::{NextJob, RunChange, StepChange, StepCommit};
 use crate::store::{StoreError, approvals, jobs, steps};
 
@@ -183,8 +183,20 @@ async fn one_by_one(engine: &Engine, pending: Pending) -> Result<Vec<Committed>,
 /// The failure that takes the place of a result the database refuses.
 fn unstorable(decided: Decided, error: &StoreError) -> Decided {
     let commit = decided.commit;
+    let attempt = commit.checkpoint.as_ref().map_or(0, |step| step.attempt);
     let failure = Failure::invalid(format!("the result could not be stored: {error}"));
     let error = json!({"code": "invalid", "message": failure.message, "index": commit.step});
+    let letter = NewDeadLetter {
+        company: commit.company,
+        queue: queue::STEPS.to_owned(),
+        kind: kind::STEP.to_owned(),
+        ref_id: Some(commit.run.0),
+        step: commit.step,
+        reason: DeadReason::Invalid.as_str(),
+        attempt,
+        crash_count: 0,
+        error: error.clone(),
+    };
     Decided {
         commit: StepCommit {
             job: None,
@@ -203,7 +215,7 @@ fn unstorable(decided: Decided, error: &StoreError) -> Decided {
             ..commit
         },
         approval: None,
-        letter: None,
+        letter: Some(letter),
         next: None,
     }
 }

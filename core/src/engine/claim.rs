@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::{Engine, EngineError};
 use crate::domain::ids::{CompanyId, PlaybookId, RunId};
-use crate::domain::plan::{CRASHES_MAX, RunContext};
+use crate::domain::plan::RunContext;
 use crate::failpoint;
 use crate::store::jobs::{self, ClaimedJob, Tenant, kind};
 use crate::store::tenants::AgentRow;
@@ -48,8 +48,6 @@ pub struct StepWork {
     pub context: RunContext,
     /// The live agents of its company, by role; empty when no step has one.
     pub agents: Arc<HashMap<String, AgentRow>>,
-    /// The worker died under it too often: it is not tried again.
-    pub quarantined: bool,
     /// How many steps this worker has done of the run in a row.
     pub chain: u32,
     /// When that chain began, for fairness only.
@@ -201,7 +199,6 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
             let work = StepWork {
                 agents: agents.get(&context.company).map_or_else(|| Arc::clone(&none), Arc::clone),
                 context,
-                quarantined: job.crash_count >= CRASHES_MAX,
                 chain: 0,
                 chain_began: now,
             };
@@ -210,25 +207,24 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
         .collect())
 }
 
-/// Earlier outputs, for runs past their first step whose playbook uses any.
+/// Earlier outputs that the step at hand or a later one refers to.
 async fn load_outputs(
     engine: &Engine,
     claimed: &[&ClaimedJob],
     contexts: &mut HashMap<Uuid, RunContext>,
 ) -> Result<(), EngineError> {
-    let (companies, runs): (Vec<Uuid>, Vec<Uuid>) = claimed
-        .iter()
-        .filter(|job| job.step > 0)
-        .filter_map(|job| contexts.get(&job.ref_id?))
-        .filter(|context| (0..context.playbook.steps.len()).any(|step| context.is_referenced(step)))
-        .map(|context| (context.company.0, context.run.0))
-        .unzip();
-    if runs.is_empty() {
+    let mut needed = Vec::new();
+    for job in claimed {
+        let Some(context) = job.ref_id.and_then(|run| contexts.get(&run)) else { continue };
+        let at = usize::try_from(job.step).unwrap_or(0);
+        needed.extend(context.playbook.needed_at(at).map(|step| (context.company, context.run, step)));
+    }
+    if needed.is_empty() {
         return Ok(());
     }
-    for (run, step, output) in steps::load_outputs(&engine.pool, &companies, &runs).await? {
+    for (run, step, output) in steps::load_outputs(&engine.pool, &needed).await? {
         if let (Some(context), Ok(step)) = (contexts.get_mut(&run), usize::try_from(step)) {
-            context.remember(step, &output);
+            context.outputs.insert(step, output);
         }
     }
     Ok(())

@@ -14,7 +14,7 @@ use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, RunId};
 use crate::domain::plan::{Gate, RunContext};
 use crate::domain::playbook::model::{OnTimeout, STEP_TIMEOUT, Step};
 use crate::failpoint;
-use crate::store::approvals::{ApprovalRow, Filter, NewApproval};
+use crate::store::approvals::{ApprovalRow, NewApproval};
 use crate::store::jobs::Lease;
 use crate::store::{approvals, events, runs, tenants};
 
@@ -102,8 +102,7 @@ async fn find(
     bound: Option<CompanyId>,
     id: ApprovalId,
 ) -> Result<ApprovalRow, EngineError> {
-    let filter = Filter { approval: Some(id), company: bound, ..Filter::default() };
-    approvals::list(&engine.pool, account, filter, 1).await?.pop().ok_or(EngineError::NotFound("approval"))
+    approvals::get(&engine.pool, account, bound, id).await?.ok_or(EngineError::NotFound("approval"))
 }
 
 async fn decide_once(
@@ -231,7 +230,11 @@ async fn expire_once(
     let mut tx = engine.pool.begin().await?;
     let applied = apply(&mut tx, &decision).await?;
     if applied {
+        if failpoint::reach("expire.before_commit").await {
+            return Err(EngineError::Conflict("failpoint".into()));
+        }
         tx.commit().await?;
+        failpoint::reach("expire.after_commit").await;
     }
     Ok(applied)
 }

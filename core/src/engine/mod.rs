@@ -37,18 +37,28 @@ pub struct Engine {
     pub plans: Plans,
     /// Wakes idle workers.
     pub waker: Waker,
+    /// Starts of runs by many callers at once, committed together.
+    starts: Option<start::Starts>,
 }
 
 impl Engine {
     /// An engine over a pool, which wakes nobody: workers poll all the same.
     pub fn new(pool: PgPool) -> Self {
-        Self { claims: pool.clone(), pool, plans: Plans::default(), waker: Waker::silent() }
+        Self { claims: pool.clone(), pool, plans: Plans::default(), waker: Waker::silent(), starts: None }
     }
 
     /// The same, claiming over a pool of its own.
     #[must_use]
     pub fn with_claims(mut self, claims: PgPool) -> Self {
         self.claims = claims;
+        self
+    }
+
+    /// The same for a process that many callers start runs in: what arrives
+    /// while one commit is under way goes into the next.
+    #[must_use]
+    pub fn with_group_commit(mut self) -> Self {
+        self.starts = Some(start::group_commit(self.pool.clone()));
         self
     }
 

@@ -4,9 +4,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use serde_json::{Map, Value, json};
+use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
+use super::batch::Batcher;
 use super::gates::{approval_of, waiting_on};
 use super::{Engine, EngineError, FieldProblem, repeating};
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
@@ -17,7 +20,7 @@ use crate::domain::run::RunStatus;
 use crate::domain::storable;
 use crate::failpoint;
 use crate::store::jobs::kind;
-use crate::store::runs::NewRun;
+use crate::store::runs::{NewRun, StartedRun};
 use crate::store::{StoreError, approvals, playbooks, runs, tenants};
 
 /// The largest parameters of a run, in bytes of JSON.
@@ -34,6 +37,8 @@ pub struct Started {
     pub status: RunStatus,
     /// Its parameters, defaults filled in.
     pub params: Value,
+    /// When, by the database's clock.
+    pub at: DateTime<Utc>,
 }
 
 /// Starts a run of a playbook's current version.
@@ -64,9 +69,15 @@ pub async fn start_run(
     let new = prepare(company, playbook, version, plan, params, trigger);
     let params = new.context.inputs.as_ref().clone();
     let (run, status) = (new.run.run, new.run.status);
-    repeating(|| insert(engine, std::slice::from_ref(&new))).await?;
+    let at = match &engine.starts {
+        Some(starts) => starts.write(new).await?,
+        None => {
+            let times = repeating(|| insert(&engine.pool, std::slice::from_ref(&new))).await?;
+            times.into_iter().next().unwrap_or_default()
+        }
+    };
     engine.waker.wake();
-    Ok(Started { run, status, params })
+    Ok(Started { run, status, params, at })
 }
 
 /// Starts many runs of a playbook in one transaction, all with the same
@@ -84,7 +95,7 @@ pub async fn start_many(
     let params = checked_params(&plan, params)?;
     let all: Vec<Prepared> =
         (0..count).map(|_| prepare(company, playbook, version, Arc::clone(&plan), params.clone(), "manual")).collect();
-    repeating(|| insert(engine, &all)).await?;
+    repeating(|| insert(&engine.pool, &all)).await?;
     engine.waker.wake();
     Ok(all.iter().map(|new| new.run.run).collect())
 }
@@ -109,7 +120,25 @@ fn checked_params(plan: &Playbook, params: Map<String, Value>) -> Result<Value, 
     Ok(params)
 }
 
-struct Prepared {
+/// Starts of a process, committed together.
+pub(super) type Starts = Batcher<Prepared, DateTime<Utc>>;
+
+pub(super) fn group_commit(pool: PgPool) -> Starts {
+    Batcher::start(move |all: Arc<Vec<Prepared>>| {
+        let pool = pool.clone();
+        async move {
+            match repeating(|| insert(&pool, &all)).await {
+                Ok(times) => Ok(times),
+                Err(EngineError::Store(error)) => Err(error),
+                Err(other) => Err(StoreError::Unreadable(other.to_string())),
+            }
+        }
+    })
+}
+
+/// A run whose start is decided.
+#[derive(Debug)]
+pub(super) struct Prepared {
     run: NewRun,
     context: RunContext,
     gate: Option<(ApprovalId, crate::domain::plan::Gate)>,
@@ -162,24 +191,38 @@ fn prepare(
     Prepared { run, context, gate }
 }
 
-async fn insert(engine: &Engine, all: &[Prepared]) -> Result<(), EngineError> {
-    let mut tx = engine.pool.begin().await?;
-    for batch in all.chunks(BULK_MAX) {
-        let new: Vec<NewRun> = batch.iter().map(|prepared| prepared.run.clone()).collect();
-        let started = runs::start(&mut *tx, &new).await?;
-        if batch.iter().all(|prepared| prepared.gate.is_none()) {
-            continue;
-        }
-        let jobs: HashMap<Uuid, i64> = started.into_iter().map(|(run, job)| (run.0, job)).collect();
-        for prepared in batch {
-            let (Some((id, gate)), Some(job)) = (&prepared.gate, jobs.get(&prepared.run.run.0)) else { continue };
-            approvals::insert(&mut *tx, &approval_of(*id, gate, &prepared.context, *job, None)).await?;
-        }
-    }
+/// Writes the runs; says when each began, in order.
+async fn insert(pool: &PgPool, all: &[Prepared]) -> Result<Vec<DateTime<Utc>>, EngineError> {
     if failpoint::reach("start.before_commit").await {
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
-    tx.commit().await?;
+    let times = if all.len() <= BULK_MAX && all.iter().all(|prepared| prepared.gate.is_none()) {
+        // One statement is its own transaction.
+        insert_batch(&mut *pool.acquire().await?, all).await?
+    } else {
+        let mut tx = pool.begin().await?;
+        let mut times = Vec::with_capacity(all.len());
+        for batch in all.chunks(BULK_MAX) {
+            times.extend(insert_batch(&mut tx, batch).await?);
+        }
+        tx.commit().await?;
+        times
+    };
     failpoint::reach("start.after_commit").await;
-    Ok(())
+    Ok(times)
+}
+
+async fn insert_batch(connection: &mut PgConnection, batch: &[Prepared]) -> Result<Vec<DateTime<Utc>>, StoreError> {
+    let new: Vec<NewRun> = batch.iter().map(|prepared| prepared.run.clone()).collect();
+    let started = runs::start(&mut *connection, &new).await?;
+    let started: HashMap<Uuid, StartedRun> = started.into_iter().map(|row| (row.run.0, row)).collect();
+    let mut times = Vec::with_capacity(batch.len());
+    for prepared in batch {
+        let row = started.get(&prepared.run.run.0).ok_or(StoreError::Unavailable(sqlx::Error::RowNotFound))?;
+        if let Some((id, gate)) = &prepared.gate {
+            approvals::insert(&mut *connection, &approval_of(*id, gate, &prepared.context, row.job, None)).await?;
+        }
+        times.push(row.at);
+    }
+    Ok(times)
 }

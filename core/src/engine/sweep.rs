@@ -23,6 +23,9 @@ pub async fn sweep(engine: &Engine, base: Duration) -> Result<Swept, EngineError
         return Ok(Swept::default());
     }
     let buried = sessions::bury(&engine.pool).await?;
+    if !buried.is_empty() {
+        failpoint::reach("sweep.buried").await;
+    }
     let reclaimed = jobs::reclaim(&engine.pool, base).await?;
     if !reclaimed.is_empty() {
         failpoint::reach("sweep.after_commit").await;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use sqlx::postgres::PgListener;
 use sqlx::{Connection, PgConnection, PgPool};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 
 use crate::store::{PoolKind, StoreError, connect_options};
 
@@ -25,7 +25,8 @@ const RECONNECT: Duration = Duration::from_millis(500);
 /// Tells workers that there is work. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Waker {
-    pending: Option<Arc<Notify>>,
+    /// A place for one hint: more say no more.
+    pending: Option<mpsc::Sender<()>>,
 }
 
 impl Waker {
@@ -34,16 +35,13 @@ impl Waker {
         Self { pending: None }
     }
 
-    /// Starts the process's one sender of hints.
+    /// Starts the process's one sender of hints; it ends with the last clone.
     pub fn start(url: &str) -> Self {
-        let pending = Arc::new(Notify::new());
-        let wanted = Arc::clone(&pending);
+        let (pending, mut wanted) = mpsc::channel(1);
         let url = url.to_owned();
         tokio::spawn(async move {
-            loop {
-                if let Err(error) = send_hints(&url, &wanted).await {
-                    tracing::debug!(%error, "the sender of hints reconnects");
-                }
+            while let Err(error) = send_hints(&url, &mut wanted).await {
+                tracing::debug!(%error, "the sender of hints reconnects");
                 tokio::time::sleep(RECONNECT).await;
             }
         });
@@ -53,21 +51,21 @@ impl Waker {
     /// Something was committed that a worker can take.
     pub fn wake(&self) {
         if let Some(pending) = &self.pending {
-            pending.notify_one();
+            let _ = pending.try_send(());
         }
     }
 }
 
-async fn send_hints(url: &str, wanted: &Notify) -> Result<(), StoreError> {
+async fn send_hints(url: &str, wanted: &mut mpsc::Receiver<()>) -> Result<(), StoreError> {
     let options = connect_options(url, PoolKind::Queue)?;
     // A hint that a crash loses is no loss, so its commit need not be flushed.
     let options = options.options([("synchronous_commit", "off")]);
     let mut connection = PgConnection::connect_with(&options).await?;
-    loop {
-        wanted.notified().await;
+    while wanted.recv().await.is_some() {
         sqlx::query("select pg_notify($1, '')").bind(CHANNEL).execute(&mut connection).await?;
         tokio::time::sleep(SPACING).await;
     }
+    Ok(())
 }
 
 /// Listens for hints and passes them on, for as long as the receiver lives;

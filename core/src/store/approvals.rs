@@ -109,13 +109,59 @@ pub struct ApprovalRow {
     pub note: Option<String>,
 }
 
+macro_rules! approval_row {
+    ($row:expr) => {{
+        let row = $row;
+        ApprovalRow {
+            approval: ApprovalId(row.id),
+            company: CompanyId(row.company_id),
+            run: RunId(row.run_id),
+            step: row.step,
+            job: row.job_id,
+            status: row.status,
+            agent: row.agent_id.map(AgentId),
+            role: row.role,
+            action: row.action,
+            playbook: row.playbook,
+            step_name: row.step_name,
+            context: row.context,
+            proposed_at: row.proposed_at,
+            expires_at: row.expires_at,
+            decided_at: row.decided_at,
+            decided_by: row.decided_by,
+            note: row.note,
+        }
+    }};
+}
+
+/// An approval that an account sees, of one company where the caller is bound
+/// to it.
+pub async fn get(
+    executor: impl Executor<'_, Database = Postgres>,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    approval: ApprovalId,
+) -> Result<Option<ApprovalRow>, StoreError> {
+    let row = sqlx::query!(
+        "select a.id, a.company_id, a.run_id, a.step, a.job_id, a.status, a.agent_id, a.role, a.action, a.playbook,
+                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note
+         from approvals a
+         join companies c on c.id = a.company_id
+         where a.id = $1 and c.account_id = $2 and a.company_id = coalesce($3, a.company_id)",
+        approval.0,
+        account.0,
+        bound.map(|company| company.0),
+    )
+    .fetch_optional(executor)
+    .await?;
+    Ok(row.map(|row| approval_row!(row)))
+}
+
 /// What picks approvals.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Filter<'a> {
     /// Of one company.
     pub company: Option<CompanyId>,
-    /// One by id.
-    pub approval: Option<ApprovalId>,
     /// Of one run.
     pub run: Option<RunId>,
     /// By status.
@@ -138,15 +184,13 @@ pub async fn list(
          join companies c on c.id = a.company_id
          where c.account_id = $1
              and ($2::uuid is null or a.company_id = $2)
-             and ($3::uuid is null or a.id = $3)
-             and ($4::text is null or a.status = $4)
-             and ($5::uuid is null or a.id < $5)
-             and ($6::uuid is null or a.run_id = $6)
+             and ($3::text is null or a.status = $3)
+             and ($4::uuid is null or a.id < $4)
+             and ($5::uuid is null or a.run_id = $5)
          order by a.id desc
-         limit $7",
+         limit $6",
         account.0,
         filter.company.map(|c| c.0),
-        filter.approval.map(|a| a.0),
         filter.status,
         filter.before,
         filter.run.map(|r| r.0),
@@ -154,28 +198,7 @@ pub async fn list(
     )
     .fetch_all(pool)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| ApprovalRow {
-            approval: ApprovalId(row.id),
-            company: CompanyId(row.company_id),
-            run: RunId(row.run_id),
-            step: row.step,
-            job: row.job_id,
-            status: row.status,
-            agent: row.agent_id.map(AgentId),
-            role: row.role,
-            action: row.action,
-            playbook: row.playbook,
-            step_name: row.step_name,
-            context: row.context,
-            proposed_at: row.proposed_at,
-            expires_at: row.expires_at,
-            decided_at: row.decided_at,
-            decided_by: row.decided_by,
-            note: row.note,
-        })
-        .collect())
+    Ok(rows.into_iter().map(|row| approval_row!(row)).collect())
 }
 
 /// The pending gate before a step, for the end of its time.
@@ -227,7 +250,7 @@ pub async fn lock_gate_job(tx: &mut PgConnection, job: i64, lease: Option<Lease>
     let found = sqlx::query_scalar!(
         "select id from jobs
          where id = $1 and kind = 'gate_timeout'
-             and ($2::bigint is null or (lease_epoch = $2 and coalesce(session_id, $3) = $3))
+             and ($2::bigint is null or (lease_epoch = $2 and session_id = $3))
          for update",
         job,
         lease.map(|l| l.epoch),

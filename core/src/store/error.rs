@@ -1,4 +1,6 @@
 //! What can go wrong with the database, by what the caller can do about it.
+//! Each tells its cause in its own words and so names no source: else a chain
+//! of errors would tell it twice.
 
 use sqlx::error::ErrorKind;
 
@@ -13,19 +15,25 @@ pub enum StoreError {
     },
     /// The database is away or shutting down: the caller may try later.
     #[error("the database is not available: {0}")]
-    Unavailable(#[source] sqlx::Error),
+    Unavailable(sqlx::Error),
     /// Two transactions were in each other's way: repeat the whole of it.
     #[error("the transaction must be repeated: {0}")]
-    Contended(#[source] sqlx::Error),
+    Contended(sqlx::Error),
     /// A migration failed.
     #[error("migration: {0}")]
-    Migrate(#[from] sqlx::migrate::MigrateError),
+    Migrate(sqlx::migrate::MigrateError),
     /// A stored value that this version cannot read.
     #[error("unreadable row: {0}")]
     Unreadable(String),
     /// A fault of ours.
     #[error("query: {0}")]
-    Query(#[source] sqlx::Error),
+    Query(sqlx::Error),
+}
+
+impl From<sqlx::migrate::MigrateError> for StoreError {
+    fn from(error: sqlx::migrate::MigrateError) -> Self {
+        Self::Migrate(error)
+    }
 }
 
 impl From<sqlx::Error> for StoreError {

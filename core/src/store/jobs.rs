@@ -177,7 +177,7 @@ pub async fn enqueue_bulk(
 }
 
 /// The right to write what an attempt did: valid while the row has the epoch
-/// and nobody else's session.
+/// and the session.
 ///
 /// The session is part of it because a claim is not flushed before it counts:
 /// one that a crash of the server has undone is made again, by another worker
@@ -309,6 +309,8 @@ pub struct Outlook {
     pub ready: bool,
     /// How long until the next timer is due; zero or less when one is.
     pub next_due_s: Option<f64>,
+    /// A worker has been silent for longer than its lease.
+    pub silence: bool,
 }
 
 /// Looks without taking.
@@ -319,12 +321,16 @@ pub async fn look(pool: &PgPool, queues: &[String]) -> Result<Outlook, StoreErro
                where exists (select from jobs j where j.state = 'ready' and j.queue = q.queue)
            ) as "ready!",
            (select extract(epoch from due_at - now())::float8
-            from jobs where state = 'scheduled' order by due_at limit 1) as next_due_s"#,
+            from jobs where state = 'scheduled' order by due_at limit 1) as next_due_s,
+           exists (
+               select from worker_sessions
+               where ended_at is null and beat_at < clock_timestamp() - lease_ms * interval '1 millisecond'
+           ) as "silence!""#,
         queues,
     )
     .fetch_one(pool)
     .await?;
-    Ok(Outlook { ready: row.ready, next_due_s: row.next_due_s })
+    Ok(Outlook { ready: row.ready, next_due_s: row.next_due_s, silence: row.silence })
 }
 
 /// How many due timers one statement makes ready.
@@ -367,7 +373,7 @@ pub async fn settle(
     if items.iter().all(|item| item.again_after.is_none()) {
         let rows = sqlx::query_scalar!(
             "delete from jobs j using unnest($1::bigint[], $2::bigint[]) as d (id, epoch)
-             where j.id = d.id and j.lease_epoch = d.epoch and coalesce(j.session_id, $3) = $3
+             where j.id = d.id and j.lease_epoch = d.epoch and j.session_id = $3
              returning j.id",
             &ids,
             &epochs,
@@ -386,7 +392,7 @@ pub async fn settle(
            ),
            gone as (
                delete from jobs j using d
-               where j.id = d.id and j.lease_epoch = d.epoch and coalesce(j.session_id, $5) = $5
+               where j.id = d.id and j.lease_epoch = d.epoch and j.session_id = $5
                    and d.delay_ms is null
                returning j.id
            ),
@@ -399,7 +405,7 @@ pub async fn settle(
                    session_id = null,
                    deadline_at = null
                from d
-               where j.id = d.id and j.lease_epoch = d.epoch and coalesce(j.session_id, $5) = $5
+               where j.id = d.id and j.lease_epoch = d.epoch and j.session_id = $5
                    and d.delay_ms is not null
                returning j.id
            )

@@ -76,7 +76,8 @@ pub fn connect_options(url: &str, kind: PoolKind) -> Result<PgConnectOptions, St
         ("enable_mergejoin", "off"),
     ];
     Ok(match kind {
-        PoolKind::Requests => options.options([("statement_timeout", "15s")]),
+        // Planned anew each time: which filters are set decides which index serves.
+        PoolKind::Requests => options.options([("statement_timeout", "15s"), ("plan_cache_mode", "force_custom_plan")]),
         PoolKind::Queue => options.options(pinned),
         PoolKind::Claims => options.options(pinned).options([("synchronous_commit", "off")]),
     })

@@ -44,11 +44,22 @@ pub struct NewRun {
     pub events: Vec<Event>,
 }
 
-/// Starts many runs in one statement; gives each run's job.
+/// A run that was started.
+#[derive(Debug, Clone, Copy)]
+pub struct StartedRun {
+    /// Which.
+    pub run: RunId,
+    /// Its job.
+    pub job: i64,
+    /// When, by the database's clock.
+    pub at: DateTime<Utc>,
+}
+
+/// Starts many runs in one statement; they come back in any order.
 pub async fn start(
     executor: impl Executor<'_, Database = Postgres>,
     runs: &[NewRun],
-) -> Result<Vec<(RunId, i64)>, StoreError> {
+) -> Result<Vec<StartedRun>, StoreError> {
     let events = event_columns(runs.iter().map(|run| run.events.as_slice()));
     let [first, second, third] = &events;
     let rows = sqlx::query_file!(
@@ -77,7 +88,7 @@ pub async fn start(
     )
     .fetch_all(executor)
     .await?;
-    Ok(rows.into_iter().map(|row| (RunId(row.id), row.job_id)).collect())
+    Ok(rows.into_iter().map(|row| StartedRun { run: RunId(row.id), job: row.job_id, at: row.started_at }).collect())
 }
 
 /// A run as people read it.

@@ -51,19 +51,19 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
         .collect())
 }
 
-/// The stored outputs of some runs: run, step, output.
+/// The stored outputs of some steps of runs: run, step, output.
 pub async fn load_outputs(
     pool: &PgPool,
-    companies: &[Uuid],
-    runs: &[Uuid],
+    wanted: &[(CompanyId, RunId, usize)],
 ) -> Result<Vec<(Uuid, i32, serde_json::Value)>, StoreError> {
     let rows = sqlx::query!(
         r#"select s.run_id, s.step, s.output as "output!"
-           from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
-           join run_steps s on s.company_id = k.company_id and s.run_id = k.id
+           from unnest($1::uuid[], $2::uuid[], $3::integer[]) as k (company_id, run_id, step)
+           join run_steps s on s.company_id = k.company_id and s.run_id = k.run_id and s.step = k.step
            where s.status = 'completed' and s.output is not null"#,
-        companies,
-        runs,
+        &wanted.iter().map(|(company, ..)| company.0).collect::<Vec<_>>(),
+        &wanted.iter().map(|(_, run, _)| run.0).collect::<Vec<_>>(),
+        &wanted.iter().map(|(.., step)| i32::try_from(*step).unwrap_or(i32::MAX)).collect::<Vec<_>>(),
     )
     .fetch_all(pool)
     .await?;

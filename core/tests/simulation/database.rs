@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capx_core::domain::ids::{ApprovalId, CompanyId, PlaybookId, RunId};
-use capx_core::domain::plan::{CRASHES_MAX, RunContext};
+use capx_core::domain::plan::RunContext;
 use capx_core::domain::playbook::Playbook;
 use capx_core::domain::run::{RunStatus, StepStatus};
 use capx_core::engine::claim::StepWork;
@@ -15,15 +15,14 @@ use uuid::Uuid;
 
 /// How long a session lives without a beat.
 pub const LEASE: u64 = 3_000;
-/// What a write asks of the job's row. The last three are mutations, by which
-/// the simulation shows that it can fail.
+/// What a write asks of the job's row. All but the first are mutations, by
+/// which the simulation shows that it can fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fence {
-    /// The product's: `lease_epoch = $epoch and coalesce(session_id, $s) = $s`.
+    /// The product's: `lease_epoch = $epoch and session_id = $s`.
     Full,
-    /// `lease_epoch = $epoch and session_id = $s`: what was taken back is
-    /// nobody's to write to.
-    Own,
+    /// Also what was taken back and is nobody's yet.
+    OrUnheld,
     /// The epoch alone.
     NoSession,
     /// The session alone.
@@ -210,13 +209,7 @@ impl Database {
                 context.remember(*step as usize, &output);
             }
         }
-        Some(StepWork {
-            context,
-            agents: Arc::default(),
-            quarantined: job.crash_count >= CRASHES_MAX,
-            chain: 0,
-            chain_began: Instant::now(),
-        })
+        Some(StepWork { context, agents: Arc::default(), chain: 0, chain_began: Instant::now() })
     }
 
     pub fn open_session(&mut self) -> i64 {

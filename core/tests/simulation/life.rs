@@ -19,6 +19,8 @@ const BEAT: u64 = LEASE / 6;
 /// The worker gives up after this long without a renewal.
 const FENCED_OFF: u64 = LEASE * 8 / 10;
 const POLL: u64 = 700;
+/// How often what a session holds is compared with what is in hand.
+const COMPARE: u64 = 5_000;
 /// A gate's end that could not be written is tried again after this long.
 const SYSTEM_DELAY: u64 = 2_000;
 
@@ -35,7 +37,7 @@ impl World {
     fn open_session(&mut self, life: Life) {
         let session = self.db.open_session();
         let worker = &mut self.workers[life.worker];
-        (worker.session, worker.renewed, worker.unsure) = (session, self.db.now, false);
+        (worker.session, worker.renewed, worker.compared) = (session, self.db.now, Some(self.db.now));
         self.after(0, Event::Look(life));
     }
 
@@ -69,9 +71,9 @@ impl World {
         for (id, job) in self.db.reclaim() {
             self.saw("jobs taken back", 1);
             let session = job.session.expect("it was held");
-            let knows = self.workers.iter().any(|worker| worker.in_hand(session).contains(&id));
-            let forgotten = !self.db.sessions[&session].ended && !knows;
-            self.saw("jobs forgotten until their deadline", forgotten.into());
+            let holder = self.workers.iter().find(|worker| worker.alive && worker.session == session);
+            let forgotten = holder.is_some_and(|worker| !worker.in_hand(session).contains(&id));
+            self.saw("jobs not known to their holder until the deadline", forgotten.into());
         }
         let next = self.random.between(BEAT / 2, BEAT * 2);
         self.after(next, Event::Sweep(life));
@@ -81,7 +83,7 @@ impl World {
         self.db.promote();
         let worker = &self.workers[life.worker];
         let session = worker.session;
-        if worker.unsure {
+        if worker.compared.is_none_or(|at| self.db.now - at >= COMPARE) {
             let in_hand = worker.in_hand(session);
             self.send(life, Request::GiveBackUnknown { session, in_hand });
         } else {
@@ -98,7 +100,9 @@ impl World {
         match answer {
             Answer::GivenBack(session, given) => {
                 let worker = &mut self.workers[life.worker];
-                worker.unsure &= given.is_none() || worker.session != session;
+                if worker.session == session {
+                    worker.compared = given.map(|()| self.db.now);
+                }
                 self.claim(life, session);
             }
             Answer::Claimed(session, jobs) => self.claimed(life, session, jobs),
@@ -124,7 +128,7 @@ impl World {
     fn claimed(&mut self, life: Life, session: i64, jobs: Option<Vec<ClaimedJob>>) {
         let worker = &mut self.workers[life.worker];
         if worker.session == session {
-            worker.unsure |= jobs.is_none();
+            worker.compared = worker.compared.filter(|_| jobs.is_some());
             let pause = if jobs.as_ref().is_some_and(|jobs| jobs.is_empty()) { POLL } else { POLL / 10 };
             self.after(pause, Event::Look(life));
         }
@@ -142,7 +146,7 @@ impl World {
         self.attempts += 1;
         let id = self.attempts;
         let job = attempt.job.clone();
-        let quarantined = attempt.work.as_ref().map(|work| work.quarantined);
+        let quarantined = attempt.work.as_ref().map(|_| job.crash_count >= CRASHES_MAX);
         let timeout = ms(job.timeout);
         attempt.hangs = self.chance(3);
         let takes = if attempt.hangs { timeout } else { self.random.between(5, 1_500) };
@@ -193,7 +197,7 @@ impl World {
         let worker = self.workers.get_mut(life.worker).expect("a worker");
         let attempt = worker.attempts.get_mut(&id).expect("an attempt in hand");
         let work = attempt.work.take().expect("a step");
-        let outcome = if work.quarantined {
+        let outcome = if attempt.job.crash_count >= CRASHES_MAX {
             Outcome::failed(Failure::new(ErrorClass::Crash, "quarantined"))
         } else if lost && attempt.job.lease.session != worker.session {
             Outcome::Released { delay: Duration::ZERO }

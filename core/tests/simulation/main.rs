@@ -159,18 +159,11 @@ fn done(db: &mut Database, session: i64) -> Decided {
     advance::decide(Finished { job, work, outcome, took: Duration::ZERO }, false, 0.0)
 }
 
-/// A known hole of the product's fence, which takes a row that is nobody's
-/// (`coalesce`). Having been taken back, a job keeps its epoch, so its frozen
-/// holder's commit gives it the very epoch that an undone claim of the next
-/// holder has, about an earlier step. So rare that a seed in thousands meets it.
-/// Asking for the session itself closes it: both are refused, and the step is
-/// tried again.
+/// The product asks for the session itself: what was taken back is nobody's to
+/// write to, and the step is tried again. A fence that also takes what nobody
+/// holds has a hole so rare that only one seed in thousands meets it.
 #[test]
-fn a_retake_undone_by_a_crash_lets_a_step_be_completed_twice() {
-    assert_eq!(retake_undone(Fence::Full), 2);
-    assert_eq!(retake_undone(Fence::Own), 0);
-    let playbooks = playbooks();
-    for seed in 1..100 {
-        simulate(seed, Fence::Own, &playbooks).unwrap();
-    }
+fn a_retake_undone_by_a_crash_completes_no_step_twice() {
+    assert_eq!(retake_undone(Fence::Full), 0);
+    assert_eq!(retake_undone(Fence::OrUnheld), 2);
 }

@@ -40,10 +40,10 @@ impl Database {
     pub fn passes(&self, lease: Lease) -> bool {
         let Some(job) = self.jobs.get(&lease.job) else { return false };
         let epoch = job.epoch == lease.epoch;
-        let session = job.session.unwrap_or(lease.session) == lease.session;
+        let session = job.session == Some(lease.session);
         match self.fence {
             Fence::Full => epoch && session,
-            Fence::Own => epoch && job.session == Some(lease.session),
+            Fence::OrUnheld => epoch && (session || job.session.is_none()),
             Fence::NoSession => epoch,
             Fence::NoEpoch => session,
             Fence::None => true,

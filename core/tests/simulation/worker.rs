@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
+use capx_core::domain::plan::CRASHES_MAX;
 use capx_core::engine::advance::Decided;
 use capx_core::engine::claim::StepWork;
 use capx_core::store::jobs::{ClaimedJob, Holder, Lease, kind};
@@ -124,7 +125,7 @@ impl Attempt {
 
     /// Whether its handler does not come to its end.
     pub fn is_stopped(&self) -> bool {
-        self.hangs || self.work.as_ref().is_some_and(|work| work.quarantined)
+        self.hangs || (self.work.is_some() && self.job.crash_count >= CRASHES_MAX)
     }
 
     /// Whether the job, as its row says, is what a landed commit has made of
@@ -147,7 +148,6 @@ impl Attempt {
         let work = StepWork {
             context: work.context.clone(),
             agents: Arc::clone(&work.agents),
-            quarantined: work.quarantined,
             chain: work.chain,
             chain_began: Instant::now(),
         };
@@ -164,8 +164,9 @@ pub struct Worker {
     /// When the last beat that succeeded was sent.
     pub renewed: u64,
     pub frozen_until: u64,
-    /// A claim may have committed whose answer never came.
-    pub unsure: bool,
+    /// When what the session holds was last compared with what is in hand;
+    /// none after a claim that may have committed without its answer.
+    pub compared: Option<u64>,
     pub attempts: BTreeMap<u64, Attempt>,
 }
 

@@ -84,10 +84,8 @@ async fn one(
     caller: Caller<ApprovalsRead>,
     Path(approval): Path<String>,
 ) -> Result<Response, ApiError> {
-    let filter = Filter { company: caller.company, approval: Some(id_of(&approval)?), ..Filter::default() };
-    let row = approvals::list(&state.engine.pool, caller.account, filter, 1)
+    let row = approvals::get(&state.engine.pool, caller.account, caller.company, id_of(&approval)?)
         .await?
-        .pop()
         .ok_or(ApiError::NotFound("approval"))?;
     caller.reply(&state, StatusCode::OK, 1, show(&row)).await
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use capx_core::domain::ids::RunId;
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
+use capx_core::domain::plan::CRASHES_MAX;
 use capx_core::engine::advance::{self, Finished};
 use capx_core::engine::claim::{Claimed, StepWork, Work};
 use capx_core::engine::{gates, tenants};
@@ -15,7 +16,7 @@ use capx_core::store::jobs::ClaimedJob;
 use futures_util::FutureExt;
 
 use super::committer::{Attempted, PlainOutcome};
-use super::load::Held;
+use super::load::{Held, Slot};
 use super::{Assignment, Shared};
 
 /// An attempt that lives longer than this is shown as started; a shorter one
@@ -30,9 +31,12 @@ const SYSTEM_DELAY: Duration = Duration::from_secs(2);
 /// Runs an assignment to its outcome.
 pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempted {
     let Assignment { claimed: Claimed { job, work }, mut held } = assignment;
-    let Some(slot) = shared.load.slot().await else {
-        held.finish();
-        return give_back(job, work, held);
+    let mut slot = match shared.load.slot(is_suspect(&job, &work)).await {
+        Ok(slot) => slot,
+        Err(delay) => {
+            held.finish();
+            return give_back(job, work, held, delay);
+        }
     };
     if let Some(observer) = &shared.observer {
         let _ = observer.send((job.lease.job, Instant::now()));
@@ -42,7 +46,7 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
             let began = Instant::now();
             // Boxed: what a tool or an adapter keeps is kilobytes, and apalis
             // moves the attempt's future about several times.
-            let outcome = Box::pin(step(shared, &job, &work, began)).await;
+            let outcome = Box::pin(step(shared, &job, &work, began, &mut slot)).await;
             drop(slot);
             held.finish();
             let finished = Finished { job, work, outcome, took: began.elapsed() };
@@ -53,27 +57,32 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
             tracing::warn!(job.id = job.lease.job, job.kind = job.kind, "a kind of a newer version is left to others");
             PlainOutcome::Again { delay: UNKNOWN_DELAY, charged: false }
         }
-        Work::GateTimeout => Box::pin(gate_timeout(shared, &job)).await,
-        Work::Provision => Box::pin(provision(shared, &job)).await,
+        Work::GateTimeout => shared.watchdog.answer("a gate's end", Box::pin(gate_timeout(shared, &job))).await,
+        Work::Provision => shared.watchdog.answer("a provisioning", Box::pin(provision(shared, &job))).await,
     };
     drop(slot);
     held.finish();
     Attempted::Plain(job, plain, held)
 }
 
+/// Whether one more death would put the job into quarantine.
+fn is_suspect(job: &ClaimedJob, work: &Work) -> bool {
+    matches!(work, Work::Step(_)) && job.crash_count + 1 == CRASHES_MAX
+}
+
 /// No slot came free in time: somebody else may have one.
-fn give_back(job: ClaimedJob, work: Work, held: Held) -> Attempted {
+fn give_back(job: ClaimedJob, work: Work, held: Held, delay: Duration) -> Attempted {
     match work {
         Work::Step(work) => {
-            let outcome = Outcome::Released { delay: Duration::ZERO };
+            let outcome = Outcome::Released { delay };
             Attempted::Step(Finished { job, work, outcome, took: Duration::ZERO }, held)
         }
-        _ => Attempted::Plain(job, PlainOutcome::Again { delay: Duration::ZERO, charged: false }, held),
+        _ => Attempted::Plain(job, PlainOutcome::Again { delay, charged: false }, held),
     }
 }
 
-async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: Instant) -> Outcome {
-    if work.quarantined {
+async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: Instant, slot: &mut Slot) -> Outcome {
+    if job.crash_count >= CRASHES_MAX {
         return Outcome::failed(Failure::new(
             ErrorClass::Crash,
             format!("its worker died {} times in a row while it ran; it is put into quarantine", job.crash_count),
@@ -90,6 +99,7 @@ async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: In
             ended = &mut handler => Some(ended),
             () = shared.lost.cancelled() => None,
             () = watch(shared, job, work, began) => None,
+            () = slot.share() => None,
         };
     }
     failpoint::reach("attempt.after_handler").await;

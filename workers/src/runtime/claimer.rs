@@ -17,28 +17,31 @@ const CLAIM_MAX: usize = 1_024;
 /// While there is a backlog, a claim waits up to this long for room, since a
 /// claim of five costs nearly as much as one of five hundred.
 const GATHER: Duration = Duration::from_millis(3);
+/// How often what the session holds is compared with what is in hand: a claim
+/// that was given up may take effect late, and nobody would know of its jobs.
+const COMPARE: Duration = Duration::from_secs(5);
 
 /// Claims until the worker stops.
 pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assignment>) {
     let mut cursor = ClaimCursor::default();
     let mut ahead = Ahead::new();
     let mut failures = 0;
-    // Whether a claim may have committed whose answer never came.
-    let mut unsure = false;
+    // When what we hold was last compared; none after a claim that may have
+    // committed without its answer.
+    let mut compared = Some(Instant::now());
     while let Some(room) = room(&shared, &mut ahead, cursor.has_more()).await {
-        if unsure && jobs::give_back_unknown(&shared.engine.pool, shared.session, &shared.load.in_hand()).await.is_ok()
-        {
-            unsure = false;
+        if compared.is_none_or(|at| at.elapsed() >= COMPARE) {
+            compared = give_back_unknown(&shared).await;
         }
         let began = Instant::now();
         let full_look = cursor.is_full_look();
-        let claimed = claim::claim(&shared.engine, shared.session, &shared.config.queues, &mut cursor, room).await;
-        let taken = match claimed {
+        let claimed = claim::claim(&shared.engine, shared.session, &shared.config.queues, &mut cursor, room);
+        let taken = match shared.watchdog.answer("a claim", claimed).await {
             Ok(jobs) => jobs,
             Err(error) => {
                 failures += 1;
                 tracing::warn!(%error, failures, "a claim failed");
-                unsure = true;
+                compared = None;
                 if !pause(failures, &shared.stopping).await {
                     return;
                 }
@@ -48,7 +51,7 @@ pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assig
         failures = 0;
         observe(&shared, taken.len(), began.elapsed());
         if taken.is_empty() {
-            if full_look && !idle(&shared).await {
+            if full_look && !idle(&shared, &mut compared).await {
                 return;
             }
             continue;
@@ -88,11 +91,30 @@ async fn room(shared: &Shared, ahead: &mut Ahead, backlog: bool) -> Option<usize
 }
 
 /// Nothing to do: until a hint or the timers say otherwise.
-async fn idle(shared: &Shared) -> bool {
-    tokio::select! {
-        () = shared.stopping.cancelled() => false,
-        () = shared.nudge.notified() => true,
+async fn idle(shared: &Shared, compared: &mut Option<Instant>) -> bool {
+    loop {
+        tokio::select! {
+            () = shared.stopping.cancelled() => return false,
+            () = shared.nudge.notified() => return true,
+            () = tokio::time::sleep(COMPARE) => *compared = give_back_unknown(shared).await,
+        }
     }
+}
+
+/// Gives back what the session holds and this worker does not know of. Only
+/// here, where no claim is under way whose jobs are not in hand yet.
+async fn give_back_unknown(shared: &Shared) -> Option<Instant> {
+    let in_hand = shared.load.in_hand();
+    let given_back = jobs::give_back_unknown(&shared.engine.pool, shared.session, &in_hand);
+    match shared.watchdog.answer("giving back", given_back).await {
+        Ok(0) => {}
+        Ok(jobs) => tracing::warn!(jobs, session.id = shared.session, "gave back jobs of a claim that had no answer"),
+        Err(error) => {
+            tracing::debug!(%error, "what the session holds could not be compared");
+            return None;
+        }
+    }
+    Some(Instant::now())
 }
 
 /// What the jobs need, loaded for all at once; retried until it is there, as
@@ -101,7 +123,7 @@ async fn load(shared: &Shared, jobs: Vec<ClaimedJob>) -> Vec<Claimed> {
     let mut failures = 0;
     let mut waiting = jobs;
     loop {
-        match claim::load(&shared.engine, waiting).await {
+        match shared.watchdog.answer("a load", claim::load(&shared.engine, waiting)).await {
             Ok(loaded) => return loaded,
             Err((error, jobs)) => {
                 failures += 1;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use capx_core::domain::outcome::Outcome;
 use capx_core::engine::advance::{self, Finished, Pending};
+use capx_core::failpoint;
 use capx_core::store::jobs::{self, ClaimedJob, Settle};
 use tokio::sync::{Mutex, mpsc};
 use tokio_util::task::TaskTracker;
@@ -97,7 +98,7 @@ async fn commit(
     let began = Instant::now();
     let stay = !shared.stopping.is_cancelled();
     let soon = finished.iter().any(|f| matches!(f.outcome, Outcome::Failed { .. }));
-    let mut result = advance::commit(&shared.engine, finished, stay).await;
+    let mut result = shared.watchdog.answer("a commit", advance::commit(&shared.engine, finished, stay)).await;
     let mut failures = 0;
     let committed = loop {
         match result {
@@ -111,7 +112,7 @@ async fn commit(
                     // the steps again, with the same keys.
                     return;
                 }
-                result = advance::commit_again(&shared.engine, pending).await;
+                result = shared.watchdog.answer("a commit", advance::commit_again(&shared.engine, pending)).await;
             }
         }
     };
@@ -141,10 +142,12 @@ async fn settle(shared: &Shared, plain: Vec<(ClaimedJob, PlainOutcome, Held)>) {
     if items.is_empty() {
         return;
     }
+    failpoint::reach("settle.before").await;
     let mut failures = 0;
     loop {
-        match jobs::settle(&shared.engine.pool, &items).await {
+        match shared.watchdog.answer("a settlement", jobs::settle(&shared.engine.pool, &items)).await {
             Ok(settled) => {
+                failpoint::reach("settle.after").await;
                 use std::sync::atomic::Ordering::Relaxed;
                 shared.counters.committed.fetch_add(settled.len() as u64, Relaxed);
                 // What an earlier, unanswered try settled is not lost.

@@ -21,12 +21,20 @@ const AHEAD_MAX: usize = 768;
 const UNCOMMITTED_MAX: usize = 1_536;
 /// A claimed job that has got no slot by then is given back.
 pub(super) const UNSTARTED_MAX: Duration = Duration::from_millis(500);
+/// A suspect that finds another one at work comes back after about this long.
+const SUSPECT_DELAY: Duration = Duration::from_secs(1);
+/// A suspect that has lived for so long makes place for the next: what kills
+/// its worker mostly does so at once, and a suspect may have hours to work.
+pub(super) const SUSPECT_ALONE: Duration = Duration::from_secs(10);
 
 /// What a worker has in hand.
 #[derive(Debug)]
 pub(crate) struct Load {
     slots: usize,
     free: Arc<Semaphore>,
+    /// The one place for a suspect: who kills the worker next must not take
+    /// others with it that one more death would put into quarantine.
+    suspects: Arc<Semaphore>,
     /// Claimed, and its handler has not ended.
     unfinished: AtomicUsize,
     /// Ended, and not yet written.
@@ -51,6 +59,7 @@ impl Load {
         Self {
             slots,
             free: Arc::new(Semaphore::new(slots)),
+            suspects: Arc::new(Semaphore::new(1)),
             unfinished: AtomicUsize::new(0),
             uncommitted: AtomicUsize::new(0),
             leases: Mutex::new(HashSet::new()),
@@ -101,12 +110,39 @@ impl Load {
         }
     }
 
-    /// A slot for a handler; `None` when none came free in time.
-    pub(super) async fn slot(&self) -> Option<OwnedSemaphorePermit> {
-        if let Ok(slot) = Arc::clone(&self.free).try_acquire_owned() {
-            return Some(slot);
+    /// A slot for a handler, or how long the job should stay away when none
+    /// came free in time.
+    pub(super) async fn slot(&self, suspect: bool) -> Result<Slot, Duration> {
+        let alone = match suspect.then(|| Arc::clone(&self.suspects).try_acquire_owned()).transpose() {
+            Ok(alone) => alone,
+            Err(_) => return Err(SUSPECT_DELAY.mul_f64(rand::random_range(0.5..1.5))),
+        };
+        let slot = match Arc::clone(&self.free).try_acquire_owned() {
+            Ok(slot) => slot,
+            Err(_) => match tokio::time::timeout(UNSTARTED_MAX, Arc::clone(&self.free).acquire_owned()).await {
+                Ok(Ok(slot)) => slot,
+                _ => return Err(Duration::ZERO),
+            },
+        };
+        Ok(Slot { _slot: slot, alone })
+    }
+}
+
+/// The right to run a handler; free again when dropped.
+#[derive(Debug)]
+pub(super) struct Slot {
+    _slot: OwnedSemaphorePermit,
+    alone: Option<OwnedSemaphorePermit>,
+}
+
+impl Slot {
+    /// Makes place for the next suspect after a while; never ends.
+    pub(super) async fn share(&mut self) {
+        if self.alone.is_some() {
+            tokio::time::sleep(SUSPECT_ALONE).await;
+            self.alone = None;
         }
-        tokio::time::timeout(UNSTARTED_MAX, Arc::clone(&self.free).acquire_owned()).await.ok()?.ok()
+        std::future::pending().await
     }
 }
 
@@ -193,11 +229,31 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_job_without_a_slot_is_given_back_in_time() {
         let load = Arc::new(Load::new(1));
-        let taken = load.slot().await;
-        assert!(taken.is_some());
-        assert!(load.slot().await.is_none());
+        let taken = load.slot(false).await;
+        assert!(taken.is_ok());
+        assert_eq!(load.slot(false).await.err(), Some(Duration::ZERO));
         drop(taken);
-        assert!(load.slot().await.is_some());
+        assert!(load.slot(false).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn suspects_run_one_at_a_time_and_hold_up_nobody_else() {
+        let load = Load::new(4);
+        let suspect = load.slot(true).await;
+        assert!(suspect.is_ok());
+        assert!(load.slot(true).await.is_err_and(|delay| delay >= SUSPECT_DELAY / 2));
+        assert!(load.slot(false).await.is_ok());
+        drop(suspect);
+        assert!(load.slot(true).await.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_suspect_that_lives_makes_place_for_the_next() {
+        let load = Load::new(4);
+        let mut suspect = load.slot(true).await.expect("the place is free");
+        let shared = tokio::time::timeout(SUSPECT_ALONE * 2, suspect.share()).await;
+        assert!(shared.is_err(), "it never ends");
+        assert!(load.slot(true).await.is_ok());
     }
 
     #[test]

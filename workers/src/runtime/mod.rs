@@ -14,6 +14,7 @@ use capx_core::domain::backoff::Backoff;
 use capx_core::engine::Engine;
 use capx_core::engine::advance::Committed;
 use capx_core::engine::claim::Claimed;
+use capx_core::failpoint;
 use capx_core::store::sessions::{self, NewSession};
 use sqlx::PgPool;
 use tokio::sync::{Notify, mpsc};
@@ -29,8 +30,10 @@ mod claimer;
 mod committer;
 mod load;
 mod timers;
+mod watchdog;
 
 use load::{Held, Load};
+use watchdog::{UNANSWERED_MAX, Watchdog};
 
 /// How a worker works.
 #[derive(Debug, Clone)]
@@ -47,6 +50,9 @@ pub struct WorkerConfig {
     pub drain: Duration,
     /// Longest pause between two looks at an idle queue.
     pub poll: Duration,
+    /// A call of the database that is not answered for so long never will be:
+    /// the worker gives up.
+    pub unanswered: Duration,
 }
 
 impl Default for WorkerConfig {
@@ -58,6 +64,7 @@ impl Default for WorkerConfig {
             lease: Duration::from_secs(30),
             drain: Duration::from_secs(120),
             poll: Duration::from_secs(1),
+            unanswered: UNANSWERED_MAX,
         }
     }
 }
@@ -97,6 +104,7 @@ pub struct Worker {
     hands: Arc<Hands>,
     counters: Arc<Counters>,
     observer: Option<Observer>,
+    watchdog: Watchdog,
 }
 
 /// Told of every attempt when its handler starts: the job and the moment.
@@ -116,12 +124,16 @@ pub(crate) struct Shared {
     pub nudge: Arc<Notify>,
     /// A timer of our own is due.
     pub timer: Arc<Notify>,
+    /// Somebody's lease has run out.
+    pub silence: Arc<Notify>,
     /// Claim no more, continue no more.
     pub stopping: CancellationToken,
     /// The session is dead or its owner gives up: attempts end now.
     pub lost: CancellationToken,
     /// Tells the beat that this worker drains.
     pub draining: Arc<AtomicBool>,
+    /// Over every call of the database.
+    pub watchdog: Watchdog,
 }
 
 /// A claimed job on its way through this worker.
@@ -129,6 +141,11 @@ pub(crate) struct Assignment {
     pub claimed: Claimed,
     pub held: Held,
 }
+
+/// The worker cannot go on in this process, which should end.
+#[derive(Debug, thiserror::Error)]
+#[error("the database left a call unanswered, on a connection that is dead without knowing it; start the worker again")]
+pub struct Wedged;
 
 /// How a session ended.
 enum Ended {
@@ -143,6 +160,7 @@ impl Worker {
             engine,
             url: url.to_owned(),
             listen: None,
+            watchdog: Watchdog::new(config.unanswered),
             config,
             hands: Arc::new(hands),
             counters: Arc::new(Counters::default()),
@@ -170,8 +188,15 @@ impl Worker {
     }
 
     /// Runs until `stop`, then drains: session after session, should one be
-    /// lost.
-    pub async fn run(&self, stop: CancellationToken) {
+    /// lost. An error means that the process should end, and be started again.
+    pub async fn run(&self, stop: CancellationToken) -> Result<(), Wedged> {
+        tokio::select! {
+            () = self.sessions(stop) => Ok(()),
+            () = self.watchdog.bitten() => Err(Wedged),
+        }
+    }
+
+    async fn sessions(&self, stop: CancellationToken) {
         let nudge = Arc::new(Notify::new());
         let listener =
             self.listen.clone().map(|pool| tokio::spawn(capx_core::engine::wake::listen(pool, Arc::clone(&nudge))));
@@ -203,8 +228,11 @@ impl Worker {
         loop {
             // The lease counts from before the row was written.
             let renewed = beat::boot_time();
-            match sessions::open(&self.engine.pool, &new).await {
-                Ok(session) => return Some((session, renewed)),
+            match self.watchdog.answer("a session's start", sessions::open(&self.engine.pool, &new)).await {
+                Ok(session) => {
+                    failpoint::reach("session.opened").await;
+                    return Some((session, renewed));
+                }
                 Err(error) => {
                     failures += 1;
                     tracing::warn!(%error, failures, "no session yet; is the database up and migrated?");
@@ -233,9 +261,11 @@ impl Worker {
             load: Arc::new(Load::new(self.config.slots)),
             nudge,
             timer: Arc::new(Notify::new()),
+            silence: Arc::new(Notify::new()),
             stopping: CancellationToken::new(),
             lost: CancellationToken::new(),
             draining: Arc::new(AtomicBool::new(false)),
+            watchdog: self.watchdog.clone(),
         });
         let over = CancellationToken::new();
         // Should this future be dropped, the beat must not vouch for it.
@@ -267,7 +297,9 @@ impl Worker {
         over.cancel();
         let _ = attempts.await;
         tasks.wait().await;
-        if let Err(error) = sessions::end(&self.engine.pool, session).await {
+        failpoint::reach("session.before_end").await;
+        let ending = sessions::end(&self.engine.pool, session);
+        if let Err(error) = self.watchdog.answer("a session's end", ending).await {
             tracing::debug!(%error, session.id = session, "the session ends by its lease");
         }
         let _ = tokio::task::spawn_blocking(move || beat.join()).await;
@@ -283,7 +315,7 @@ impl Worker {
         if tokio::time::timeout(grace, shared.load.until_empty()).await.is_err() {
             // Handlers end at their next await; their jobs are released.
             shared.lost.cancel();
-            shared.load.until_empty().await;
+            self.watchdog.answer("the last commits", shared.load.until_empty()).await;
         }
     }
 }

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use capx_core::engine::sweep;
+use capx_core::failpoint;
 use capx_core::store::{jobs, sessions};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::{Shared, pause};
 
-/// Sweeps of a lease.
+/// Sweeps of a lease, besides those that a look calls for when it finds a
+/// silent worker.
 const SWEEPS_A_LEASE: u32 = 6;
 /// A job whose worker died waits this part of a lease before its first
 /// retake, doubling with each death.
@@ -28,7 +30,7 @@ async fn look(shared: Arc<Shared>, over: CancellationToken) {
     let mut failures = 0;
     loop {
         let mut wait = jittered(shared.config.poll);
-        match step(&shared).await {
+        match shared.watchdog.answer("a look", step(&shared)).await {
             Ok(next_due) => {
                 failures = 0;
                 wait = wait.min(next_due.unwrap_or(wait));
@@ -51,10 +53,15 @@ async fn look(shared: Arc<Shared>, over: CancellationToken) {
 
 async fn step(shared: &Shared) -> Result<Option<Duration>, capx_core::store::StoreError> {
     let outlook = jobs::look(&shared.engine.pool, &shared.config.queues).await?;
+    if outlook.silence {
+        shared.silence.notify_one();
+    }
     let mut ready = outlook.ready;
     let mut next_due = outlook.next_due_s;
     if next_due.is_some_and(|s| s <= 0.0) {
+        failpoint::reach("promote.before").await;
         let promoted = jobs::promote(&shared.engine.pool).await?;
+        failpoint::reach("promote.after").await;
         ready |= promoted > 0;
         // More may be due than one statement takes.
         next_due = (promoted == jobs::PROMOTE_MAX as u64).then_some(0.0);
@@ -71,9 +78,10 @@ async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
     loop {
         tokio::select! {
             () = over.cancelled() => return,
+            () = shared.silence.notified() => {}
             () = tokio::time::sleep(jittered(lease / SWEEPS_A_LEASE)) => {}
         }
-        match sweep::sweep(&shared.engine, lease / RETAKE_PART).await {
+        match shared.watchdog.answer("a sweep", sweep::sweep(&shared.engine, lease / RETAKE_PART)).await {
             Ok(swept) if swept.reclaimed > 0 => {
                 metrics::counter!("capx_jobs_reclaimed_total").increment(swept.reclaimed as u64);
                 shared.timer.notify_one();

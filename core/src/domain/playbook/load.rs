@@ -2,7 +2,7 @@
 //! place. The dialects differ in names only, so each key has its synonyms:
 //! `id`/`name`, `role`/`agent`, `action`/`tool`, `params`/`with`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::{Map, Value};
 
@@ -89,14 +89,15 @@ impl Loader {
         });
         let output = fields.get("output").and_then(|node| self.template(node, "output"));
         check::references(self, &steps, &inputs, output.as_ref());
+        let output = output.map(|(template, _)| template);
         Some(Playbook {
             name: name?,
             description,
             trigger: trigger?,
             inputs,
-            steps: steps.into_iter().map(|(step, _)| step).collect(),
+            steps: with_uses(steps.into_iter().map(|(step, _)| step).collect(), output.as_ref()),
             rubric,
-            output: output.map(|(template, _)| template),
+            output,
             unreadable: None,
         })
     }
@@ -324,6 +325,23 @@ fn params(loader: &mut Loader, node: Option<&Node>, path: &str) -> Map<String, V
             Map::new()
         }
     }
+}
+
+/// Notes at each step where its output is used last, so that a run carries no
+/// output for longer than somebody refers to it.
+fn with_uses(mut steps: Vec<Step>, output: Option<&template::Template>) -> Vec<Step> {
+    let mut last_use: HashMap<String, usize> = HashMap::new();
+    let templates = steps.iter().map(|step| &step.template).chain(output);
+    for (at, template) in templates.enumerate() {
+        for reference in template.references().iter().filter(|r| r.name(0) == Some("steps")) {
+            // The run's output comes last, however many steps there are.
+            last_use.insert(reference.name(1).unwrap_or_default().to_owned(), at);
+        }
+    }
+    for step in &mut steps {
+        step.last_use = last_use.get(&step.id).copied();
+    }
+    steps
 }
 
 #[cfg(test)]

@@ -158,6 +158,9 @@ pub struct Step {
     pub adapter: Option<String>,
     /// Overrides the agent's model.
     pub model: Option<String>,
+    /// The last step that refers to its output, the run's own output counting
+    /// as one more; `None` when nothing does.
+    pub last_use: Option<usize>,
 }
 
 /// The hard limit of one attempt when the step names none.
@@ -231,6 +234,12 @@ impl Playbook {
             output: None,
             unreadable: Some(reason),
         }
+    }
+
+    /// The steps before `step` whose outputs a run at that step still needs.
+    pub fn needed_at(&self, step: usize) -> impl Iterator<Item = usize> {
+        let before = self.steps.iter().enumerate().take(step);
+        before.filter(move |(_, earlier)| earlier.last_use >= Some(step)).map(|(index, _)| index)
     }
 
     /// The step with an id.

@@ -4,7 +4,9 @@
 //! looks like a template stays a value (hazard S12). A text that is one
 //! reference and nothing else keeps the value's JSON type; inside a longer
 //! text a value is written out. Only `inputs`, `steps` and `run` exist, and
-//! what is not there is an error. `$${` stands for a plain `${`.
+//! what is not there is an error. `$${` stands for a plain `${`. What comes
+//! out is at most [`RENDERED_BYTES_MAX`], or a few references to one large
+//! value could fill a worker's memory.
 
 use std::fmt;
 
@@ -77,12 +79,24 @@ pub trait Scope {
     fn lookup(&self, reference: &Reference) -> Option<(&Value, usize)>;
 }
 
-/// A reference to what is not there.
+/// The most that the references of one template may put in, in bytes of JSON.
+pub const RENDERED_BYTES_MAX: usize = 1024 * 1024;
+
+/// Why a template gives no value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`${{{reference}}}` is not defined")]
-pub struct Undefined {
-    /// The reference as written.
-    pub reference: String,
+pub enum RenderError {
+    /// A reference to what is not there.
+    #[error("`${{{reference}}}` is not defined")]
+    Undefined {
+        /// The reference as written.
+        reference: String,
+    },
+    /// More than [`RENDERED_BYTES_MAX`].
+    #[error("what `${{{reference}}}` puts in makes it larger than {RENDERED_BYTES_MAX} bytes; pass less on, or a file")]
+    Large {
+        /// The reference that was too much.
+        reference: String,
+    },
 }
 
 /// Compiles a value; the error is a sentence about the first bad reference.
@@ -209,37 +223,65 @@ impl Template {
     }
 
     /// The value with every reference looked up.
-    pub fn render(&self, scope: &impl Scope) -> Result<Value, Undefined> {
+    pub fn render(&self, scope: &impl Scope) -> Result<Value, RenderError> {
+        self.render_within(scope, &mut RENDERED_BYTES_MAX.clone())
+    }
+
+    /// `left` is what references may still put in.
+    fn render_within(&self, scope: &impl Scope, left: &mut usize) -> Result<Value, RenderError> {
         match self {
             Self::Plain(value) => Ok(value.clone()),
-            Self::Ref(reference) => resolve(reference, scope).cloned(),
+            Self::Ref(reference) => {
+                let value = resolve(reference, scope)?;
+                spend(left, size_of(value), reference)?;
+                Ok(value.clone())
+            }
             Self::Text(parts) => {
                 let mut out = String::new();
                 for part in parts {
                     match part {
                         Part::Text(text) => out.push_str(text),
-                        Part::Ref(reference) => match resolve(reference, scope)? {
-                            Value::String(text) => out.push_str(text),
-                            other => out.push_str(&other.to_string()),
-                        },
+                        Part::Ref(reference) => {
+                            let value = resolve(reference, scope)?;
+                            spend(left, size_of(value), reference)?;
+                            match value {
+                                Value::String(text) => out.push_str(text),
+                                other => out.push_str(&other.to_string()),
+                            }
+                        }
                     }
                 }
                 Ok(Value::String(out))
             }
             Self::List(items) => {
-                items.iter().map(|item| item.render(scope)).collect::<Result<_, _>>().map(Value::Array)
+                items.iter().map(|item| item.render_within(scope, left)).collect::<Result<_, _>>().map(Value::Array)
             }
             Self::Map(entries) => entries
                 .iter()
-                .map(|(key, item)| Ok((key.clone(), item.render(scope)?)))
+                .map(|(key, item)| Ok((key.clone(), item.render_within(scope, left)?)))
                 .collect::<Result<Map<_, _>, _>>()
                 .map(Value::Object),
         }
     }
 }
 
-fn resolve<'a>(reference: &Reference, scope: &'a impl Scope) -> Result<&'a Value, Undefined> {
-    let undefined = || Undefined { reference: reference.to_string() };
+fn spend(left: &mut usize, bytes: usize, reference: &Reference) -> Result<(), RenderError> {
+    *left = left.checked_sub(bytes).ok_or_else(|| RenderError::Large { reference: reference.to_string() })?;
+    Ok(())
+}
+
+/// About as many bytes as a value's JSON has.
+fn size_of(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len() + 2,
+        Value::Array(items) => 2 + items.iter().map(|item| size_of(item) + 1).sum::<usize>(),
+        Value::Object(map) => 2 + map.iter().map(|(key, item)| key.len() + size_of(item) + 4).sum::<usize>(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+    }
+}
+
+fn resolve<'a>(reference: &Reference, scope: &'a impl Scope) -> Result<&'a Value, RenderError> {
+    let undefined = || RenderError::Undefined { reference: reference.to_string() };
     let (mut value, used) = scope.lookup(reference).ok_or_else(undefined)?;
     for segment in &reference.0[used..] {
         value = match segment {
@@ -289,6 +331,14 @@ mod tests {
         for bad in ["${", "${}", "${a b}", "${a.}", "${a[x]}", "${a[1}", "${a()}"] {
             assert!(compile(&json!(bad)).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn what_references_put_in_is_bounded() {
+        let large = json!({"x": "y".repeat(RENDERED_BYTES_MAX / 3)});
+        assert!(render(json!(["${inputs.x}", "${inputs.x}"]), large.clone()).is_ok());
+        let error = render(json!(["${inputs.x}", {"a": "${inputs.x}${inputs.x}"}]), large);
+        assert!(error.is_err_and(|e| e.contains("larger than 1048576 bytes")));
     }
 
     proptest! {

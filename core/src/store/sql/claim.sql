@@ -2,7 +2,9 @@
 -- share for each of up to $4 companies after $3: a loose index scan finds the
 -- companies, so that one tenant's million jobs cost another's first one
 -- nothing. Each company's share begins at its first ready row, which the walk
--- has found already: dead entries before it are walked once. A session that has been declared dead takes nothing; its row is
+-- has found already: dead entries before it are walked once. Companies come in
+-- the order of the walk whatever their queue, so that no queue waits for
+-- another's. A session that has been declared dead takes nothing; its row is
 -- locked so that it cannot be declared dead in between.
 with me as (
     select id from worker_sessions where id = $1 and ended_at is null for key share
@@ -31,8 +33,9 @@ tenants as materialized (
             ) following
             where walk.place < $4
         )
-        select company_id, priority, id from walk
+        select company_id, priority, id, place from walk
     ) c
+    order by c.place, q.queue
 ),
 picked as materialized (
     select share.id

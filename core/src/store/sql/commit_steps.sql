@@ -40,21 +40,20 @@ moved as (
         attempt = d.next_attempt,
         crash_count = case when d.checkpointed then 0 else j.crash_count end,
         timeout_ms = d.timeout_ms,
-        -- Not the row's own: it may have been taken back and not yet retaken.
-        session_id = case when d.job_state = 'running' then $35 end,
+        session_id = case when d.job_state = 'running' then j.session_id end,
         deadline_at = case
             when d.job_state = 'running'
                 then clock_timestamp() + (d.timeout_ms + $34) * interval '1 millisecond'
         end
     from d
-    where j.id = d.job_id and j.lease_epoch = d.epoch and coalesce(j.session_id, $35) = $35
+    where j.id = d.job_id and j.lease_epoch = d.epoch and j.session_id = $35
         and d.job_state is not null
     returning d.*
 ),
 gone as (
     delete from jobs j
     using d
-    where j.id = d.job_id and j.lease_epoch = d.epoch and coalesce(j.session_id, $35) = $35
+    where j.id = d.job_id and j.lease_epoch = d.epoch and j.session_id = $35
         and d.job_state is null
     returning d.*
 ),

@@ -1,14 +1,16 @@
 -- Gives back what a dead session held, and what has outlived its deadline by
 -- more than a worker could: one guarded statement, so that it never acts on
 -- an old read. The death of a worker costs no try; it raises crash_count and
--- sends the job behind the others with back-off.
+-- makes the job wait, longer each time, and each job for another while: what
+-- was in the same hands comes apart, so that one of them that kills its
+-- workers takes the others with it once, not time and again.
 update jobs
 set state = 'scheduled',
     session_id = null,
     deadline_at = null,
     attempt = greatest(attempt - 1, 0),
     crash_count = crash_count + 1,
-    due_at = now() + least(power(2, crash_count), 60) * $2 * interval '1 millisecond'
+    due_at = now() + least(power(2, crash_count), 60) * (0.5 + random()) * $2 * interval '1 millisecond'
 where state = 'running'
     and id = any (array(
         select j.id

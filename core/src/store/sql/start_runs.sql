@@ -39,4 +39,4 @@ insert into runs (
 select company_id, run_id, playbook_id, version_id, job_id, status, trigger, params::jsonb, waiting_on::jsonb,
     event_count, clock_timestamp()
 from d
-returning id, job_id
+returning id, job_id, started_at as "started_at!"

@@ -94,6 +94,7 @@ pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut H
         approval,
         adapter,
         model,
+        last_use: None,
     })
 }
 
