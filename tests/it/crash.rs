@@ -1,76 +1,42 @@
-//! Whole processes that die at named points, at once and without a goodbye:
-//! whatever they were doing, others bring it to the same end.
+//! Processes that die at named points, at once and without a goodbye:
+//! whatever they were doing, others bring it to the same end. Every point of
+//! the program is walked; a new one without its test fails the last test here.
 
-use std::io::Read;
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
-
-use capx_core::domain::ids::{CompanyId, RunId};
+use capx_core::domain::ids::{ApprovalId, CompanyId, RunId};
 use capx_core::domain::run::RunStatus;
 use capx_core::failpoint;
+use rustix::process::Signal;
 use serde_json::json;
 
 use crate::harness::witness::Witness;
 use crate::harness::{Db, eventually};
+use crate::process::{Process, api, free_address};
 
-/// A `capx` process; killed when dropped.
-struct Process {
-    child: Child,
-}
-
-impl Process {
-    fn start(db: &Db, args: &[&str], failpoints: &str) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_capx"))
-            .args(args)
-            .env("CAPX_DATABASE_URL", &db.url)
-            .env("CAPX_LEASE", "600ms")
-            .env("CAPX_FAILPOINTS", failpoints)
-            .env("CAPX_OFFLINE_MODEL", "1")
-            .env("CAPX_EGRESS_ALLOW", "127.0.0.0/8")
-            .env("CAPX_ALLOW_UNSAFE_DATABASE", "1")
-            .env("CAPX_WORKSPACE", &db.files)
-            .env("CAPX_LOG", "info")
-            .env("CAPX_LOG_FORMAT", "json")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        Self { child }
-    }
-
-    fn worker(db: &Db, failpoints: &str) -> Self {
-        Self::start(db, &["worker", "--concurrency", "8"], failpoints)
-    }
-
-    /// Kills it, and asserts that it was at a point before.
-    fn was_at(mut self, point: &str) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let mut said = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-        assert!(said.contains(&format!("failpoint fired: {point}")), "{point} was not reached:\n{said}");
-    }
-
-    /// Waits until it has died at its point, and asserts that it was there.
-    async fn dies_at(mut self, point: &str) {
-        eventually("the process to die", || {
-            let ended = self.child.try_wait().unwrap().is_some();
-            async move { ended }
-        })
-        .await;
-        let mut said = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-        assert!(said.contains(&format!("failpoint fired: {point}")), "{point} was not reached:\n{said}");
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+/// On the way of a run whose first call fails once.
+const WORKER: &[&str] = &[
+    "session.opened",
+    "claim.before",
+    "claim.after_commit",
+    "load.before",
+    "attempt.before_handler",
+    "attempt.after_handler",
+    "commit.before",
+    "commit.after",
+    "settle.before",
+    "settle.after",
+    "promote.before",
+    "promote.after",
+];
+/// When a dead worker's jobs are taken over.
+const TAKEOVER: &[&str] = &["sweep.before", "sweep.buried", "sweep.after_commit"];
+/// At the end of a stopping worker.
+const DRAIN: &[&str] = &["session.before_end"];
+/// In an API process; how many runs there are afterwards.
+const START: &[(&str, i64)] = &[("start.before_commit", 0), ("start.after_commit", 1)];
+/// In an API process; whether the gate is open afterwards.
+const APPROVE: &[(&str, bool)] = &[("approve.before_commit", false), ("approve.after_commit", true)];
+/// When a gate decides itself.
+const EXPIRE: &[&str] = &["expire.before_commit", "expire.after_commit"];
 
 /// A run with two effects and something between them.
 async fn effects(db: &Db, witness: &Witness, name: &str) -> (CompanyId, RunId) {
@@ -101,37 +67,29 @@ async fn assert_whole(db: &Db, witness: &Witness, company: CompanyId, run: RunId
             .await
             .unwrap();
     assert_eq!(completed, 3, "{point}: a step completed twice or never");
+    eventually("every job to be done", || async { db.count("select count(*) from jobs").await == 0 }).await;
     db.assert_nothing_stranded().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_may_die_at_every_point_of_its_way() {
-    let points = [
-        "claim.before",
-        "claim.after_commit",
-        "load.before",
-        "attempt.before_handler",
-        "attempt.after_handler",
-        "commit.before",
-        "commit.after",
-    ];
-    for point in points {
-        assert!(failpoint::POINTS.contains(&point));
+    for point in WORKER {
         let db = Db::new().await;
-        let witness = Witness::start(&[]).await;
+        let witness = Witness::start(&[503]).await;
         let (company, run) = effects(&db, &witness, "crash").await;
         Process::worker(&db, &format!("{point}=kill@1")).dies_at(point).await;
         let _survivor = Process::worker(&db, "");
         assert_whole(&db, &witness, company, run, point).await;
-        if point == "commit.after" {
-            assert!(witness.calls().values().all(|calls| *calls == 1), "what was committed was done again");
+        if *point == "commit.after" {
+            let calls: u32 = witness.calls().values().sum();
+            assert_eq!(calls, 3, "what was committed was done again");
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_takes_over_may_die_too() {
-    for point in ["sweep.before", "sweep.after_commit"] {
+    for point in TAKEOVER {
         let db = Db::new().await;
         let witness = Witness::start(&[]).await;
         let (company, run) = effects(&db, &witness, "takeover").await;
@@ -139,6 +97,28 @@ async fn whoever_takes_over_may_die_too() {
         Process::worker(&db, &format!("{point}=kill@1")).dies_at(point).await;
         let _survivor = Process::worker(&db, "");
         assert_whole(&db, &witness, company, run, point).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopping_worker_may_die_before_it_has_said_goodbye() {
+    for point in DRAIN {
+        let db = Db::new().await;
+        let witness = Witness::start(&[]).await;
+        let (company, run) = effects(&db, &witness, "drain").await;
+        let worker = Process::worker(&db, &format!("{point}=kill@1"));
+        eventually("a session", || async {
+            db.count("select count(*) from worker_sessions where ended_at is null").await == 1
+        })
+        .await;
+        worker.signal(Signal::TERM);
+        worker.dies_at(point).await;
+        let _survivor = Process::worker(&db, "");
+        assert_whole(&db, &witness, company, run, point).await;
+        eventually("the dead one to be found", || async {
+            db.count("select count(*) from worker_sessions where state = 'dead'").await == 1
+        })
+        .await;
     }
 }
 
@@ -159,28 +139,22 @@ async fn lost_answers_of_the_database_lose_and_double_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_api_process_may_die_before_and_after_its_commit() {
-    for (point, runs) in [("start.before_commit", 0), ("start.after_commit", 1)] {
+    for (point, runs) in START {
         let db = Db::new().await;
         let company = db.company(&["a"], "claude", json!({})).await;
         let playbook = db.playbook(company, "name: x\nsteps: [{id: a, action: transform}]\n").await;
         let key = db.key(&["*"]).await;
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let api = Process::start(&db, &["api", "--bind", &format!("127.0.0.1:{port}")], &format!("{point}=kill@1"));
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
-        let base = format!("http://127.0.0.1:{port}");
-        eventually("the API", || async {
-            client.get(format!("{base}/readyz")).send().await.is_ok_and(|r| r.status().is_success())
-        })
-        .await;
+        let bind = free_address();
+        let (process, client) = api(&db, &bind, &format!("{point}=kill@1")).await;
         let answer = client
-            .post(format!("{base}/v1/companies/{company}/playbooks/{playbook}/run"))
+            .post(format!("http://{bind}/v1/companies/{company}/playbooks/{playbook}/run"))
             .bearer_auth(&key)
             .send()
             .await;
         assert!(answer.is_err(), "{point}: the process answered");
-        api.dies_at(point).await;
+        process.dies_at(point).await;
         let count: i64 = sqlx::query_scalar("select count(*) from runs").fetch_one(&db.pool).await.unwrap();
-        assert_eq!(count, runs, "{point}");
+        assert_eq!(count, *runs, "{point}");
         let _worker = Process::worker(&db, "");
         eventually("every accepted run to end", || async {
             db.count("select count(*) from runs where status <> 'completed'").await == 0
@@ -192,28 +166,22 @@ async fn an_api_process_may_die_before_and_after_its_commit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_approval_survives_the_death_of_its_process() {
-    for (point, approved) in [("approve.before_commit", false), ("approve.after_commit", true)] {
+    for (point, approved) in APPROVE {
         let db = Db::new().await;
         let company = db.company(&["a"], "claude", json!({})).await;
         let playbook = db.playbook(company, "name: g\nsteps: [{id: a, action: transform, approval: required}]\n").await;
         let run = db.start(company, playbook, json!({})).await;
         let id: uuid::Uuid = sqlx::query_scalar("select id from approvals").fetch_one(&db.pool).await.unwrap();
-        let id = capx_core::domain::ids::ApprovalId(id);
         let key = db.key(&["*"]).await;
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let bind = format!("127.0.0.1:{port}");
-        let api = Process::start(&db, &["api", "--bind", &bind], &format!("{point}=kill@1"));
-        let client = reqwest::Client::builder().no_proxy().build().unwrap();
-        let ready = format!("http://{bind}/readyz");
-        let approve = format!("http://{bind}/v1/approvals/{id}/approve");
-        eventually("the API", || async { client.get(&ready).send().await.is_ok_and(|r| r.status().is_success()) })
-            .await;
+        let bind = free_address();
+        let approve = format!("http://{bind}/v1/approvals/{}/approve", ApprovalId(id));
+        let (process, client) = api(&db, &bind, &format!("{point}=kill@1")).await;
         assert!(client.post(&approve).bearer_auth(&key).send().await.is_err());
-        api.dies_at(point).await;
+        process.dies_at(point).await;
         let status = db.run(company, run).await.status;
-        assert_eq!(status, if approved { RunStatus::Running } else { RunStatus::Suspended }, "{point}");
+        assert_eq!(status, if *approved { RunStatus::Running } else { RunStatus::Suspended }, "{point}");
         // The client does what clients do: it asks again.
-        let _api = Process::start(&db, &["api", "--bind", &bind], "");
+        let (_api, client) = api(&db, &bind, "").await;
         eventually("the approval", || async {
             client.post(&approve).bearer_auth(&key).send().await.is_ok_and(|r| r.status().is_success())
         })
@@ -224,116 +192,28 @@ async fn an_approval_survives_the_death_of_its_process() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_job_that_kills_its_worker_is_quarantined_and_harms_no_other() {
-    let db = Db::new().await;
-    let company = db.company(&["a"], "claude", json!({})).await;
-    let poison = db.playbook(company, "name: poison\nsteps: [{id: a, action: transform}]\n").await;
-    let run = db.start(company, poison, json!({})).await;
-    // Each of these workers dies with the poison in its hands.
-    for _ in 0..3 {
-        Process::worker(&db, "attempt.before_handler=kill@1").dies_at("attempt.before_handler").await;
+async fn a_gate_decides_itself_though_its_worker_dies_over_it() {
+    for point in EXPIRE {
+        let db = Db::new().await;
+        let company = db.company(&["a"], "claude", json!({})).await;
+        let yaml = "name: g\nsteps: [{id: a, action: transform, approval: {timeout: 50ms, on_timeout: approve}}]\n";
+        let playbook = db.playbook(company, yaml).await;
+        let run = db.start(company, playbook, json!({})).await;
+        Process::worker(&db, &format!("{point}=kill@1")).dies_at(point).await;
+        let _survivor = Process::worker(&db, "");
+        db.until(company, run, RunStatus::Completed).await;
+        assert_eq!(db.count("select count(*) from events where event = 'approval.resolved'").await, 1, "{point}");
+        db.assert_nothing_stranded().await;
     }
-    let good = db.playbook(company, "name: good\nsteps: [{id: a, action: transform}]\n").await;
-    // This one would die as well; quarantine keeps the poison from it.
-    let _worker = Process::worker(&db, "");
-    let row = db.until(company, run, RunStatus::Failed).await;
-    let error = row.error.unwrap();
-    assert_eq!(error["code"], "crash", "{error}");
-    assert!(error["message"].as_str().unwrap().contains("quarantine"), "{error}");
-    assert_eq!(db.count("select count(*) from dead_letters where reason = 'quarantined' and crash_count = 3").await, 1);
-    let run = db.start(company, good, json!({})).await;
-    db.until(company, run, RunStatus::Completed).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn killing_everything_changes_no_result() {
-    let db = Db::new().await;
-    let witness = Witness::start(&[]).await;
-    let company = db.company(&["a"], "claude", json!({})).await;
-    let steps: String = (0..6)
-        .map(|i| {
-            format!(
-                "  - {{id: s{i}, action: http.request, params: {{url: '{}/{i}'}}, retry: {{initial: 20ms}}}}\n",
-                witness.url
-            )
-        })
-        .collect();
-    let playbook = db.playbook(company, &format!("name: six\nsteps:\n{steps}")).await;
-    let mut all = Vec::new();
-    for _ in 0..20 {
-        all.push(db.start(company, playbook, json!({})).await);
-    }
-    for _ in 0..4 {
-        let (a, b) = (Process::worker(&db, ""), Process::worker(&db, ""));
-        eventually("a worker", || async {
-            db.count("select count(*) from worker_sessions where ended_at is null").await > 0
-        })
-        .await;
-        tokio::time::sleep(Duration::from_millis(40)).await;
-        // SIGKILL, both at once.
-        drop((a, b));
-    }
-    let _survivor = Process::worker(&db, "");
-    for run in all {
-        db.until(company, run, RunStatus::Completed).await;
-    }
-    assert_eq!(witness.calls().len(), 120);
-    assert_eq!(db.count("select count(*) from events where event = 'step.completed'").await, 120);
-    assert!(db.count("select count(*) from worker_sessions where state = 'dead'").await > 0, "nobody was found dead");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_worker_that_was_frozen_past_its_lease_overwrites_nothing() {
-    use rustix::process::{Pid, Signal, kill_process};
-    let db = Db::new().await;
-    let witness = Witness::start(&[]).await;
-    let company = db.company(&["a"], "claude", json!({})).await;
-    let steps: String = (0..8)
-        .map(|i| {
-            format!(
-                "  - {{id: s{i}, action: http.request, params: {{url: '{}/{i}'}}, retry: {{initial: 20ms}}}}\n",
-                witness.url
-            )
-        })
-        .collect();
-    let playbook = db.playbook(company, &format!("name: eight\nsteps:\n{steps}")).await;
-    let mut all = Vec::new();
-    for _ in 0..20 {
-        all.push(db.start(company, playbook, json!({})).await);
-    }
-    let frozen = Process::worker(&db, "");
-    eventually("work in its hands", || async {
-        db.count("select count(*) from jobs where state = 'running'").await > 0
-    })
-    .await;
-    let pid = Pid::from_raw(i32::try_from(frozen.child.id()).unwrap()).unwrap();
-    // Several times, so that it thaws in the midst of others' work and of its
-    // own next session's.
-    let mut other = None;
-    for _ in 0..3 {
-        kill_process(pid, Signal::STOP).unwrap();
-        let dead = db.count("select count(*) from worker_sessions where state = 'dead'").await;
-        other = Some(Process::worker(&db, ""));
-        let more_work: Vec<RunId> = vec![db.start(company, playbook, json!({})).await];
-        all.extend(more_work);
-        eventually("the frozen one to be found dead", || async {
-            db.count("select count(*) from worker_sessions where state = 'dead'").await > dead
-        })
-        .await;
-        kill_process(pid, Signal::CONT).unwrap();
-        all.push(db.start(company, playbook, json!({})).await);
-        eventually("a new session of its own", || async {
-            db.count("select count(*) from worker_sessions where ended_at is null").await >= 2
-        })
-        .await;
-    }
-    let runs = all.len() as i64;
-    for run in all {
-        db.until(company, run, RunStatus::Completed).await;
-    }
-    drop(other);
-    assert_eq!(db.count("select count(*) from events where event = 'step.completed'").await, runs * 8);
-    assert_eq!(db.count("select count(*) from run_steps where status = 'completed'").await, runs * 8);
-    assert_eq!(witness.calls().len() as i64, runs * 8);
-    db.assert_nothing_stranded().await;
+#[test]
+fn every_point_has_its_death() {
+    let mut walked: Vec<&str> = [WORKER, TAKEOVER, DRAIN, EXPIRE].concat();
+    walked.extend(START.iter().map(|(point, _)| point));
+    walked.extend(APPROVE.iter().map(|(point, _)| point));
+    walked.sort_unstable();
+    let mut all = failpoint::POINTS.to_vec();
+    all.sort_unstable();
+    assert_eq!(walked, all);
 }

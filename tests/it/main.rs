@@ -5,8 +5,10 @@
 
 mod api;
 mod crash;
+mod deaths;
 mod gates;
 mod harness;
+mod process;
 mod queue;
 mod rooms;
 mod runs;

@@ -1,7 +1,8 @@
 //! Runs: what their steps do, how they fail, and that what is done stays
 //! done.
 
-use capx_core::domain::run::RunStatus;
+use axum::routing::any;
+use capx_core::domain::run::{RunEvent, RunStatus, next};
 use capx_core::store::{events, runs};
 use serde_json::json;
 
@@ -124,16 +125,35 @@ async fn what_cannot_be_stored_fails_the_step_and_never_sticks() {
     let run = db.start(company, playbook, json!({})).await;
     let row = db.until(company, run, RunStatus::Failed).await;
     assert!(row.error.unwrap()["message"].as_str().unwrap().contains("over the limit"));
-    // A NUL comes from outside: an endpoint's answer.
+    // What comes from outside: an endpoint's answers, to an agent's call and to
+    // a tool's.
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let router = axum::Router::new().fallback(|| async { r#"{"output": {"text": "a\u0000b"}}"# });
+    let json = [("content-type", "application/json")];
+    let router = axum::Router::new()
+        .route("/nul", any(move || async move { (json, r#"{"output": {"text": "a\u0000b"}}"#) }))
+        .route(
+            "/huge",
+            any(move || async move { (json, format!(r#"{{"output": "{}"}}"#, "x".repeat(10 * 1024 * 1024))) }),
+        )
+        .route(
+            "/deep",
+            any(move || async move { (json, format!(r#"{{"output": {}1{}}}"#, "[".repeat(100), "]".repeat(100))) }),
+        );
     tokio::spawn(async move { axum::serve(listener, router).await });
-    let company = db.company(&["n"], "custom", json!({"endpoint": url})).await;
-    let playbook = db.playbook(company, "name: nul\nsteps:\n  - {role: n, action: say}\n").await;
-    let run = db.start(company, playbook, json!({})).await;
-    let row = db.until(company, run, RunStatus::Failed).await;
-    assert!(row.error.unwrap()["message"].as_str().unwrap().contains("NUL"));
+    for (path, says) in [("nul", "NUL"), ("huge", "larger than"), ("deep", "deeper than")] {
+        let company = db.company(&["n"], "custom", json!({"endpoint": format!("{url}/{path}")})).await;
+        for step in
+            ["role: n, action: say".to_owned(), format!("action: http.request, params: {{url: '{url}/{path}'}}")]
+        {
+            let name = format!("{path}-{}", step.len());
+            let playbook = db.playbook(company, &format!("name: {name}\nsteps:\n  - {{{step}}}\n")).await;
+            let run = db.start(company, playbook, json!({})).await;
+            let row = db.until(company, run, RunStatus::Failed).await;
+            let message = row.error.unwrap()["message"].as_str().unwrap().to_owned();
+            assert!(message.contains(says), "{path}, {step}: {message}");
+        }
+    }
     db.assert_nothing_stranded().await;
 }
 
@@ -172,7 +192,7 @@ async fn an_attempt_ends_at_its_timeout_and_a_long_one_is_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stopping_worker_hands_its_work_back_uncharged() {
+async fn workers_that_come_and_go_in_order_repeat_and_charge_nothing() {
     let db = Db::new().await;
     let company = db.company(&["a"], "claude", json!({})).await;
     let steps: String = (0..40).map(|i| format!("  - {{id: s{i}, action: transform, params: {{i: {i}}}}}\n")).collect();
@@ -195,4 +215,41 @@ async fn a_stopping_worker_hands_its_work_back_uncharged() {
     // Nothing ran twice: each step has one completion, at its first try.
     assert_eq!(db.count("select count(*) from events where event = 'step.completed'").await, 800);
     assert_eq!(db.count("select count(*) from run_steps where attempt <> 1").await, 0);
+}
+
+/// The trigger refuses exactly what the table does not allow.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_database_knows_the_same_transitions() {
+    let db = Db::new().await;
+    for from in RunStatus::ALL {
+        for to in RunStatus::ALL {
+            let allowed = match from.is_terminal() {
+                true => false,
+                false => from == to || RunEvent::ALL.iter().any(|event| next(*from, *event) == Some(*to)),
+            };
+            let run = uuid::Uuid::now_v7();
+            sqlx::query(
+                "insert into runs (company_id, id, playbook_id, version_id, job_id, status, trigger, params, waiting_on, ended_at)
+                 values ($1, $1, $1, $1, 1, $2, 'manual', '{}', case when $2 = 'suspended' then '[]'::jsonb end,
+                         case when $3 then now() end)",
+            )
+            .bind(run)
+            .bind(from.as_str())
+            .bind(from.is_terminal())
+            .execute(&db.pool)
+            .await
+            .unwrap();
+            let changed = sqlx::query(
+                "update runs set status = $2, waiting_on = case when $2 = 'suspended' then '[]'::jsonb end,
+                     ended_at = case when $3 then now() end
+                 where id = $1",
+            )
+            .bind(run)
+            .bind(to.as_str())
+            .bind(to.is_terminal())
+            .execute(&db.pool)
+            .await;
+            assert_eq!(changed.is_ok(), allowed, "{from:?} -> {to:?}: {changed:?}");
+        }
+    }
 }
