@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use capx_core::store::jobs::{self, queue};
 use capx_core::store::sessions::{self, NewSession};
+use capx_core::store::{self, PoolKind};
 use uuid::Uuid;
 
 use super::latency::percentile;
@@ -18,15 +19,14 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     let count = bench.amount(200_000);
     let others = bench.amount(1_000_000);
     let bar = report.progress("backlog", 3);
-    // Without and with, twice each and in turn, since a machine drifts.
-    let mut alone: f64 = 0.0;
-    let mut ready: f64 = 0.0;
-    for _ in 0..2 {
-        alone = alone.max(rate(bench, count, 0, Duration::ZERO).await?);
-        ready = ready.max(rate(bench, count, others, Duration::ZERO).await?);
-    }
+    // Without, with, with, without: a machine drifts.
+    let before = rate(bench, count, 0, Duration::ZERO).await?;
+    let first = rate(bench, count, others, Duration::ZERO).await?;
+    let second = rate(bench, count, others, Duration::ZERO).await?;
     bar.inc(1);
     let p99_ready = claims(bench).await?;
+    let after = rate(bench, count, 0, Duration::ZERO).await?;
+    let (alone, ready) = (0.5 * (before + after), 0.5 * (first + second));
     bar.inc(1);
     let future = rate(bench, count, others, FUTURE).await?;
     let p99_future = claims_after_refill(bench, others).await?;
@@ -69,10 +69,12 @@ async fn claims(bench: &Bench) -> anyhow::Result<f64> {
         &NewSession { worker: "bench", version: "0", queues: &queues, slots: 32, lease: Duration::from_secs(3600) },
     )
     .await?;
+    // As a worker claims.
+    let pool = store::pool(&bench.url, PoolKind::Claims, 1)?;
     let mut took = Vec::new();
-    for _ in 0..500 {
+    for _ in 0..1_000 {
         let began = Instant::now();
-        let claimed = jobs::claim(&bench.pool, session, &queues, Uuid::nil(), 32).await?;
+        let claimed = jobs::claim(&pool, session, &queues, Uuid::nil(), 32).await?;
         took.push(began.elapsed());
         anyhow::ensure!(!claimed.is_empty(), "nothing left to claim");
     }
@@ -82,6 +84,6 @@ async fn claims(bench: &Bench) -> anyhow::Result<f64> {
 async fn claims_after_refill(bench: &Bench, others: usize) -> anyhow::Result<f64> {
     bench.reset().await?;
     bench.enqueue_noops(others, FUTURE).await?;
-    bench.enqueue_noops(20_000, Duration::ZERO).await?;
+    bench.enqueue_noops(40_000, Duration::ZERO).await?;
     claims(bench).await
 }

@@ -71,6 +71,10 @@ pub struct BenchArgs {
     /// A tenth of the work, for a quick look.
     #[arg(long)]
     pub quick: bool,
+    /// How often everything is measured, in turns, since a machine drifts; of
+    /// each figure the median is shown.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=99))]
+    pub passes: u32,
     /// Attempts at once in a worker process.
     #[arg(long, default_value_t = 256)]
     pub slots: usize,
@@ -107,26 +111,33 @@ impl Drop for Scratch {
 pub async fn run(args: BenchArgs) -> anyhow::Result<()> {
     let bench = Bench::prepare(&args).await?;
     let mut report = Report::new(&bench).await?;
-    let wants = |what: What| args.what == What::All || args.what == what;
-    if wants(What::Jobs) {
-        jobs::run(&bench, &mut report).await?;
-    }
-    if wants(What::Steps) {
-        steps::run(&bench, &mut report).await?;
-    }
-    if wants(What::Enqueue) {
-        enqueue::run(&bench, &mut report).await?;
-    }
-    if wants(What::Latency) {
-        latency::run(&bench, &mut report).await?;
-    }
-    if wants(What::Backlog) {
-        backlog::run(&bench, &mut report).await?;
-    }
-    if wants(What::Idle) {
-        idle::run(&bench, &mut report).await?;
+    for _ in 0..args.passes {
+        pass(&bench, &mut report, args.what).await?;
     }
     report.print(args.json);
+    Ok(())
+}
+
+async fn pass(bench: &Bench, report: &mut Report, what: What) -> anyhow::Result<()> {
+    let wants = |one: What| what == What::All || what == one;
+    if wants(What::Jobs) {
+        jobs::run(bench, report).await?;
+    }
+    if wants(What::Steps) {
+        steps::run(bench, report).await?;
+    }
+    if wants(What::Enqueue) {
+        enqueue::run(bench, report).await?;
+    }
+    if wants(What::Latency) {
+        latency::run(bench, report).await?;
+    }
+    if wants(What::Backlog) {
+        backlog::run(bench, report).await?;
+    }
+    if wants(What::Idle) {
+        idle::run(bench, report).await?;
+    }
     Ok(())
 }
 

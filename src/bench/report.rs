@@ -1,4 +1,5 @@
-//! What was measured, as a table or as JSON.
+//! What was measured, as a table or as JSON: of each figure the median of the
+//! passes, and how far they lay apart.
 
 use comfy_table::Table;
 use comfy_table::presets::UTF8_BORDERS_ONLY;
@@ -6,16 +7,44 @@ use serde_json::{Map, Value, json};
 
 use super::Bench;
 
-/// One measured figure.
+/// One figure, of every pass.
 struct Line {
     bench: &'static str,
     figure: &'static str,
-    value: f64,
+    values: Vec<f64>,
     unit: &'static str,
-    /// What bare SQL reaches, for a ratio.
-    limit: Option<f64>,
+    /// The same as a share of what bare SQL did in its pass.
+    ratios: Vec<f64>,
     /// What we want to reach.
     target: Option<Target>,
+}
+
+impl Line {
+    fn value(&self) -> f64 {
+        median(&self.values)
+    }
+
+    fn ratio(&self) -> Option<f64> {
+        (!self.ratios.is_empty()).then(|| median(&self.ratios))
+    }
+
+    /// The least and the greatest, where there was more than one pass.
+    fn spread(&self) -> Option<(f64, f64)> {
+        let least = self.values.iter().copied().fold(f64::INFINITY, f64::min);
+        let greatest = self.values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        (self.values.len() > 1).then_some((least, greatest))
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match (sorted.get(middle.wrapping_sub(1)), sorted.get(middle)) {
+        (Some(below), Some(above)) if sorted.len().is_multiple_of(2) => (below + above) / 2.0,
+        (_, Some(middle)) => *middle,
+        _ => f64::NAN,
+    }
 }
 
 /// What a figure should be.
@@ -41,9 +70,11 @@ impl Target {
     }
 }
 
-/// All the figures of one run.
+/// All the figures.
 pub(crate) struct Report {
     lines: Vec<Line>,
+    /// The line of the figure just added.
+    last: usize,
     server: String,
     cores: usize,
     quiet: bool,
@@ -58,7 +89,7 @@ impl Report {
         .fetch_one(&bench.pool)
         .await?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Self { lines: Vec::new(), server, cores, quiet: bench.quiet })
+        Ok(Self { lines: Vec::new(), last: 0, server, cores, quiet: bench.quiet })
     }
 
     pub(crate) fn add(
@@ -68,21 +99,29 @@ impl Report {
         value: f64,
         unit: &'static str,
     ) -> &mut Self {
-        self.lines.push(Line { bench, figure, value, unit, limit: None, target: None });
+        let known = self.lines.iter().position(|line| (line.bench, line.figure) == (bench, figure));
+        self.last = known.unwrap_or(self.lines.len());
+        match self.lines.get_mut(self.last) {
+            Some(line) => line.values.push(value),
+            None => {
+                self.lines.push(Line { bench, figure, values: vec![value], unit, ratios: Vec::new(), target: None })
+            }
+        }
         self
     }
 
     /// What bare SQL reaches, for the figure just added.
     pub(crate) fn limit(&mut self, limit: f64) -> &mut Self {
-        if let Some(line) = self.lines.last_mut() {
-            line.limit = Some(limit);
+        if let Some(line) = self.lines.get_mut(self.last) {
+            let value = line.values.last().copied().unwrap_or(f64::NAN);
+            line.ratios.push(value / limit);
         }
         self
     }
 
     /// What the figure just added should be.
     pub(crate) fn target(&mut self, target: Target) -> &mut Self {
-        if let Some(line) = self.lines.last_mut() {
+        if let Some(line) = self.lines.get_mut(self.last) {
             line.target = Some(target);
         }
         self
@@ -96,16 +135,19 @@ impl Report {
         }
         let mut table = Table::new();
         table.load_style(UTF8_BORDERS_ONLY);
-        table.set_header(["bench", "figure", "measured", "unit", "of limit", "target", ""]);
+        table.set_header(["bench", "figure", "median", "unit", "least - greatest", "of limit", "target", ""]);
         for line in &self.lines {
-            let ratio = line.limit.map(|limit| format!("{:.0} %", 100.0 * line.value / limit)).unwrap_or_default();
+            let value = line.value();
+            let ratio = line.ratio().map(|ratio| format!("{:.0} %", 100.0 * ratio)).unwrap_or_default();
+            let spread = line.spread().map(|(a, b)| format!("{} - {}", number(a), number(b))).unwrap_or_default();
             let (target, met) = match line.target {
                 None => (String::new(), ""),
-                Some(target) => (target.describe(), if target.is_met(line.value) { "met" } else { "MISSED" }),
+                Some(target) => (target.describe(), if target.is_met(value) { "met" } else { "MISSED" }),
             };
-            table.add_row([line.bench, line.figure, &number(line.value), line.unit, &ratio, &target, met]);
+            table.add_row([line.bench, line.figure, &number(value), line.unit, &spread, &ratio, &target, met]);
         }
-        println!("{}, {} cores shared with the server", self.server, self.cores);
+        let passes = self.lines.iter().map(|line| line.values.len()).max().unwrap_or(0);
+        println!("{}, {} cores shared with the server, {passes} passes", self.server, self.cores);
         println!("{table}");
     }
 
@@ -117,15 +159,15 @@ impl Report {
                 let mut object = Map::new();
                 object.insert("bench".into(), line.bench.into());
                 object.insert("figure".into(), line.figure.into());
-                object.insert("value".into(), line.value.into());
+                object.insert("value".into(), line.value().into());
+                object.insert("passes".into(), line.values.clone().into());
                 object.insert("unit".into(), line.unit.into());
-                if let Some(limit) = line.limit {
-                    object.insert("limit".into(), limit.into());
-                    object.insert("of_limit".into(), (line.value / limit).into());
+                if let Some(ratio) = line.ratio() {
+                    object.insert("of_limit".into(), ratio.into());
                 }
                 if let Some(target) = line.target {
                     object.insert("target".into(), target.describe().into());
-                    object.insert("met".into(), target.is_met(line.value).into());
+                    object.insert("met".into(), target.is_met(line.value()).into());
                 }
                 Value::Object(object)
             })

@@ -271,11 +271,26 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: imp
     }
 }
 
+/// A small generator, so that a schedule can be run again from its seed.
+pub struct Seeded(pub u64);
+
+impl Seeded {
+    pub fn below(&mut self, n: u64) -> u64 {
+        // SplitMix64 (Steele, Lea, Flood 2014).
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % n
+    }
+}
+
 /// A sink outside of the system that counts effects by their key: it fails
 /// as often as it is told to, and then answers.
 pub mod witness {
     use std::collections::HashMap;
     use std::sync::{Arc, Mutex};
+    use std::time::Duration;
 
     use axum::Router;
     use axum::extract::State;
@@ -315,6 +330,8 @@ pub mod witness {
     ) -> (StatusCode, [(&'static str, &'static str); 1], &'static str) {
         let key = headers.get("idempotency-key").and_then(|v| v.to_str().ok()).unwrap_or("none").to_owned();
         *witness.calls.lock().unwrap().entry(key).or_default() += 1;
+        // Long enough to be interrupted.
+        tokio::time::sleep(Duration::from_millis(2)).await;
         let json = [("content-type", "application/json")];
         let mut failures = witness.failures.lock().unwrap();
         if failures.is_empty() {

@@ -7,9 +7,20 @@ use capx_core::domain::ids::CompanyId;
 use capx_core::engine::claim::{self, ClaimCursor};
 use capx_core::store::jobs::{self, Enqueued, Lease, NewJob, Settle, kind, queue};
 use capx_core::store::sessions::{self, NewSession};
+use serde_json::Value;
+use sqlx::Arguments;
+use sqlx::postgres::{PgArguments, PgConnection};
 use uuid::Uuid;
 
-use crate::harness::Db;
+use crate::harness::{Db, Seeded, eventually};
+
+macro_rules! arguments {
+    ($($value:expr),*) => {{
+        let mut given = PgArguments::default();
+        $(given.add($value).unwrap();)*
+        given
+    }};
+}
 
 async fn session(db: &Db, lease: Duration) -> i64 {
     let queues = vec![queue::BENCH.to_owned()];
@@ -130,13 +141,69 @@ async fn what_is_due_later_is_taken_later() {
     assert!(jobs::claim(&db.pool, session, &queues(), Uuid::nil(), 1).await.unwrap().is_empty());
     let outlook = jobs::look(&db.pool, &queues()).await.unwrap();
     assert!(!outlook.ready && outlook.next_due_s.is_some_and(|s| s > 0.0));
-    crate::harness::eventually("the timer", || async { jobs::promote(&db.pool).await.unwrap() == 1 }).await;
+    eventually("the timer", || async { jobs::promote(&db.pool).await.unwrap() == 1 }).await;
     assert!(jobs::look(&db.pool, &queues()).await.unwrap().ready);
     assert_eq!(jobs::claim(&db.pool, session, &queues(), Uuid::nil(), 1).await.unwrap().len(), 1);
 }
 
+/// Claims against a model: random jobs of random companies, queues and
+/// priorities, taken in random amounts.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_claim_reads_little_however_much_waits() {
+async fn claims_are_fair_in_order_and_leave_nothing() {
+    let db = Db::new().await;
+    let session = session(&db, LONG).await;
+    for seed in 0..20 {
+        let mut random = Seeded(seed);
+        let companies: Vec<Uuid> = (0..1 + random.below(6)).map(|_| Uuid::now_v7()).collect();
+        let queues = vec!["bench".to_owned(), "steps".to_owned(), "system".to_owned()];
+        let mut waiting: HashMap<(String, Uuid), Vec<(i16, i64)>> = HashMap::new();
+        for _ in 0..random.below(120) {
+            let queue = [queue::BENCH, queue::STEPS, queue::SYSTEM][random.below(3) as usize];
+            let company = companies[random.below(companies.len() as u64) as usize];
+            let priority = random.below(3) as i16 - 1;
+            let job = NewJob { priority, ..NewJob::new(queue, kind::NOOP, CompanyId(company)) };
+            let Enqueued::New(id) = jobs::enqueue(&db.pool, &job).await.unwrap() else { panic!("new") };
+            waiting.entry((queue.to_owned(), company)).or_default().push((priority, id));
+        }
+        waiting.values_mut().for_each(|jobs| jobs.sort_unstable());
+        let mut served: Vec<(String, Uuid)> = Vec::new();
+        while !waiting.is_empty() {
+            let room = 1 + random.below(40) as i64;
+            let claimed = jobs::claim(&db.pool, session, &queues, Uuid::nil(), room).await.unwrap();
+            let open = waiting.len();
+            let left: usize = waiting.values().map(Vec::len).sum();
+            let mut taken: HashMap<(String, Uuid), Vec<(i16, i64)>> = HashMap::new();
+            for job in claimed {
+                taken.entry((job.queue, job.company.0)).or_default().push((job.priority, job.lease.job));
+            }
+            let share = (room as usize).div_ceil(open);
+            // Nobody gets more than a share, and who has work gets some as
+            // long as there is room.
+            assert!(taken.values().all(|jobs| jobs.len() <= share), "seed {seed}: more than a share of {share}");
+            let total: usize = taken.values().map(Vec::len).sum();
+            assert!(total > 0 && total <= room as usize, "seed {seed}: {total} of {left}");
+            if room as usize >= open * share {
+                assert_eq!(taken.len(), open, "seed {seed}: somebody got nothing");
+            }
+            for (tenant, mut jobs) in taken {
+                jobs.sort_unstable();
+                let all = waiting.get_mut(&tenant).unwrap();
+                // What is taken is what comes first.
+                assert_eq!(all.drain(..jobs.len()).collect::<Vec<_>>(), jobs, "seed {seed}");
+                if all.is_empty() {
+                    waiting.remove(&tenant);
+                    served.push(tenant);
+                }
+            }
+        }
+        assert!(jobs::claim(&db.pool, session, &queues, Uuid::nil(), 10).await.unwrap().is_empty());
+    }
+}
+
+/// The statements that every worker sends all the time, in a table that holds
+/// much else: by index, and little of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_hot_statements_read_little_however_much_waits() {
     let db = Db::new().await;
     let company = CompanyId::new();
     fill(&db, company, 10_000).await;
@@ -150,23 +217,73 @@ async fn a_claim_reads_little_however_much_waits() {
     .await
     .unwrap();
     let session = session(&db, LONG).await;
-    let sql = include_str!("../../core/src/store/sql/claim.sql");
     let mut connection = db.pool.acquire().await.unwrap();
-    let plan: serde_json::Value =
-        sqlx::query_scalar(sqlx::AssertSqlSafe(format!("explain (analyze, buffers, format json) {sql}")))
-            .bind(session)
-            .bind(queues())
-            .bind(Uuid::nil())
-            .bind(64)
-            .bind(32_i64)
-            .bind(10_000_i64)
-            .fetch_one(&mut *connection)
-            .await
-            .unwrap();
-    let text = plan.to_string();
-    assert!(!text.contains("Seq Scan"), "{text}");
-    let hit = plan[0]["Plan"]["Shared Hit Blocks"].as_i64().unwrap()
-        + plan[0]["Plan"]["Shared Read Blocks"].as_i64().unwrap();
+    let claim = include_str!("../../core/src/store/sql/claim.sql");
     // 32 rows, each found, locked, updated and put into two indexes.
-    assert!(hit < 1_000, "{hit} buffers: {text}");
+    let given = arguments![session, queues(), Uuid::nil(), 64, 32_i64, 10_000_i64];
+    reads(&mut connection, "claim", claim, 1_000, given).await;
+    let claim_on = include_str!("../../core/src/store/sql/claim_on.sql");
+    let given = arguments![session, queues(), vec![company.0], vec![0_i16], vec![5_000_i64], 32_i64, 10_000_i64];
+    reads(&mut connection, "claim_on", claim_on, 1_000, given).await;
+    // Nobody is dead: it looks at what runs, 64 rows.
+    let reclaim = include_str!("../../core/src/store/sql/reclaim.sql");
+    reads(&mut connection, "reclaim", reclaim, 400, arguments![1_000_i64, 500.0_f64]).await;
+    reads(&mut connection, "look", &statement("look"), 60, arguments![queues()]).await;
+    reads(&mut connection, "promote", &statement("promote"), 30, arguments![1_000_i64]).await;
+    let held: Vec<i64> =
+        sqlx::query_scalar("select id from jobs where state = 'running'").fetch_all(&mut *connection).await.unwrap();
+    let give_back = statement("give_back_unknown");
+    reads(&mut connection, "give_back_unknown", &give_back, 200, arguments![session, held]).await;
+}
+
+/// The text of a statement of `store::jobs`, without sqlx's annotations.
+fn statement(function: &str) -> String {
+    let source = include_str!("../../core/src/store/jobs.rs");
+    let from = source.find(&format!("pub async fn {function}(")).unwrap();
+    let query = source[from..].find("sqlx::query!(").unwrap() + from;
+    let (before, text) = source[query..].split_once('"').unwrap();
+    let end = text.find(if before.ends_with("r#") { "\"#," } else { "\",\n" }).unwrap();
+    text[..end].replace("!\"", "\"")
+}
+
+/// Runs a statement and asserts how it was carried out.
+async fn reads(connection: &mut PgConnection, name: &str, sql: &str, buffers_max: i64, given: PgArguments) {
+    let sql = format!("explain (analyze, buffers, format json) {sql}");
+    let plan: Value = sqlx::query_scalar_with(sqlx::AssertSqlSafe(sql), given).fetch_one(connection).await.unwrap();
+    let plan = &plan[0]["Plan"];
+    assert!(!scans_jobs(plan), "{name}: {plan}");
+    let read = plan["Shared Hit Blocks"].as_i64().unwrap() + plan["Shared Read Blocks"].as_i64().unwrap();
+    assert!(read < buffers_max, "{name} read {read} buffers: {plan}");
+}
+
+fn scans_jobs(plan: &Value) -> bool {
+    (plan["Node Type"] == "Seq Scan" && plan["Relation Name"] == "jobs")
+        || plan["Plans"].as_array().is_some_and(|inner| inner.iter().any(scans_jobs))
+}
+
+/// Whatever a worker sends, no table that grows is read from end to end.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_statement_of_a_worker_scans_a_table() {
+    let db = Db::new().await;
+    let company = db.company(&["a"], "claude", serde_json::json!({})).await;
+    let yaml = "name: p\nsteps:\n  - {id: a, action: transform, params: {v: 1}}\n  - {id: b, action: transform, params: {v: '${steps.a.output}'}}\n  - {id: c, action: transform, approval: {timeout: 50ms, on_timeout: approve}}\n";
+    let playbook = db.playbook(company, yaml).await;
+    let worker = db.worker(crate::harness::SHORT_LEASE);
+    for _ in 0..20 {
+        let run = db.start(company, playbook, serde_json::json!({})).await;
+        db.until(company, run, capx_core::domain::run::RunStatus::Completed).await;
+    }
+    worker.stop().await;
+    eventually("the server's counters", || async {
+        db.count("select n_tup_ins from pg_stat_user_tables where relname = 'run_steps'").await >= 60
+    })
+    .await;
+    let read: Vec<(String, i64)> = sqlx::query_as(
+        "select relname::text, seq_tup_read from pg_stat_user_tables
+         where relname in ('jobs', 'runs', 'run_steps', 'events', 'approvals', 'playbook_versions') and seq_tup_read > 0",
+    )
+    .fetch_all(&db.pool)
+    .await
+    .unwrap();
+    assert!(read.is_empty(), "{read:?}");
 }

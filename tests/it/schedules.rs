@@ -13,8 +13,8 @@ use capx_workers::{Hands, Worker, WorkerConfig};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::Db;
 use crate::harness::witness::Witness;
+use crate::harness::{Db, Seeded, eventually};
 
 /// Schedules with the tests.
 const SHORT: usize = 24;
@@ -56,20 +56,6 @@ impl Drop for Mortal {
     }
 }
 
-/// A small generator, so that a schedule can be run again from its seed.
-struct Seeded(u64);
-
-impl Seeded {
-    fn below(&mut self, n: u64) -> u64 {
-        // SplitMix64 (Steele, Lea, Flood 2014).
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % n
-    }
-}
-
 async fn schedule(db: &Db, seed: u64) -> i64 {
     let mut random = Seeded(seed);
     let witness = Witness::start(&[]).await;
@@ -92,8 +78,16 @@ async fn schedule(db: &Db, seed: u64) -> i64 {
         runs.push(db.start(company, playbook, json!({})).await);
     }
     for _ in 0..1 + random.below(3) {
+        let sessions = db.count("select coalesce(max(id), 0) from worker_sessions").await;
         let mortal = Mortal::start(db);
-        tokio::time::sleep(Duration::from_micros(2_000 + random.below(40_000))).await;
+        // Dead at its start now and then, else in the midst of work.
+        if random.below(5) > 0 {
+            eventually("its session", || async {
+                db.count("select coalesce(max(id), 0) from worker_sessions").await > sessions
+            })
+            .await;
+        }
+        tokio::time::sleep(Duration::from_micros(random.below(30_000))).await;
         drop(mortal);
     }
     let survivor = Mortal::start(db);
