@@ -299,6 +299,26 @@ async fn a_client_that_goes_away_leaves_nothing_half_done() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_was_started_is_answered_even_when_it_cannot_be_shown() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let co = company(&api).await;
+    let (_, pb) = api.post(&format!("/v1/companies/{co}/playbooks"), json!({"yaml": YAML})).await;
+    let path = format!("/v1/companies/{co}/playbooks/{}", pb["data"]["id"].as_str().unwrap());
+    // What shows a run reads its steps; what starts one does not.
+    sqlx::raw_sql("alter table run_steps rename to away").execute(&db.pool).await.unwrap();
+    let mut started = Vec::new();
+    for wait in [0, 1] {
+        let (status, answer) = api.post(&format!("{path}/run?wait={wait}"), json!({})).await;
+        assert_eq!((status, &answer["data"]["status"]), (201, &json!("running")), "wait={wait}: {answer}");
+        assert!(answer["data"]["started_at"].is_string(), "{answer}");
+        started.push(answer["data"]["run_id"].as_str().unwrap().to_owned());
+    }
+    assert_eq!(api.get(&format!("{path}/runs/{}", started[0])).await.0, 500, "the fault did not happen");
+    assert_eq!(db.count("select count(*) from runs").await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn health_is_told_without_a_key() {
     let db = Db::new().await;
     let api = db.api().await;

@@ -9,7 +9,7 @@ use axum::routing::{get, post};
 use capx_core::domain::ids::{CompanyId, PlaybookId, RunId};
 use capx_core::domain::playbook::Playbook;
 use capx_core::domain::run::{RunStatus, StepStatus};
-use capx_core::engine::start::start_run;
+use capx_core::engine::start::{Started, start_run};
 use capx_core::store::approvals::{self, Filter};
 use capx_core::store::runs::{self, JobRow, RunRow, StepRow};
 use serde::Deserialize;
@@ -19,6 +19,7 @@ use super::Routes;
 use crate::api::auth::{Caller, PlaybooksRead, PlaybooksWrite};
 use crate::api::body::{Body, Params, limit};
 use crate::api::reply::{cursor, page, time};
+use crate::api::request::current_id;
 use crate::api::{ApiError, ApiState, Shared};
 
 /// The longest that an answer is held for the end of a run.
@@ -72,15 +73,32 @@ async fn start(
         (params, inputs) => params.or(inputs).unwrap_or_default(),
     };
     let started = start_run(&state.engine, company, playbook, params, "manual").await?;
-    let mut data = show(&state, &caller, company, playbook, started.run, patience).await?;
-    if patience.is_zero() {
-        // What was started, whatever it has come to in the meantime.
-        data = json!({
-            "run_id": started.run, "playbook_id": playbook, "status": started.status, "params": started.params,
-            "started_at": data["started_at"],
-        });
-    }
+    // The run is committed: whatever cannot be read from here on is left out,
+    // since an error would make the client start another one.
+    let data = if patience.is_zero() {
+        brief(&state, company, playbook, started).await
+    } else {
+        match show(&state, &caller, company, playbook, started.run, patience).await {
+            Ok(data) => data,
+            Err(_) => brief(&state, company, playbook, started).await,
+        }
+    };
     caller.reply(&state, StatusCode::CREATED, 2, data).await
+}
+
+/// What was started, whatever it has come to in the meantime; never fails.
+async fn brief(state: &ApiState, company: CompanyId, playbook: PlaybookId, started: Started) -> Value {
+    let started_at = match runs::get(&state.engine.pool, company, started.run).await {
+        Ok(row) => row.and_then(|row| row.started_at),
+        Err(error) => {
+            tracing::warn!(%error, request.id = current_id(), "a run has begun and could not be read back");
+            None
+        }
+    };
+    json!({
+        "run_id": started.run, "playbook_id": playbook, "status": started.status, "params": started.params,
+        "started_at": started_at.map(time),
+    })
 }
 
 #[derive(Debug, Deserialize)]
