@@ -181,7 +181,7 @@ async fn one(
 }
 
 /// An agent in a list.
-pub(super) fn agent_summary(row: &AgentRow) -> Value {
+fn agent_summary(row: &AgentRow) -> Value {
     let mut data = json!({
         "id": row.agent, "role": row.role, "adapter": row.adapter, "model": row.model, "budget": row.budget,
         "used": 0, "status": row.status, "last_heartbeat": null, "total_cost": 0.0,
@@ -190,4 +190,12 @@ pub(super) fn agent_summary(row: &AgentRow) -> Value {
         data["error"] = error.clone().into();
     }
     data
+}
+
+/// The same of one that has just been made.
+pub(super) fn new_agent_summary(new: &NewAgent) -> Value {
+    json!({
+        "id": new.agent, "role": new.role, "adapter": new.adapter, "model": new.model, "budget": new.budget,
+        "used": 0, "status": "initializing", "last_heartbeat": null, "total_cost": 0.0,
+    })
 }

@@ -4,15 +4,16 @@ use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use axum::routing::get;
-use capx_core::domain::ids::CompanyId;
+use capx_core::domain::ids::{AccountId, CompanyId};
 use capx_core::engine::FieldProblem;
 use capx_core::engine::tenants::{CreateCompany, create_company};
-use capx_core::store::tenants::{self, AgentRow, CompanyRow};
+use capx_core::store::tenants::{self, CompanyRow};
+use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::Routes;
-use super::agents::{AgentBody, agent_summary};
+use super::agents::{AgentBody, new_agent_summary};
 use crate::api::auth::{Caller, CompaniesRead, CompaniesWrite};
 use crate::api::body::{Body, Params, limit};
 use crate::api::reply::{cursor, page, time};
@@ -113,21 +114,29 @@ async fn create(
         template: body.template,
         agents: body.agents.into_iter().map(AgentBody::into_new).collect(),
     };
-    let (company, _) = create_company(&state.engine, caller.account, &request).await?;
-    let row = caller.company(&state, &company.to_string()).await?;
-    let agents = agents_of(&state, company).await?;
-    let mut data = show(&row);
-    // As they were made: a worker may have got them ready already.
-    data["status"] = "provisioning".into();
-    data["agents"] = agents.iter().map(agent_summary).collect();
-    for agent in data["agents"].as_array_mut().into_iter().flatten() {
-        agent["status"] = "initializing".into();
-    }
+    let (company, created_at) = create_company(&state.engine, caller.account, &request).await?;
+    let data = show_new(company, caller.account, request, created_at);
     caller.reply(&state, StatusCode::CREATED, 5, data).await
 }
 
-async fn agents_of(state: &crate::api::ApiState, company: CompanyId) -> Result<Vec<AgentRow>, ApiError> {
-    Ok(tenants::agents_of(&state.engine.pool, &[company.0]).await?)
+/// A company as it was made, from what was sent: read back, it could be told
+/// as an error though it exists, and would be made twice.
+fn show_new(company: CompanyId, account: AccountId, request: CreateCompany, created_at: DateTime<Utc>) -> Value {
+    let agents: Vec<Value> = request.agents.iter().map(new_agent_summary).collect();
+    let mut data = show(&CompanyRow {
+        company,
+        account,
+        name: request.name,
+        description: request.description,
+        status: "provisioning".into(),
+        config: request.config,
+        governance: request.governance,
+        agent_count: i64::try_from(agents.len()).unwrap_or(i64::MAX),
+        created_at,
+        updated_at: created_at,
+    });
+    data["agents"] = agents.into();
+    data
 }
 
 #[derive(Debug, Deserialize)]
