@@ -16,7 +16,7 @@ use sqlx::PgPool;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::ApiState;
+use crate::api::{ApiState, Limits};
 
 /// Where runs keep their files when nothing else is said.
 pub const WORKSPACE: &str = ".capx/workspaces";
@@ -159,7 +159,7 @@ pub async fn listen(bind: &str) -> anyhow::Result<TcpListener> {
 pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationToken) -> anyhow::Result<ApiState> {
     let pool = store::pool(url, PoolKind::Requests, API_CONNECTIONS)?;
     let engine = Engine::new(pool).with_waker(Waker::start(url)).with_group_commit();
-    Ok(ApiState { engine, metrics, stopping })
+    Ok(ApiState { engine, metrics, stopping, limits: Limits::default() })
 }
 
 /// The process's metrics, once a process.

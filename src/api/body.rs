@@ -1,6 +1,8 @@
 //! Requests read strictly: a wrong type says which field, an unknown field
 //! what was probably meant, and nothing half-read reaches a handler.
 
+use std::sync::Arc;
+
 use axum::extract::{FromRequest, FromRequestParts, Query, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::request::Parts;
@@ -9,16 +11,16 @@ use capx_core::domain::storable;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{ApiError, BODY_BYTES_MAX};
+use super::{ApiError, ApiState, BODY_BYTES_MAX};
 
 /// A JSON body. An empty one counts as `{}`, for actions that need none.
 #[derive(Debug)]
 pub struct Body<T>(pub T);
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+impl<T: DeserializeOwned> FromRequest<Arc<ApiState>> for Body<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, _: &S) -> Result<Self, ApiError> {
+    async fn from_request(request: Request, state: &Arc<ApiState>) -> Result<Self, ApiError> {
         let declared =
             request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<usize>().ok());
         if declared.is_some_and(|length| length > BODY_BYTES_MAX) {
@@ -30,11 +32,12 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
                 kind.eq_ignore_ascii_case("application/json") || kind.to_ascii_lowercase().ends_with("+json")
             })
         });
-        let bytes = axum::body::to_bytes(request.into_body(), BODY_BYTES_MAX).await.map_err(|error| {
+        let bytes = axum::body::to_bytes(request.into_body(), BODY_BYTES_MAX);
+        let bytes = tokio::time::timeout(state.limits.body, bytes)
+            .await
+            .map_err(|_| ApiError::TooSlow(state.limits.body))?
             // Over the limit, or the client broke off, who reads no answer.
-            let _ = error;
-            ApiError::TooLarge
-        })?;
+            .map_err(|_| ApiError::TooLarge)?;
         if bytes.iter().all(u8::is_ascii_whitespace) {
             return read(Value::Object(serde_json::Map::new())).map(Self);
         }

@@ -1,5 +1,7 @@
 //! Failures as the API tells them: the one place that chooses a status.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -30,6 +32,8 @@ pub enum ApiError {
     NotFound(&'static str),
     /// 405.
     MethodNotAllowed,
+    /// 408: the body did not come in this time.
+    TooSlow(Duration),
     /// 409: the state of things forbids it.
     Conflict(String),
     /// 413: the body is too large.
@@ -64,6 +68,7 @@ impl ApiError {
             Self::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden"),
             Self::NotFound(_) => (StatusCode::NOT_FOUND, "not_found"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Self::TooSlow(_) => (StatusCode::REQUEST_TIMEOUT, "request_timeout"),
             Self::Conflict(_) => (StatusCode::CONFLICT, "conflict"),
             Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large"),
             Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
@@ -79,6 +84,9 @@ impl ApiError {
             Self::Forbidden(scope) => format!("the key lacks the scope `{scope}`"),
             Self::NotFound(what) => format!("there is no such {what}, or the key does not reach it"),
             Self::MethodNotAllowed => "this path does not take this method".into(),
+            Self::TooSlow(limit) => {
+                format!("the body did not come within {limit:?}; nothing was done, so send the request again")
+            }
             Self::TooLarge => format!("the body is larger than {} bytes", super::BODY_BYTES_MAX),
             Self::UnsupportedMediaType => "send JSON, with `Content-Type: application/json`".into(),
             Self::Internal => "something went wrong on our side; report it with the request id".into(),

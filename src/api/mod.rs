@@ -7,6 +7,7 @@
 //! [`routes`] one file a resource.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::routing::get;
@@ -28,6 +29,22 @@ pub use error::ApiError;
 /// The largest body of a request, in bytes.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
 
+/// How long a client may take to send the whole body of a request.
+const BODY_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// The times that a request is bounded by.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// For a client to send the whole body.
+    pub body: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { body: BODY_TIME_MAX }
+    }
+}
+
 /// What handlers share. Cheap to clone.
 #[derive(Clone)]
 pub struct ApiState {
@@ -37,6 +54,8 @@ pub struct ApiState {
     pub metrics: PrometheusHandle,
     /// The process winds down: not ready any more, and held answers end.
     pub stopping: CancellationToken,
+    /// What a request is bounded by.
+    pub limits: Limits,
 }
 
 /// Every route, with what every request passes.

@@ -1,10 +1,13 @@
 //! The API over HTTP: the documented requests work, and bad ones are told
 //! what is wrong and change nothing.
 
+use std::time::Duration;
+
+use capx::api::Limits;
 use capx_core::domain::ids::{CompanyId, RunId};
 use serde_json::{Value, json};
 
-use crate::harness::{Api, Db, SHORT_LEASE, eventually};
+use crate::harness::{Api, Db, PATIENCE, SHORT_LEASE, eventually};
 
 const YAML: &str = "name: Weekly Market Report\ntrigger:\n  schedule: '0 9 * * MON'\nsteps:\n  - role: researcher\n    action: research\n    params:\n      topic: 'market trends'\n      depth: comprehensive\n  - role: writer\n    action: compile_report\n    params:\n      format: pdf\n      sections: [summary, data, recommendations]\nrubric:\n  min_sources: 5\n  max_cost: 5.00";
 
@@ -316,6 +319,35 @@ async fn a_run_that_was_started_is_answered_even_when_it_cannot_be_shown() {
     }
     assert_eq!(api.get(&format!("{path}/runs/{}", started[0])).await.0, 500, "the fault did not happen");
     assert_eq!(db.count("select count(*) from runs").await, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_drips_is_not_waited_for() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let db = Db::new().await;
+    let api = db.api_within(Limits { body: Duration::from_millis(200), ..Limits::default() }).await;
+    let stream = tokio::net::TcpStream::connect(api.base.trim_start_matches("http://")).await.unwrap();
+    let (mut reader, mut writer) = stream.into_split();
+    let head = format!(
+        "POST /v1/companies HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {}\r\ncontent-type: application/json\r\ncontent-length: 100000\r\n\r\n",
+        api.key
+    );
+    // Never silent for long, and never done.
+    let drip = tokio::spawn(async move {
+        writer.write_all(head.as_bytes()).await.unwrap();
+        while writer.write_all(b" ").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    // Until the server closes: it does not wait for the rest. Drops that come
+    // after that may be answered by a reset.
+    let mut bytes = Vec::new();
+    let _ = tokio::time::timeout(PATIENCE, reader.read_to_end(&mut bytes)).await.expect("the server hangs up");
+    let answer = String::from_utf8_lossy(&bytes);
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    assert!(answer.contains(r#""code":"request_timeout""#) && answer.contains("send the request again"), "{answer}");
+    assert!(answer.contains("x-request-id"), "{answer}");
+    drip.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use capx::api::{self, server};
+use capx::api::{self, ApiState, Limits, server};
 use capx::dev::postgres::{Binaries, Options, Server};
 use capx::{keys, serve};
 use capx_core::domain::ids::{AccountId, AgentId, CompanyId, PlaybookId, RunId};
@@ -193,10 +193,16 @@ impl Db {
 
     /// The API over this database, on a port of its own, with a key.
     pub async fn api(&self) -> Api {
+        self.api_within(Limits::default()).await
+    }
+
+    /// The same with other limits.
+    pub async fn api_within(&self, limits: Limits) -> Api {
         static METRICS: OnceLock<PrometheusHandle> = OnceLock::new();
         let metrics = METRICS.get_or_init(|| serve::metrics().unwrap()).clone();
         let stop = CancellationToken::new();
         let state = serve::api_state(&self.url, metrics, stop.clone()).unwrap();
+        let state = ApiState { limits, ..state };
         let listener = serve::listen("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
         tokio::spawn(server::serve(listener, api::router(state), stop.clone()));
