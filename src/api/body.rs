@@ -91,6 +91,19 @@ fn explain(path: &str, said: &str) -> ApiError {
     ApiError::field(field, said)
 }
 
+/// The parts of a path.
+#[derive(Debug)]
+pub struct Path<T>(pub T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let read = axum::extract::Path::from_request_parts(parts, state).await;
+        read.map(|axum::extract::Path(parts)| Self(parts)).map_err(|error| ApiError::field("path", error.body_text()))
+    }
+}
+
 /// Query parameters.
 #[derive(Debug)]
 pub struct Params<T>(pub T);

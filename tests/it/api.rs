@@ -322,6 +322,44 @@ async fn a_run_that_was_started_is_answered_even_when_it_cannot_be_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn every_answer_is_the_envelope() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let co = CompanyId::new();
+    for (method, path, status, code) in [
+        ("GET", "/", 404, "not_found"),
+        ("GET", "/v1", 404, "not_found"),
+        ("GET", "/v1/", 404, "not_found"),
+        ("GET", "/v1/companies/", 404, "not_found"),
+        ("GET", "/v1/companies//playbooks", 404, "not_found"),
+        ("GET", "/v2/companies", 404, "not_found"),
+        ("GET", "/v1/companies/%FF", 400, "invalid_request"),
+        ("GET", "/v1/companies/%FF/playbooks", 400, "invalid_request"),
+        ("GET", "/v1/companies/x/playbooks/%FF", 400, "invalid_request"),
+        ("GET", "/v1/companies/x/agents/%C3", 400, "invalid_request"),
+        ("GET", "/v1/companies/x/playbooks/y/runs/%FF", 400, "invalid_request"),
+        ("POST", "/v1/companies/x/playbooks/%FF/run", 400, "invalid_request"),
+        ("GET", "/v1/approvals/%FF", 400, "invalid_request"),
+        ("GET", "/v1/companies/%00", 400, "invalid_request"),
+        ("GET", "/v1/companies?limit=%FF", 400, "invalid_request"),
+        ("PUT", "/v1/companies", 405, "method_not_allowed"),
+        ("DELETE", "/v1/companies/x", 405, "method_not_allowed"),
+        ("GET", "/v1/companies/x/playbooks/y/run", 405, "method_not_allowed"),
+        ("OPTIONS", "/v1/approvals", 405, "method_not_allowed"),
+        ("BREW", "/v1/companies", 405, "method_not_allowed"),
+        ("POST", "/healthz", 405, "method_not_allowed"),
+        ("POST", "/metrics", 405, "method_not_allowed"),
+    ] {
+        let (given, answer) = api.send(method, path, None).await;
+        assert_eq!((given, &answer["error"]["code"]), (status, &json!(code)), "{method} {path}: {answer}");
+        assert_eq!(answer["success"], false, "{method} {path}");
+        assert!(answer["error"]["message"].is_string() && answer["meta"]["request_id"].is_string(), "{method} {path}");
+    }
+    let (status, answer) = api.get(&format!("/v1/companies/{co}/%ZZ")).await;
+    assert_eq!((status, &answer["error"]["code"]), (404, &json!("not_found")), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_body_that_drips_is_not_waited_for() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let db = Db::new().await;

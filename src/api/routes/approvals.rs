@@ -1,6 +1,6 @@
 //! Approvals: list, get, approve, reject.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use axum::routing::{get, post};
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::Routes;
 use crate::api::auth::{ApprovalsRead, ApprovalsWrite, Caller};
-use crate::api::body::{Body, Params, limit};
+use crate::api::body::{Body, Params, Path, limit};
 use crate::api::reply::{cursor, page, time};
 use crate::api::{ApiError, Shared};
 

@@ -1,6 +1,6 @@
 //! Companies: create, list, get.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use axum::routing::get;
@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use super::Routes;
 use super::agents::{AgentBody, new_agent_summary};
 use crate::api::auth::{Caller, CompaniesRead, CompaniesWrite};
-use crate::api::body::{Body, Params, limit};
+use crate::api::body::{Body, Params, Path, limit};
 use crate::api::reply::{cursor, page, time};
 use crate::api::{ApiError, Shared};
 

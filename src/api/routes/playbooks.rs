@@ -1,6 +1,6 @@
 //! Playbooks: create, list, get.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use axum::routing::get;
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::Routes;
 use crate::api::auth::{Caller, PlaybooksRead, PlaybooksWrite};
-use crate::api::body::{Body, Params, limit};
+use crate::api::body::{Body, Params, Path, limit};
 use crate::api::reply::{cursor, page, time};
 use crate::api::{ApiError, ApiState, Shared};
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use axum::routing::{get, post};
@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 
 use super::Routes;
 use crate::api::auth::{Caller, PlaybooksRead, PlaybooksWrite};
-use crate::api::body::{Body, Params, limit};
+use crate::api::body::{Body, Params, Path, limit};
 use crate::api::reply::{cursor, page, time};
 use crate::api::request::current_id;
 use crate::api::{ApiError, ApiState, Shared};
