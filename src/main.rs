@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use capx::api::{self, server};
 use capx::keys::KeysCommand;
 use capx::serve::{self, DatabaseArgs, WorkerArgs};
 use capx::{bench, dev, keys, telemetry};
@@ -90,9 +89,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             serve::check_database(&store::pool(&url, PoolKind::Requests, 1)?).await?;
             let listener = serve::listen(&bind).await?;
             tracing::info!(address = %listener.local_addr()?, "the API listens");
-            let state = serve::api_state(&url, serve::metrics()?, stop.clone())?;
-            server::serve(listener, api::router(state), stop).await;
-            Ok(())
+            serve::api(listener, serve::api_state(&url, serve::metrics()?, stop)?).await
         }
         Command::Worker { database, worker } => {
             telemetry::start("info");

@@ -16,7 +16,7 @@ use sqlx::PgPool;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::{ApiState, Limits};
+use crate::api::{self, ApiState, Limits, server};
 
 /// Where runs keep their files when nothing else is said.
 pub const WORKSPACE: &str = ".capx/workspaces";
@@ -159,7 +159,19 @@ pub async fn listen(bind: &str) -> anyhow::Result<TcpListener> {
 pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationToken) -> anyhow::Result<ApiState> {
     let pool = store::pool(url, PoolKind::Requests, API_CONNECTIONS)?;
     let engine = Engine::new(pool).with_waker(Waker::start(url)).with_group_commit();
-    Ok(ApiState { engine, metrics, stopping, limits: Limits::default() })
+    Ok(ApiState { engine, metrics, stopping, wedged: CancellationToken::new(), limits: Limits::default() })
+}
+
+/// Serves the API until it is stopped, or has a request that never ends.
+pub async fn api(listener: TcpListener, state: ApiState) -> anyhow::Result<()> {
+    let (stopping, wedged) = (state.stopping.clone(), state.wedged.clone());
+    server::serve(listener, api::router(state), stopping).await;
+    if wedged.is_cancelled() {
+        bail!(
+            "the database has stopped answering on an open connection; look at the network to it, and start capx again"
+        );
+    }
+    Ok(())
 }
 
 /// The process's metrics, once a process.

@@ -44,6 +44,8 @@ pub enum ApiError {
     Internal,
     /// 503: the database is away.
     Unavailable,
+    /// 503: no answer came in this time, and what was asked goes on.
+    Unanswered(Duration),
 }
 
 impl ApiError {
@@ -73,7 +75,7 @@ impl ApiError {
             Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large"),
             Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal_error"),
-            Self::Unavailable => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+            Self::Unavailable | Self::Unanswered(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
         }
     }
 
@@ -91,6 +93,9 @@ impl ApiError {
             Self::UnsupportedMediaType => "send JSON, with `Content-Type: application/json`".into(),
             Self::Internal => "something went wrong on our side; report it with the request id".into(),
             Self::Unavailable => "the database is away; try again in a moment".into(),
+            Self::Unanswered(limit) => format!(
+                "the database has not answered within {limit:?}; the request may still be carried out, so look before you send it again"
+            ),
         }
     }
 }

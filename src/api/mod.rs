@@ -31,17 +31,28 @@ pub const BODY_BYTES_MAX: usize = 1024 * 1024;
 
 /// How long a client may take to send the whole body of a request.
 const BODY_TIME_MAX: Duration = Duration::from_secs(30);
+/// How long a client waits for an answer at most: longer than the longest
+/// `?wait` and the body's time.
+const ANSWER_MAX: Duration = Duration::from_secs(100);
+/// A request that has not ended by then never will: the server would have
+/// cancelled its statements after 15 s each, so nobody is at the other end of
+/// its connection.
+const UNANSWERED_MAX: Duration = Duration::from_secs(180);
 
 /// The times that a request is bounded by.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// For a client to send the whole body.
     pub body: Duration,
+    /// For the answer; the request goes on.
+    pub answer: Duration,
+    /// For the request itself; the process ends.
+    pub unanswered: Duration,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { body: BODY_TIME_MAX }
+        Self { body: BODY_TIME_MAX, answer: ANSWER_MAX, unanswered: UNANSWERED_MAX }
     }
 }
 
@@ -54,12 +65,15 @@ pub struct ApiState {
     pub metrics: PrometheusHandle,
     /// The process winds down: not ready any more, and held answers end.
     pub stopping: CancellationToken,
+    /// A request never ended; cancelled together with `stopping`.
+    pub wedged: CancellationToken,
     /// What a request is bounded by.
     pub limits: Limits,
 }
 
 /// Every route, with what every request passes.
 pub fn router(state: ApiState) -> Router {
+    let state = Arc::new(state);
     let v1 = Router::new()
         .merge(routes::companies::routes())
         .merge(routes::agents::routes())
@@ -73,8 +87,8 @@ pub fn router(state: ApiState) -> Router {
         .route("/metrics", get(health::metrics))
         .fallback(error::no_such_route)
         .method_not_allowed_fallback(error::no_such_method)
-        .layer(axum::middleware::from_fn(request::pass))
-        .with_state(Arc::new(state))
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), request::pass))
+        .with_state(state)
 }
 
 /// The state as handlers take it.

@@ -2,17 +2,19 @@
 //!
 //! The handler runs in a task of its own, so that a client that goes away
 //! drops nobody's database call half-way (hazard H6): what was begun is
-//! finished, only the answer is lost.
+//! finished, only the answer is lost. Nor does a request that hangs on a dead
+//! connection hold its client for ever, or, should it never end, go unnoticed.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use axum::extract::{MatchedPath, Request};
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderValue, header::HeaderName};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use capx_core::domain::ids::RequestId;
 
-use super::ApiError;
+use super::{ApiError, ApiState, Shared};
 
 /// The header that carries a request's id both ways.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -28,7 +30,7 @@ pub(super) fn current_id() -> String {
 }
 
 /// The middleware.
-pub(super) async fn pass(mut request: Request, next: Next) -> Response {
+pub(super) async fn pass(State(state): Shared, mut request: Request, next: Next) -> Response {
     let given = request
         .headers()
         .get(REQUEST_ID)
@@ -47,12 +49,20 @@ pub(super) async fn pass(mut request: Request, next: Next) -> Response {
         }
         next.run(request).await
     };
-    let served = tokio::spawn(CURRENT.scope(id.clone(), handler)).await;
-    let mut response = match served {
-        Ok(response) => response,
-        Err(error) => {
+    let limit = state.limits.answer;
+    let task = tokio::spawn(CURRENT.scope(id.clone(), watched(state, route.clone(), handler)));
+    let failed = |error: ApiError| CURRENT.sync_scope(id.clone(), || error.into_response());
+    // Only the waiting is given up: the task goes on.
+    let mut response = match tokio::time::timeout(limit, task).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(error)) => {
             tracing::error!(request.id = id, route, %error, "a handler panicked");
-            CURRENT.sync_scope(id.clone(), || ApiError::Internal.into_response())
+            failed(ApiError::Internal)
+        }
+        Err(_) => {
+            tracing::error!(request.id = id, route, "no answer after {limit:?}; is the database reachable?");
+            metrics::counter!("capx_http_unanswered_total").increment(1);
+            failed(ApiError::Unanswered(limit))
         }
     };
     if let Ok(value) = HeaderValue::from_str(&id) {
@@ -64,4 +74,17 @@ pub(super) async fn pass(mut request: Request, next: Next) -> Response {
         .record(took.as_secs_f64());
     tracing::debug!(request.id = id, %method, route, status, took_ms = took.as_millis() as u64, "request");
     response
+}
+
+/// A request in its task; should it not end, this process is of no more use.
+async fn watched(state: Arc<ApiState>, route: String, handler: impl Future<Output = Response>) -> Response {
+    tokio::pin!(handler);
+    let limit = state.limits.unanswered;
+    if let Ok(response) = tokio::time::timeout(limit, &mut handler).await {
+        return response;
+    }
+    tracing::error!(request.id = current_id(), route, "a request has not ended after {limit:?}; the process gives up");
+    state.wedged.cancel();
+    state.stopping.cancel();
+    handler.await
 }

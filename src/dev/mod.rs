@@ -14,7 +14,6 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-use crate::api::{self, server};
 use crate::keys;
 use crate::serve::{self, WorkerArgs};
 
@@ -117,7 +116,7 @@ async fn with_database(
     let state = serve::api_state(url, serve::metrics()?, stop.clone())?;
     let engine = state.engine.clone();
     let base_url = format!("http://{}", listener.local_addr()?);
-    let api = tokio::spawn(server::serve(listener, api::router(state), stop.clone()));
+    let api = tokio::spawn(serve::api(listener, state));
     let mut workers = Vec::new();
     for _ in 0..args.workers {
         let worker = serve::worker(url, &worker_args(args), true)?;
@@ -144,8 +143,8 @@ async fn with_database(
     for worker in workers {
         worker.await??;
     }
-    api.await?;
-    shown
+    let served = api.await?;
+    shown.and(served)
 }
 
 async fn after_start(

@@ -207,6 +207,7 @@ async fn keys_are_asked_for_their_scope_and_their_account() {
         base: api.base.clone(),
         key: key.to_owned(),
         client: api.client.clone(),
+        served: None,
         _stop: tokio_util::sync::CancellationToken::new().drop_guard(),
     };
     for key in ["", "nonsense", "capx_sk_live_abc123"] {
@@ -386,6 +387,37 @@ async fn a_body_that_drips_is_not_waited_for() {
     assert!(answer.contains(r#""code":"request_timeout""#) && answer.contains("send the request again"), "{answer}");
     assert!(answer.contains("x-request-id"), "{answer}");
     drip.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_hangs_is_told_so_and_still_carried_out() {
+    let db = Db::new().await;
+    let api = db.api_within(Limits { answer: Duration::from_millis(300), ..Limits::default() }).await;
+    let mut lock = db.pool.begin().await.unwrap();
+    sqlx::raw_sql("lock table companies").execute(&mut *lock).await.unwrap();
+    let (status, answer) = api.post("/v1/companies", company_body()).await;
+    assert_eq!((status, &answer["error"]["code"]), (503, &json!("unavailable")), "{answer}");
+    assert!(answer["error"]["message"].as_str().unwrap().contains("look before you send it again"), "{answer}");
+    assert!(api.get("/metrics").await.1.as_str().unwrap().contains("capx_http_unanswered_total"));
+    lock.commit().await.unwrap();
+    eventually("the request to be carried out", || async { db.count("select count(*) from companies").await == 1 })
+        .await;
+    assert_eq!(api.get("/v1/companies").await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_never_ends_ends_the_process() {
+    let db = Db::new().await;
+    let limits =
+        Limits { answer: Duration::from_millis(100), unanswered: Duration::from_millis(400), ..Limits::default() };
+    let mut api = db.api_within(limits).await;
+    let mut lock = db.pool.begin().await.unwrap();
+    sqlx::raw_sql("lock table companies").execute(&mut *lock).await.unwrap();
+    // Even when the client has gone away.
+    assert_eq!(api.get("/v1/companies").await.0, 503);
+    let ended = tokio::time::timeout(PATIENCE, api.served.take().unwrap()).await.expect("the process ends");
+    let said = ended.unwrap().expect_err("and says why").to_string();
+    assert!(said.contains("start capx again"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

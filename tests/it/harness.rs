@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use capx::api::{self, ApiState, Limits, server};
+use capx::api::{ApiState, Limits};
 use capx::dev::postgres::{Binaries, Options, Server};
 use capx::{keys, serve};
 use capx_core::domain::ids::{AccountId, AgentId, CompanyId, PlaybookId, RunId};
@@ -205,9 +205,10 @@ impl Db {
         let state = ApiState { limits, ..state };
         let listener = serve::listen("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
-        tokio::spawn(server::serve(listener, api::router(state), stop.clone()));
+        let served = tokio::spawn(serve::api(listener, state));
         let key = self.key(&["*"]).await;
-        Api { base, key, client: reqwest::Client::builder().no_proxy().build().unwrap(), _stop: stop.drop_guard() }
+        let client = reqwest::Client::builder().no_proxy().build().unwrap();
+        Api { base, key, client, served: Some(served), _stop: stop.drop_guard() }
     }
 
     pub async fn key(&self, scopes: &[&str]) -> String {
@@ -240,6 +241,8 @@ pub struct Api {
     pub base: String,
     pub key: String,
     pub client: reqwest::Client,
+    /// How its process would end.
+    pub served: Option<tokio::task::JoinHandle<anyhow::Result<()>>>,
     pub _stop: tokio_util::sync::DropGuard,
 }
 
