@@ -299,11 +299,12 @@ impl Drop for Server {
 }
 
 /// Runs the server `$0` until the reading end of standard input is closed,
-/// which the kernel does when our process ends, however it ends.
+/// which the kernel does when our process ends, however it ends. It is told
+/// again until it is gone: a server that has only just begun ignores it.
 const GUARD: &str = r#"
 exec 3<&0
 "$0" "$@" 3<&- </dev/null & server=$!
-( read -r _ <&3; kill -INT $server 2>/dev/null ) & watch=$!
+( read -r _ <&3; while kill -INT $server 2>/dev/null; do sleep 1; done ) & watch=$!
 exec 3<&-
 wait $server; code=$?
 kill $watch 2>/dev/null
