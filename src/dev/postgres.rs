@@ -18,6 +18,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use capx_core::domain::digest::{hex, sha256};
+use tokio_util::sync::CancellationToken;
+
+use super::Interrupted;
 
 /// The oldest server that capx runs on.
 pub const MAJOR_MIN: u32 = 15;
@@ -180,13 +183,18 @@ impl Server {
     /// Starts a server with one of the binaries; initializes its directory on
     /// the first start.
     pub fn start(candidates: &[Binaries], options: &Options) -> anyhow::Result<Self> {
+        Self::start_unless(candidates, options, &CancellationToken::new())
+    }
+
+    /// The same, given up when a stop is asked for.
+    pub fn start_unless(candidates: &[Binaries], options: &Options, stop: &CancellationToken) -> anyhow::Result<Self> {
         let run_as = RunAs::find()?;
         let home = home(&options.directory, run_as)?;
         let data = home.join("data");
         let binaries = choose(candidates, &data)?;
         make_directory(&home, run_as)?;
         check_space(&home)?;
-        await_predecessor(&data)?;
+        await_predecessor(&data, stop)?;
         let password = password(&home, run_as)?;
         if !data.join("PG_VERSION").exists() {
             initialize(binaries, &home, &data, run_as)?;
@@ -214,7 +222,7 @@ impl Server {
         let mut guard = command.spawn().context("cannot start PostgreSQL")?;
         let leash = guard.stdin.take();
         let mut server = Self { guard, leash, home, sockets, password, port, major: binaries.major };
-        server.await_ready()?;
+        server.await_ready(stop)?;
         Ok(server)
     }
 
@@ -251,7 +259,7 @@ impl Server {
     }
 
     /// Ready when it has written so into its lock file.
-    fn await_ready(&mut self) -> anyhow::Result<()> {
+    fn await_ready(&mut self, stop: &CancellationToken) -> anyhow::Result<()> {
         let until = Instant::now() + PATIENCE;
         let lock = self.home.join("data/postmaster.pid");
         loop {
@@ -260,6 +268,7 @@ impl Server {
             if ready {
                 return Ok(());
             }
+            Interrupted::check(stop)?;
             if let Some(status) = self.guard.try_wait()? {
                 bail!("PostgreSQL did not start ({status}):\n{}", self.log_tail());
             }
@@ -399,7 +408,7 @@ fn check_space(home: &Path) -> anyhow::Result<()> {
 }
 
 /// A server whose owner was killed shuts down by itself; it has this long.
-fn await_predecessor(data: &Path) -> anyhow::Result<()> {
+fn await_predecessor(data: &Path, stop: &CancellationToken) -> anyhow::Result<()> {
     let lock = data.join("postmaster.pid");
     let until = Instant::now() + PATIENCE;
     loop {
@@ -417,6 +426,7 @@ fn await_predecessor(data: &Path) -> anyhow::Result<()> {
             }
             return Ok(());
         }
+        Interrupted::check(stop)?;
         if Instant::now() > until {
             bail!(
                 "another PostgreSQL (process {}) still uses {}; stop it, or choose another --data-dir",

@@ -30,7 +30,8 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 /// A lease that lets a death be noticed soon.
 pub const SHORT_LEASE: Duration = Duration::from_millis(1_500);
 
-fn scratch() -> PathBuf {
+/// Where this process keeps its files.
+pub fn scratch() -> PathBuf {
     std::env::temp_dir().join(format!("capx-it-{}", std::process::id()))
 }
 

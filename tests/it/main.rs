@@ -6,6 +6,7 @@
 mod api;
 mod crash;
 mod deaths;
+mod dev;
 mod gates;
 mod harness;
 mod process;
