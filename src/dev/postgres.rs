@@ -213,6 +213,9 @@ impl Server {
             command.arg("-c").arg(setting);
         }
         as_user(&mut command, run_as);
+        if !sockets.starts_with(&home) {
+            command.env("CAPX_SOCKETS", &sockets);
+        }
         command
             .current_dir(&home)
             .process_group(0)
@@ -310,6 +313,7 @@ impl Drop for Server {
 /// Runs the server `$0` until the reading end of standard input is closed,
 /// which the kernel does when our process ends, however it ends. It is told
 /// again until it is gone: a server that has only just begun ignores it.
+/// Sockets that are not in its home go with it.
 const GUARD: &str = r#"
 exec 3<&0
 "$0" "$@" 3<&- </dev/null & server=$!
@@ -317,6 +321,7 @@ exec 3<&0
 exec 3<&-
 wait $server; code=$?
 kill $watch 2>/dev/null
+[ -z "$CAPX_SOCKETS" ] || rmdir "$CAPX_SOCKETS"
 exit $code
 "#;
 
@@ -524,14 +529,23 @@ fn free_port() -> anyhow::Result<u16> {
 }
 
 /// Sockets in the server's home, or, where that path is too long for one, in
-/// a private directory of the temporary one.
+/// a new directory of the temporary one, by a name that nobody can have taken.
+/// The guard removes it with the server.
 fn socket_directory(home: &Path, run_as: Option<RunAs>) -> anyhow::Result<PathBuf> {
-    let mut sockets = home.join("run");
-    if sockets.as_os_str().len() > SOCKET_PATH_MAX {
-        let name = hex(&sha256(home.to_string_lossy().as_bytes())[..6]);
-        sockets = std::env::temp_dir().join(format!("capx-{name}"));
+    let sockets = home.join("run");
+    if sockets.as_os_str().len() <= SOCKET_PATH_MAX {
+        make_directory(&sockets, run_as)?;
+        return Ok(sockets);
     }
-    make_directory(&sockets, run_as)?;
+    let sockets = std::env::temp_dir().join(format!("capx-{}", hex(&rand::random::<[u8; 8]>())));
+    // Not if it exists, even as a link: the temporary directory is everybody's.
+    fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&sockets)
+        .with_context(|| format!("cannot make {}; choose a shorter --data-dir", sockets.display()))?;
+    if let Some(user) = run_as {
+        chown(&sockets, Some(user.uid), Some(user.gid))?;
+    }
     Ok(sockets)
 }
 
@@ -551,5 +565,17 @@ mod tests {
         let said = choose(&new, &data).expect_err("none").to_string();
         assert!(said.contains("made by PostgreSQL 14") && said.contains("17, 15"), "{said}");
         fs::remove_dir_all(&data).expect("clean");
+    }
+
+    #[test]
+    fn sockets_for_a_long_path_have_a_directory_that_is_new_and_private() {
+        let home = Path::new("/x").join("y".repeat(SOCKET_PATH_MAX));
+        let (one, other) = (socket_directory(&home, None).expect("one"), socket_directory(&home, None).expect("other"));
+        assert_ne!(one, other);
+        for sockets in [one, other] {
+            assert!(sockets.as_os_str().len() <= SOCKET_PATH_MAX);
+            assert_eq!(fs::metadata(&sockets).expect("it is there").permissions().mode() & 0o777, 0o700);
+            fs::remove_dir(&sockets).expect("clean");
+        }
     }
 }

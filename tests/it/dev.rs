@@ -1,5 +1,6 @@
 //! `capx dev` ends promptly and in order whenever it is told to.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -14,6 +15,7 @@ async fn interrupted(data: &Path, failpoints: &str, sign: impl Fn(&str) -> bool)
         .args(["dev", "--bind", "127.0.0.1:0", "--data-dir"])
         .arg(data)
         .env_remove("CAPX_DATABASE_URL")
+        .env("TMPDIR", data.with_file_name("tmp"))
         .env("CAPX_FAILPOINTS", failpoints)
         .stdin(Stdio::null())
         .stdout(std::fs::File::create(&said).unwrap())
@@ -29,15 +31,19 @@ async fn interrupted(data: &Path, failpoints: &str, sign: impl Fn(&str) -> bool)
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_interrupt_ends_it_in_order_at_any_time() {
-    let data = scratch().join("dev");
-    std::fs::create_dir_all(data.parent().unwrap()).unwrap();
+    // Too long for sockets in it: they get a directory of their own.
+    let data = scratch().join(format!("dev-{}", "x".repeat(80)));
+    let sockets = data.with_file_name("tmp");
+    std::fs::create_dir_all(&sockets).unwrap();
+    std::fs::set_permissions(&sockets, std::fs::Permissions::from_mode(0o1777)).unwrap();
+    let sockets = || std::fs::read_dir(&sockets).unwrap().count();
     let server = data.join("postgres/data/postmaster.pid");
     // In the middle of the first start, of the second one, of a demo that
     // gets nowhere, and when everything is up.
     let initializing = |_: &str| data.join("postgres/data.partial").exists();
     let starting = |_: &str| server.exists();
     let in_the_demo = |said: &str| said.contains("playbook.started");
-    let up = |said: &str| said.contains("CAPX_API_URL=");
+    let up = |said: &str| said.contains("CAPX_API_URL=") && sockets() == 1;
     type Sign<'a> = &'a dyn Fn(&str) -> bool;
     for (sign, failpoints, wanted) in [
         (&initializing as Sign<'_>, "", 130),
@@ -48,6 +54,7 @@ async fn an_interrupt_ends_it_in_order_at_any_time() {
         let (code, said) = interrupted(&data, failpoints, sign).await;
         assert_eq!(code, Some(wanted), "{said}");
         assert!(!server.exists(), "the server was left behind:\n{said}");
+        assert_eq!(sockets(), 0, "sockets were left behind:\n{said}");
         assert!(!data.join("dev.json").exists(), "{said}");
         assert_eq!(said.contains("stopped before everything was up"), wanted == 130, "{said}");
     }
