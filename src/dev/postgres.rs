@@ -31,6 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const FREE_BYTES_MIN: u64 = 256 * 1024 * 1024;
 /// The longest path of a unix socket that every system takes.
 const SOCKET_PATH_MAX: usize = 90;
+/// How many connections it takes when nothing else is said.
+pub const CONNECTIONS: u32 = 120;
 const SUPERUSER: &str = "capx";
 const DATABASE: &str = "capx";
 
@@ -331,7 +333,7 @@ fn settings(sockets: &Path, port: u16) -> Vec<String> {
         format!("port={port}"),
         format!("unix_socket_directories={}", sockets.display()),
         "unix_socket_permissions=0700".into(),
-        "max_connections=120".into(),
+        format!("max_connections={CONNECTIONS}"),
         "shared_buffers=256MB".into(),
         "max_wal_size=4GB".into(),
         "checkpoint_timeout=15min".into(),

@@ -59,3 +59,48 @@ async fn an_interrupt_ends_it_in_order_at_any_time() {
         assert_eq!(said.contains("stopped before everything was up"), wanted == 130, "{said}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_cannot_be_used_is_told_at_once() {
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let old = an_old_server().await;
+    for (url, wanted) in [
+        (format!("postgres://x:y@{nobody}/z"), "cannot reach the database; is it up"),
+        (format!("postgres://x:y@{old}/z"), "the database is PostgreSQL 13; capx needs 15 or newer"),
+        ("nonsense".to_owned(), "the database's address is not valid"),
+    ] {
+        let mut dev = Command::new(env!("CARGO_BIN_EXE_capx"));
+        dev.args(["dev", "--bind", "127.0.0.1:0", "--database-url", &url, "--data-dir"]);
+        dev.arg(scratch().join("dev-url")).stdin(Stdio::null());
+        let output = tokio::task::block_in_place(|| dev.output()).unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(wanted), "{said}");
+    }
+}
+
+/// As much of a PostgreSQL 13 as tells its version.
+async fn an_old_server() -> std::net::SocketAddr {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut asked = [0; 1024];
+                // It wants TLS first, and then introduces itself.
+                assert!(stream.read(&mut asked).await.unwrap() > 0);
+                stream.write_all(b"N").await.unwrap();
+                assert!(stream.read(&mut asked).await.unwrap() > 0);
+                let version = b"server_version\x0013.9\0";
+                let mut answer = b"R\0\0\0\x08\0\0\0\0S".to_vec();
+                answer.extend(u32::try_from(version.len() + 4).unwrap().to_be_bytes());
+                answer.extend(version);
+                answer.extend(b"Z\0\0\0\x05I");
+                stream.write_all(&answer).await.unwrap();
+                let _ = stream.read(&mut asked).await;
+            });
+        }
+    });
+    address
+}
