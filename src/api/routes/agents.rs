@@ -8,7 +8,6 @@ use capx_core::domain::ids::AgentId;
 use capx_core::engine::FieldProblem;
 use capx_core::engine::tenants::add_agent;
 use capx_core::store::tenants::{self, AgentRow, NewAgent};
-use capx_workers::adapters::Adapter;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -18,6 +17,9 @@ use crate::api::body::{Body, Params, Path, limit};
 use crate::api::reply::{cursor, page, time};
 use crate::api::{ApiError, Shared};
 
+/// The adapters that an agent may have. Workers know them too: the two meet
+/// in the database only, and a test compares them.
+const ADAPTERS: &[&str] = &["claude", "anthropic", "gpt", "openai", "custom", "http"];
 /// The roles that bring their own instructions.
 const BUILT_IN_ROLES: &[&str] = &["strategist", "engineer", "marketer", "support", "designer"];
 /// The longest role and instructions, in characters.
@@ -60,8 +62,8 @@ impl AgentBody {
                 format!("must be 1 to {ROLE_CHARS_MAX} letters, digits, `_` or `-`, not beginning with `ag_`"),
             );
         }
-        if Adapter::from_name(&self.adapter).is_none() {
-            wrong("adapter", format!("unknown adapter `{}`; use one of {}", self.adapter, Adapter::NAMES.join(", ")));
+        if !ADAPTERS.contains(&self.adapter.as_str()) {
+            wrong("adapter", format!("unknown adapter `{}`; use one of {}", self.adapter, ADAPTERS.join(", ")));
         }
         match self.instructions.as_deref().map(str::trim) {
             Some(text) if !text.is_empty() && text.chars().count() <= INSTRUCTIONS_CHARS_MAX => {}
@@ -198,4 +200,16 @@ pub(super) fn new_agent_summary(new: &NewAgent) -> Value {
         "id": new.agent, "role": new.role, "adapter": new.adapter, "model": new.model, "budget": new.budget,
         "used": 0, "status": "initializing", "last_heartbeat": null, "total_cost": 0.0,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use capx_workers::adapters::Adapter;
+
+    #[test]
+    fn every_adapter_is_one_that_workers_know() {
+        assert!(ADAPTERS.iter().all(|name| Adapter::from_name(name).is_some()));
+        assert!(Adapter::NAMES.iter().all(|name| ADAPTERS.contains(name)));
+    }
 }
