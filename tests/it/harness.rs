@@ -25,6 +25,8 @@ use serde_json::{Map, Value, json};
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
+use crate::proxy::Proxy;
+
 /// The longest that any test waits for a condition.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 /// A lease that lets a death be noticed soon.
@@ -107,6 +109,18 @@ impl Db {
         let account = tenants::account(&pool, "tests", "enterprise").await.unwrap();
         let engine = Engine::new(pool.clone()).with_waker(Waker::start(&url));
         Self { files: scratch().join(format!("files-{name}")), url, pool, engine, account }
+    }
+
+    /// The same database by way of a proxy: for what is built from its
+    /// address, not for the test's own looks.
+    pub async fn behind_a_proxy(&self) -> (Self, Proxy) {
+        let proxy = Proxy::start(server().port()).await;
+        let database = self.url.rsplit('/').next().unwrap();
+        let direct = server().tcp_url();
+        let (user, _) = direct.rsplit_once('@').unwrap();
+        let url = format!("{user}@127.0.0.1:{}/{database}", proxy.port);
+        let (pool, engine, files) = (self.pool.clone(), self.engine.clone(), self.files.clone());
+        (Self { url, pool, engine, account: self.account, files }, proxy)
     }
 
     /// A company with agents of some roles, by an adapter.
@@ -296,9 +310,10 @@ impl Seeded {
 }
 
 /// A sink outside of the system that counts effects by their key: it fails
-/// as often as it is told to, and then answers.
+/// as often as it is told to, and then answers, unless it is told to hold.
 pub mod witness {
     use std::collections::HashMap;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
     use std::sync::{Arc, Mutex};
     use std::time::Duration;
 
@@ -306,11 +321,14 @@ pub mod witness {
     use axum::extract::State;
     use axum::http::{HeaderMap, StatusCode};
     use axum::routing::any;
+    use tokio::sync::watch;
 
     #[derive(Clone, Default)]
     pub struct Witness {
         calls: Arc<Mutex<HashMap<String, u32>>>,
         failures: Arc<Mutex<Vec<u16>>>,
+        held: watch::Sender<bool>,
+        held_calls: Arc<AtomicUsize>,
         pub url: String,
     }
 
@@ -328,6 +346,16 @@ pub mod witness {
             witness
         }
 
+        /// Counts calls from now on, and answers none until told otherwise.
+        pub fn hold(&self, held: bool) {
+            self.held.send_replace(held);
+        }
+
+        /// How many calls have been held.
+        pub fn held_calls(&self) -> usize {
+            self.held_calls.load(Relaxed)
+        }
+
         /// The calls by key.
         pub fn calls(&self) -> HashMap<String, u32> {
             self.calls.lock().unwrap().clone()
@@ -342,6 +370,10 @@ pub mod witness {
         *witness.calls.lock().unwrap().entry(key).or_default() += 1;
         // Long enough to be interrupted.
         tokio::time::sleep(Duration::from_millis(2)).await;
+        if *witness.held.borrow() {
+            witness.held_calls.fetch_add(1, Relaxed);
+        }
+        let _ = witness.held.subscribe().wait_for(|held| !held).await;
         let json = [("content-type", "application/json")];
         let mut failures = witness.failures.lock().unwrap();
         if failures.is_empty() {
