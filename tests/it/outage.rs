@@ -255,3 +255,25 @@ async fn others_take_over_in_a_partition_and_what_comes_late_writes_nothing() {
     assert_whole(&db, &witness, company, &[run]).await;
     far.stop().await;
 }
+
+// The beat reconnects and keeps the session alive, while claims and commits
+// wait for ever on connections that nobody answers: the jobs are in hand, and
+// nobody may take them over.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a watchdog of the worker for database calls that never end"]
+async fn a_worker_goes_on_when_its_connections_are_dead_and_nobody_says_so() {
+    let db = Db::new().await;
+    let (far, proxy) = db.behind_a_proxy().await;
+    let witness = Witness::start(&[]).await;
+    let (company, playbook) = playbook(&db, &witness).await;
+    let worker = Working::start(&far, SHORT_LEASE);
+    witness.hold(true);
+    for _ in 0..20 {
+        db.start(company, playbook, json!({})).await;
+    }
+    handlers_under_way(&witness).await;
+    proxy.strand();
+    witness.hold(false);
+    assert_whole(&db, &witness, company, &[]).await;
+    worker.stop().await;
+}

@@ -1,8 +1,8 @@
 //! A TCP proxy before the tests' Postgres, whose line can be cut and can fall
 //! silent.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -21,7 +21,9 @@ enum Line {
 /// The proxy; dropping it cuts the line for good.
 pub struct Proxy {
     pub port: u16,
-    line: watch::Sender<Line>,
+    line: Arc<Mutex<watch::Sender<Line>>>,
+    /// The lines of connections that stay silent for ever.
+    stranded: Mutex<Vec<watch::Sender<Line>>>,
     dropped: Arc<AtomicUsize>,
 }
 
@@ -30,12 +32,14 @@ impl Proxy {
     pub async fn start(to: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let (line, watched) = watch::channel(Line::Open);
+        let line = Arc::new(Mutex::new(watch::Sender::new(Line::Open)));
         let dropped = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&dropped);
+        let (current, count) = (Arc::downgrade(&line), Arc::clone(&dropped));
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let (line, mut cut, count) = (watched.clone(), watched.clone(), Arc::clone(&count));
+                let Some(current) = current.upgrade() else { return };
+                let (line, count) = (current.lock().unwrap().subscribe(), Arc::clone(&count));
+                let mut cut = line.clone();
                 tokio::spawn(async move {
                     tokio::select! {
                         biased;
@@ -45,22 +49,30 @@ impl Proxy {
                 });
             }
         });
-        Self { port, line, dropped }
+        Self { port, line, stranded: Mutex::default(), dropped }
     }
 
     /// Breaks every connection and refuses new ones.
     pub fn cut(&self) {
-        self.line.send_replace(Line::Cut);
+        self.line.lock().unwrap().send_replace(Line::Cut);
     }
 
     /// Leaves connections open, and lets nothing pass.
     pub fn silence(&self) {
-        self.line.send_replace(Line::Silent);
+        self.line.lock().unwrap().send_replace(Line::Silent);
+    }
+
+    /// Leaves the connections that are open in silence for ever; new ones are
+    /// as good as any. So does a failover, or a NAT that forgets.
+    pub fn strand(&self) {
+        let old = std::mem::replace(&mut *self.line.lock().unwrap(), watch::Sender::new(Line::Open));
+        old.send_replace(Line::Silent);
+        self.stranded.lock().unwrap().push(old);
     }
 
     /// Lets bytes pass again.
     pub fn restore(&self) {
-        self.line.send_replace(Line::Open);
+        self.line.lock().unwrap().send_replace(Line::Open);
     }
 
     /// How many connections were broken or refused.
