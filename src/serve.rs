@@ -55,6 +55,10 @@ pub struct WorkerArgs {
     /// How long attempts may go on after a stop was asked for.
     #[arg(long, env = "CAPX_DRAIN", default_value = "120s", value_parser = parse_duration)]
     pub drain: Duration,
+    /// How long a call of the database may go unanswered: then its connection
+    /// is dead without knowing it, and the worker ends to be started again.
+    #[arg(long, env = "CAPX_UNANSWERED", default_value = "180s", value_parser = parse_duration)]
+    pub unanswered: Duration,
     /// Where runs keep their files.
     #[arg(long, env = "CAPX_WORKSPACE", default_value = WORKSPACE)]
     pub workspace: PathBuf,
@@ -80,6 +84,7 @@ impl WorkerArgs {
             slots: self.concurrency as usize,
             lease: self.lease,
             drain: self.drain,
+            unanswered: self.unanswered,
             ..WorkerConfig::default()
         };
         if !self.queues.is_empty() {

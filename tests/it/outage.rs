@@ -29,6 +29,8 @@ fn outage() -> Duration {
 struct Working {
     task: tokio::task::JoinHandle<()>,
     stop: DropGuard,
+    /// How often it was started again.
+    restarts: Arc<AtomicUsize>,
 }
 
 impl Working {
@@ -39,11 +41,18 @@ impl Working {
             lease,
             drain: Duration::from_secs(20),
             workspace: db.files.clone(),
+            unanswered: Duration::from_secs(3),
         };
-        let worker = serve::worker(&db.url, &args, true).unwrap();
         let stop = CancellationToken::new();
-        let token = stop.clone();
-        Self { task: tokio::spawn(async move { worker.run(token).await }), stop: stop.drop_guard() }
+        let restarts = Arc::new(AtomicUsize::new(0));
+        let (token, count, url) = (stop.clone(), Arc::clone(&restarts), db.url.clone());
+        // One that gives up is started again, as whoever supervises it would.
+        let task = tokio::spawn(async move {
+            while serve::worker(&url, &args, true).unwrap().run(token.clone()).await.is_err() {
+                count.fetch_add(1, Relaxed);
+            }
+        });
+        Self { task, stop: stop.drop_guard(), restarts }
     }
 
     async fn stop(self) {
@@ -260,7 +269,6 @@ async fn others_take_over_in_a_partition_and_what_comes_late_writes_nothing() {
 // wait for ever on connections that nobody answers: the jobs are in hand, and
 // nobody may take them over.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a watchdog of the worker for database calls that never end"]
 async fn a_worker_goes_on_when_its_connections_are_dead_and_nobody_says_so() {
     let db = Db::new().await;
     let (far, proxy) = db.behind_a_proxy().await;
@@ -275,5 +283,6 @@ async fn a_worker_goes_on_when_its_connections_are_dead_and_nobody_says_so() {
     proxy.strand();
     witness.hold(false);
     assert_whole(&db, &witness, company, &[]).await;
+    assert!(worker.restarts.load(Relaxed) > 0, "it went on by itself: the fault did not happen");
     worker.stop().await;
 }

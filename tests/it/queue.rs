@@ -227,7 +227,7 @@ async fn the_hot_statements_read_little_however_much_waits() {
     reads(&mut connection, "claim_on", claim_on, 1_000, given).await;
     // Nobody is dead: it looks at what runs, 64 rows.
     let reclaim = include_str!("../../core/src/store/sql/reclaim.sql");
-    reads(&mut connection, "reclaim", reclaim, 400, arguments![1_000_i64, 500.0_f64]).await;
+    reads(&mut connection, "reclaim", reclaim, 400, arguments![1_000_i64, 500.0_f64, 2_i16]).await;
     reads(&mut connection, "look", &statement("look"), 60, arguments![queues()]).await;
     reads(&mut connection, "promote", &statement("promote"), 30, arguments![1_000_i64]).await;
     let held: Vec<i64> =

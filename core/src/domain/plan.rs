@@ -17,6 +17,8 @@ use super::playbook::template::{Reference, Scope};
 /// Deaths of workers under one step, without a checkpoint between, after
 /// which it is put into quarantine (contract, "Defaults").
 pub const CRASHES_MAX: i16 = 3;
+/// With so many a job is a suspect: one more, and it is in quarantine.
+pub const SUSPECT_CRASHES: i16 = CRASHES_MAX - 1;
 
 /// What an attempt knows of its run. Built once when the run is claimed and
 /// carried on while the same worker continues it.

@@ -382,7 +382,10 @@ impl Facts {
 
     fn next_job(&self, held: bool, kind: &'static str, next: usize, delay: Duration, attempt: i32) -> NextJob {
         let timeout = self.work.context.playbook.steps.get(next).map_or(self.job.timeout, |step| step.timeout);
-        NextJob { held, kind, step: i32::try_from(next).unwrap_or(i32::MAX), delay, timeout, attempt }
+        let step = i32::try_from(next).unwrap_or(i32::MAX);
+        // Deaths are counted from checkpoint to checkpoint.
+        let crash_count = if step == self.job.step { self.job.crash_count } else { 0 };
+        NextJob { held, kind, step, delay, timeout, attempt, crash_count }
     }
 
     /// The next step: by this worker when it may stay, else by the queue.

@@ -8,6 +8,7 @@ use uuid::Uuid;
 
 use super::StoreError;
 use crate::domain::ids::CompanyId;
+use crate::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 
 /// The kinds of job, as in the table.
 pub mod kind {
@@ -435,8 +436,27 @@ pub const RECLAIM_MAX: i64 = 1_000;
 
 /// Takes back what the dead held; the first delay is `base`.
 pub async fn reclaim(pool: &PgPool, base: Duration) -> Result<Vec<Reclaimed>, StoreError> {
-    let rows = sqlx::query_file!("src/store/sql/reclaim.sql", RECLAIM_MAX, millis(base) as f64).fetch_all(pool).await?;
+    let rows = sqlx::query_file!("src/store/sql/reclaim.sql", RECLAIM_MAX, millis(base) as f64, SUSPECT_CRASHES)
+        .fetch_all(pool)
+        .await?;
     Ok(rows.into_iter().map(|row| Reclaimed { job: row.id, crash_count: row.crash_count }).collect())
+}
+
+/// Charges a suspect with the death of its worker before it begins, so that
+/// only what really ran can come to quarantine, and nothing that was merely in
+/// the same hands. Whatever the attempt comes to takes the charge back; false
+/// when its lease is gone.
+pub async fn charge_suspect(pool: &PgPool, lease: Lease) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update jobs set crash_count = $4 where id = $1 and lease_epoch = $2 and session_id = $3",
+        lease.job,
+        lease.epoch,
+        lease.session,
+        CRASHES_MAX,
+    )
+    .execute(pool)
+    .await?;
+    Ok(done.rows_affected() == 1)
 }
 
 /// Who has a job, for a lease whose commit may or may not have landed.

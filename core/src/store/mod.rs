@@ -65,7 +65,15 @@ pub fn connect_options(url: &str, kind: PoolKind) -> Result<PgConnectOptions, St
     });
     let common =
         [("jit", "off"), ("timezone", "UTC"), ("idle_in_transaction_session_timeout", "60s"), ("lock_timeout", "10s")];
-    let options = options.options(common);
+    // The server lets go of a client that a network has swallowed, with its
+    // locks; what becomes of our end, a watchdog sees to.
+    let vanished = [
+        ("tcp_keepalives_idle", "30"),
+        ("tcp_keepalives_interval", "10"),
+        ("tcp_keepalives_count", "3"),
+        ("tcp_user_timeout", "60s"),
+    ];
+    let options = options.options(common).options(vanished);
     // Planned once, by index, whatever the statistics say: a sequential scan
     // chosen while the table was empty would be kept when it holds millions.
     let pinned = [

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{Connection, Executor, PgConnection, PgPool, Postgres};
 
 use super::StoreError;
 use super::jobs::millis;
@@ -23,7 +23,10 @@ pub struct NewSession<'a> {
 }
 
 /// Opens a session: an identity of its own for every start of a worker.
-pub async fn open(pool: &PgPool, session: &NewSession<'_>) -> Result<i64, StoreError> {
+pub async fn open(
+    executor: impl Executor<'_, Database = Postgres>,
+    session: &NewSession<'_>,
+) -> Result<i64, StoreError> {
     Ok(sqlx::query_scalar!(
         "insert into worker_sessions (worker, version, queues, slots, lease_ms, state)
          values ($1, $2, $3, $4, $5, 'active') returning id",
@@ -33,7 +36,7 @@ pub async fn open(pool: &PgPool, session: &NewSession<'_>) -> Result<i64, StoreE
         session.slots,
         millis(session.lease),
     )
-    .fetch_one(pool)
+    .fetch_one(executor)
     .await?)
 }
 

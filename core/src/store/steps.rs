@@ -85,6 +85,8 @@ pub struct NextJob {
     pub timeout: Duration,
     /// Tries charged so far.
     pub attempt: i32,
+    /// Deaths of workers so far, since the last checkpoint.
+    pub crash_count: i16,
 }
 
 /// What a commit does to the run besides counting its events.
@@ -140,12 +142,6 @@ pub struct StepCommit {
     pub events: Vec<Event>,
 }
 
-impl StepCommit {
-    fn is_checkpointed(&self) -> bool {
-        self.checkpoint.as_ref().is_some_and(|step| step.status == StepStatus::Completed)
-    }
-}
-
 /// Commits many attempts of one session in one statement; says of each whether its lease
 /// held. An attempt whose lease is gone has written nothing.
 pub async fn commit(
@@ -180,7 +176,7 @@ pub async fn commit(
         &job(|j| millis(j.delay)) as &[Option<i64>],
         &job(|j| millis(j.timeout)) as &[Option<i64>],
         &commits.iter().map(|c| c.job.as_ref().map(|job| job.attempt)).collect::<Vec<_>>() as &[Option<i32>],
-        &commits.iter().map(StepCommit::is_checkpointed).collect::<Vec<_>>(),
+        &commits.iter().map(|c| c.job.as_ref().map(|job| job.crash_count)).collect::<Vec<_>>() as &[Option<i16>],
         &each(&|c| c.change.status.map(|s| s.as_str().to_owned())) as &[Option<String>],
         &each(&|c| c.change.waiting_on.clone()) as &[Option<String>],
         &each(&|c| c.change.output.clone()) as &[Option<String>],

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use capx_core::domain::digest;
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
-use capx_core::domain::plan::CRASHES_MAX;
+use capx_core::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 use capx_core::domain::playbook::model::OnTimeout;
 use capx_core::engine::advance::{self, Finished};
 use capx_core::store::jobs::{ClaimedJob, kind};
@@ -147,6 +147,10 @@ impl World {
         let id = self.attempts;
         let job = attempt.job.clone();
         let quarantined = attempt.work.as_ref().map(|_| job.crash_count >= CRASHES_MAX);
+        if quarantined.is_some() && job.crash_count == SUSPECT_CRASHES && !self.db.charge_suspect(job.lease) {
+            // Its lease is gone, so there is nothing to give back.
+            return;
+        }
         let timeout = ms(job.timeout);
         attempt.hangs = self.chance(3);
         let takes = if attempt.hangs { timeout } else { self.random.between(5, 1_500) };

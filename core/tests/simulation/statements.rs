@@ -2,6 +2,7 @@
 //! its SQL.
 
 use capx_core::domain::ids::CompanyId;
+use capx_core::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 use capx_core::domain::run::{RunStatus, StepStatus};
 use capx_core::engine::advance::Decided;
 use capx_core::store::approvals::NewApproval;
@@ -97,9 +98,7 @@ impl Database {
         job.due_at = now + ms(next.delay);
         job.epoch += 1;
         job.attempt = next.attempt;
-        if commit.checkpoint.as_ref().is_some_and(|step| step.status == StepStatus::Completed) {
-            job.crash_count = 0;
-        }
+        job.crash_count = next.crash_count;
         job.timeout = next.timeout;
         job.session = next.held.then_some(commit.lease.session);
         job.deadline_at = next.held.then(|| now + ms(next.timeout + DEADLINE_GRACE));
@@ -154,13 +153,22 @@ impl Database {
                 job.deadline_at = None;
                 job.attempt = (job.attempt - 1).max(0);
                 job.due_at = now + RETAKE * 2u64.pow(job.crash_count.unsigned_abs().into()).min(60);
-                job.crash_count += 1;
+                job.crash_count = job.crash_count.max((job.crash_count + 1).min(SUSPECT_CRASHES));
             }
         }
         if !reclaimed.is_empty() {
             self.flush();
         }
         reclaimed
+    }
+
+    /// `jobs::charge_suspect`.
+    pub fn charge_suspect(&mut self, lease: Lease) -> bool {
+        let passes = self.passes(lease);
+        if let Some(job) = self.jobs.get_mut(&lease.job).filter(|_| passes) {
+            job.crash_count = CRASHES_MAX;
+        }
+        passes
     }
 
     /// `jobs::holder_of`.

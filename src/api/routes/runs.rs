@@ -19,7 +19,6 @@ use super::Routes;
 use crate::api::auth::{Caller, PlaybooksRead, PlaybooksWrite};
 use crate::api::body::{Body, Params, Path, limit};
 use crate::api::reply::{cursor, page, time};
-use crate::api::request::current_id;
 use crate::api::{ApiError, ApiState, Shared};
 
 /// The longest that an answer is held for the end of a run.
@@ -73,31 +72,22 @@ async fn start(
         (params, inputs) => params.or(inputs).unwrap_or_default(),
     };
     let started = start_run(&state.engine, company, playbook, params, "manual").await?;
-    // The run is committed: whatever cannot be read from here on is left out,
-    // since an error would make the client start another one.
     let data = if patience.is_zero() {
-        brief(&state, company, playbook, started).await
+        brief(playbook, &started)
     } else {
-        match show(&state, &caller, company, playbook, started.run, patience).await {
-            Ok(data) => data,
-            Err(_) => brief(&state, company, playbook, started).await,
-        }
+        // The run is committed: an error now would make the client start
+        // another one.
+        let shown = show(&state, &caller, company, playbook, started.run, patience).await;
+        shown.unwrap_or_else(|_| brief(playbook, &started))
     };
     caller.reply(&state, StatusCode::CREATED, 2, data).await
 }
 
-/// What was started, whatever it has come to in the meantime; never fails.
-async fn brief(state: &ApiState, company: CompanyId, playbook: PlaybookId, started: Started) -> Value {
-    let started_at = match runs::get(&state.engine.pool, company, started.run).await {
-        Ok(row) => row.and_then(|row| row.started_at),
-        Err(error) => {
-            tracing::warn!(%error, request.id = current_id(), "a run has begun and could not be read back");
-            None
-        }
-    };
+/// What was started, whatever it has come to in the meantime.
+fn brief(playbook: PlaybookId, started: &Started) -> Value {
     json!({
         "run_id": started.run, "playbook_id": playbook, "status": started.status, "params": started.params,
-        "started_at": started_at.map(time),
+        "started_at": time(started.at),
     })
 }
 

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use capx_core::domain::ids::RunId;
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
-use capx_core::domain::plan::CRASHES_MAX;
+use capx_core::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 use capx_core::engine::advance::{self, Finished};
 use capx_core::engine::claim::{Claimed, StepWork, Work};
 use capx_core::engine::{gates, tenants};
 use capx_core::failpoint;
-use capx_core::store::jobs::ClaimedJob;
+use capx_core::store::jobs::{self, ClaimedJob};
 use futures_util::FutureExt;
 
 use super::committer::{Attempted, PlainOutcome};
@@ -67,7 +67,7 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
 
 /// Whether one more death would put the job into quarantine.
 fn is_suspect(job: &ClaimedJob, work: &Work) -> bool {
-    matches!(work, Work::Step(_)) && job.crash_count + 1 == CRASHES_MAX
+    matches!(work, Work::Step(_)) && job.crash_count == SUSPECT_CRASHES
 }
 
 /// No slot came free in time: somebody else may have one.
@@ -87,6 +87,12 @@ async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: In
             ErrorClass::Crash,
             format!("its worker died {} times in a row while it ran; it is put into quarantine", job.crash_count),
         ));
+    }
+    if job.crash_count == SUSPECT_CRASHES {
+        let charged = jobs::charge_suspect(&shared.engine.pool, job.lease);
+        if !shared.watchdog.answer("a charge", charged).await.unwrap_or(false) {
+            return Outcome::Released { delay: SYSTEM_DELAY };
+        }
     }
     failpoint::reach("attempt.before_handler").await;
     let handler = AssertUnwindSafe(shared.hands.step(job, work)).catch_unwind();

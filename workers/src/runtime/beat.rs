@@ -82,8 +82,10 @@ impl Beat {
                 () = tokio::time::sleep(interval.min(left)) => {}
             }
             let sent = boot_time();
-            match tokio::time::timeout(interval.max(Duration::from_millis(50)), self.beat()).await {
+            match tokio::time::timeout(interval * 2, self.beat()).await {
                 Ok(Ok(true)) => self.renewed = sent,
+                // It has just ended in order.
+                Ok(Ok(false)) if over.is_cancelled() => return,
                 Ok(Ok(false)) => {
                     tracing::warn!(session.id = self.shared.session, "the session has been declared dead");
                     self.shared.lost.cancel();

@@ -15,6 +15,7 @@ use capx_core::engine::Engine;
 use capx_core::engine::advance::Committed;
 use capx_core::engine::claim::Claimed;
 use capx_core::failpoint;
+use capx_core::store::StoreError;
 use capx_core::store::sessions::{self, NewSession};
 use sqlx::PgPool;
 use tokio::sync::{Notify, mpsc};
@@ -226,12 +227,16 @@ impl Worker {
         };
         let mut failures = 0;
         loop {
-            // The lease counts from before the row was written.
-            let renewed = beat::boot_time();
-            match self.watchdog.answer("a session's start", sessions::open(&self.engine.pool, &new)).await {
-                Ok(session) => {
+            let opening = async {
+                let mut connection = self.engine.pool.acquire().await?;
+                // The lease counts from before the row was written.
+                let renewed = beat::boot_time();
+                Ok::<_, StoreError>((sessions::open(&mut *connection, &new).await?, renewed))
+            };
+            match self.watchdog.answer("a session's start", opening).await {
+                Ok(opened) => {
                     failpoint::reach("session.opened").await;
-                    return Some((session, renewed));
+                    return Some(opened);
                 }
                 Err(error) => {
                     failures += 1;

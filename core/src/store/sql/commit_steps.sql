@@ -11,7 +11,7 @@ with d as materialized (
     select *
     from unnest(
         $1::bigint[], $2::bigint[], $3::uuid[], $4::uuid[], $5::integer[],
-        $6::text[], $7::text[], $8::integer[], $9::bigint[], $10::bigint[], $11::integer[], $12::boolean[],
+        $6::text[], $7::text[], $8::integer[], $9::bigint[], $10::bigint[], $11::integer[], $12::smallint[],
         $13::text[], $14::text[], $15::text[], $16::text[], $17::bigint[],
         $18::text[], $19::uuid[], $20::integer[], $21::text[], $22::text[], $23::bigint[],
         $24::integer[],
@@ -20,7 +20,7 @@ with d as materialized (
         $31::uuid[], $32::text[], $33::text[]
     ) with ordinality as d (
         job_id, epoch, company_id, run_id, step,
-        job_state, job_kind, next_step, delay_ms, timeout_ms, next_attempt, checkpointed,
+        job_state, job_kind, next_step, delay_ms, timeout_ms, next_attempt, crash_count,
         run_status, waiting_on, run_output, run_error, cost_nanos,
         step_status, agent_id, attempt, output, error, duration_ms,
         event_count,
@@ -38,7 +38,7 @@ moved as (
         due_at = now() + d.delay_ms * interval '1 millisecond',
         lease_epoch = j.lease_epoch + 1,
         attempt = d.next_attempt,
-        crash_count = case when d.checkpointed then 0 else j.crash_count end,
+        crash_count = d.crash_count,
         timeout_ms = d.timeout_ms,
         session_id = case when d.job_state = 'running' then j.session_id end,
         deadline_at = case

@@ -3,13 +3,14 @@
 -- an old read. The death of a worker costs no try; it raises crash_count and
 -- makes the job wait, longer each time, and each job for another while: what
 -- was in the same hands comes apart, so that one of them that kills its
--- workers takes the others with it once, not time and again.
+-- workers takes the others with it once, not time and again. From $3 deaths on
+-- the count is not raised here: such a job is charged when it really begins.
 update jobs
 set state = 'scheduled',
     session_id = null,
     deadline_at = null,
     attempt = greatest(attempt - 1, 0),
-    crash_count = crash_count + 1,
+    crash_count = greatest(crash_count, least(crash_count + 1, $3::smallint)),
     due_at = now() + least(power(2, crash_count), 60) * (0.5 + random()) * $2 * interval '1 millisecond'
 where state = 'running'
     and id = any (array(
