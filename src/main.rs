@@ -37,6 +37,10 @@ enum Command {
         database: DatabaseArgs,
         #[command(flatten)]
         worker: WorkerArgs,
+        /// Where to serve `/healthz`, `/readyz` and `/metrics`, e.g.
+        /// 127.0.0.1:9090; nowhere by default.
+        #[arg(long, env = "CAPX_WORKER_BIND")]
+        bind: Option<String>,
     },
     /// Bring the database's tables up to this version.
     Migrate {
@@ -92,11 +96,14 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             tracing::info!(address = %listener.local_addr()?, "the API listens");
             serve::api(listener, serve::api_state(&url, serve::metrics()?, stop)?).await
         }
-        Command::Worker { database, worker } => {
+        Command::Worker { database, worker, bind } => {
             telemetry::start("info");
             let url = database.url()?;
             let stop = serve::stop_signal()?;
             serve::check_database(&store::pool(&url, PoolKind::Requests, 1)?).await?;
+            if let Some(bind) = bind {
+                serve::health(&url, &bind, stop.clone()).await?;
+            }
             let worker = serve::worker(&url, &worker, false)?;
             tracing::info!("the worker runs");
             worker.run(stop).await?;

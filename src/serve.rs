@@ -185,6 +185,15 @@ pub async fn api(listener: TcpListener, state: ApiState) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Serves what an orchestrator and a scraper ask of a worker, beside it.
+pub async fn health(url: &str, bind: &str, stop: CancellationToken) -> anyhow::Result<()> {
+    let listener = listen(bind).await?;
+    tracing::info!(address = %listener.local_addr()?, "health and metrics are served");
+    let router = api::health_router(api_state(url, metrics()?, stop.clone())?);
+    tokio::spawn(server::serve(listener, router, stop));
+    Ok(())
+}
+
 /// The process's metrics, once a process.
 pub fn metrics() -> anyhow::Result<PrometheusHandle> {
     // Histograms as buckets, from 100 µs to a minute.

@@ -73,18 +73,30 @@ pub struct ApiState {
 
 /// Every route, with what every request passes.
 pub fn router(state: ApiState) -> Router {
-    let state = Arc::new(state);
     let v1 = Router::new()
         .merge(routes::companies::routes())
         .merge(routes::agents::routes())
         .merge(routes::playbooks::routes())
         .merge(routes::runs::routes())
         .merge(routes::approvals::routes());
+    finish(state, health_routes().nest("/v1", v1))
+}
+
+/// What an orchestrator and a scraper ask of a process that is no API.
+pub fn health_router(state: ApiState) -> Router {
+    finish(state, health_routes())
+}
+
+fn health_routes() -> Router<Arc<ApiState>> {
     Router::new()
-        .nest("/v1", v1)
         .route("/healthz", get(health::healthz))
         .route("/readyz", get(health::readyz))
         .route("/metrics", get(health::metrics))
+}
+
+fn finish(state: ApiState, routes: Router<Arc<ApiState>>) -> Router {
+    let state = Arc::new(state);
+    routes
         .fallback(error::no_such_route)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), request::pass))

@@ -274,3 +274,21 @@ async fn a_worker_that_was_frozen_past_its_lease_overwrites_nothing() {
     assert_eq!(witness.calls().len() as i64, runs * 8);
     db.assert_nothing_stranded().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_tells_of_itself_where_it_is_told_to() {
+    let db = Db::new().await;
+    let bind = crate::process::free_address();
+    let _worker = Process::start(&db, &["worker", "--bind", &bind], "");
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let playbook = db.playbook(company, "name: x\nsteps: [{id: a, action: transform}]\n").await;
+    let run = db.start(company, playbook, json!({})).await;
+    db.until(company, run, RunStatus::Completed).await;
+    for path in ["healthz", "readyz"] {
+        assert!(client.get(format!("http://{bind}/{path}")).send().await.unwrap().status().is_success(), "{path}");
+    }
+    let metrics = client.get(format!("http://{bind}/metrics")).send().await.unwrap().text().await.unwrap();
+    assert!(metrics.contains("capx_steps_committed_total 1"), "{metrics}");
+    assert_eq!(client.get(format!("http://{bind}/v1/companies")).send().await.unwrap().status(), 404);
+}

@@ -19,7 +19,7 @@ const CLAIM_MAX: usize = 1_024;
 const GATHER: Duration = Duration::from_millis(3);
 /// How often what the session holds is compared with what is in hand: a claim
 /// that was given up may take effect late, and nobody would know of its jobs.
-const COMPARE: Duration = Duration::from_secs(5);
+const COMPARE: Duration = Duration::from_secs(10);
 
 /// Claims until the worker stops.
 pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assignment>) {

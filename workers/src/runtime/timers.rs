@@ -14,7 +14,7 @@ use super::{Shared, pause};
 
 /// Sweeps of a lease, besides those that a look calls for when it finds a
 /// silent worker.
-const SWEEPS_A_LEASE: u32 = 6;
+const SWEEPS_A_LEASE: u32 = 2;
 /// A job whose worker died waits this part of a lease before its first
 /// retake, doubling with each death.
 const RETAKE_PART: u32 = 60;
