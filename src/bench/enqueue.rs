@@ -24,7 +24,7 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
 async fn single(bench: &Bench) -> anyhow::Result<f64> {
     bench.reset().await?;
     let each = bench.amount(50_000) / TASKS;
-    let enqueuer = Enqueuer::start(bench.pool.clone());
+    let enqueuer = Enqueuer::start(bench.pool.clone(), bench.engine.waker.clone());
     let company = bench.company;
     let began = Instant::now();
     let tasks: Vec<_> = (0..TASKS)

@@ -17,14 +17,13 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     bench.await_workers(1).await?;
     let samples = bench.amount(2_000);
     let bar = report.progress("latency", samples as u64);
-    let enqueuer = Enqueuer::start(bench.pool.clone());
+    let enqueuer = Enqueuer::start(bench.pool.clone(), bench.engine.waker.clone());
     let job = NewJob::new(queue::BENCH, kind::NOOP, bench.company);
     let mut took = Vec::with_capacity(samples);
     let mut enqueue_took = Vec::with_capacity(samples);
     for _ in 0..samples {
         let began = Instant::now();
         let Enqueued::New(id) = enqueuer.enqueue(job.clone()).await? else { continue };
-        bench.engine.waker.wake();
         enqueue_took.push(began.elapsed());
         while let Some((started, at)) = starts.recv().await {
             if started == id {

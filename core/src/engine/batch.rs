@@ -62,6 +62,7 @@ where
 {
     let mut taken = Vec::with_capacity(BATCH_MAX);
     while waiting.recv_many(&mut taken, BATCH_MAX).await > 0 {
+        gather(&mut waiting, &mut taken).await;
         let (items, answers): (Vec<T>, Vec<Answer<R>>) = taken.drain(..).unzip();
         let items = Arc::new(items);
         match write(Arc::clone(&items)).await {
@@ -84,6 +85,22 @@ where
                             }));
                 }
             }
+        }
+    }
+}
+
+/// Takes along whoever comes while others have their turn: callers that the
+/// last commit has answered ask again at once, and the first of them would
+/// else have a commit to itself.
+async fn gather<T>(waiting: &mut mpsc::Receiver<T>, taken: &mut Vec<T>) {
+    let mut before = 0;
+    while before < taken.len() && taken.len() < BATCH_MAX {
+        before = taken.len();
+        tokio::task::yield_now().await;
+        while taken.len() < BATCH_MAX
+            && let Ok(item) = waiting.try_recv()
+        {
+            taken.push(item);
         }
     }
 }

@@ -4,34 +4,43 @@ use std::sync::Arc;
 
 use sqlx::PgPool;
 
+use super::Waker;
 use super::batch::Batcher;
 use crate::store::StoreError;
 use crate::store::jobs::{self, Enqueued, NewJob};
 
-/// Enqueues of a process, committed together. Cheap to clone.
+/// Enqueues of a process, committed together, each batch with one hint to the
+/// workers. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Enqueuer {
     pool: PgPool,
+    waker: Waker,
     plain: Batcher<NewJob, i64>,
 }
 
 impl Enqueuer {
     /// Over a pool.
-    pub fn start(pool: PgPool) -> Self {
+    pub fn start(pool: PgPool, waker: Waker) -> Self {
         let plain = Batcher::start({
-            let pool = pool.clone();
+            let (pool, waker) = (pool.clone(), waker.clone());
             move |batch: Arc<Vec<NewJob>>| {
-                let pool = pool.clone();
-                async move { jobs::enqueue_many(&pool, &batch).await }
+                let (pool, waker) = (pool.clone(), waker.clone());
+                async move {
+                    let ids = jobs::enqueue_many(&pool, &batch).await?;
+                    waker.wake();
+                    Ok(ids)
+                }
             }
         });
-        Self { pool, plain }
+        Self { pool, waker, plain }
     }
 
     /// Puts a job into the queue; it is committed when this returns.
     pub async fn enqueue(&self, job: NewJob) -> Result<Enqueued, StoreError> {
         if job.unique_key.is_some() {
-            return jobs::enqueue(&self.pool, &job).await;
+            let enqueued = jobs::enqueue(&self.pool, &job).await?;
+            self.waker.wake();
+            return Ok(enqueued);
         }
         self.plain.write(job).await.map(Enqueued::New)
     }
