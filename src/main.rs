@@ -102,7 +102,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             let stop = serve::stop_signal()?;
             serve::check_database(&store::pool(&url, PoolKind::Requests, 1)?).await?;
             if let Some(bind) = bind {
-                serve::health(&url, &bind, stop.clone()).await?;
+                serve::health(&url, &bind, &stop).await?;
             }
             let worker = serve::worker(&url, &worker, false)?;
             tracing::info!("the worker runs");

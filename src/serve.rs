@@ -59,7 +59,7 @@ pub struct WorkerArgs {
     /// is dead without knowing it, and the worker ends to be started again.
     #[arg(long, env = "CAPX_UNANSWERED", default_value = "180s", value_parser = parse_duration)]
     pub unanswered: Duration,
-    /// Where runs keep their files.
+    /// Where runs keep their files; workers on several machines must share it.
     #[arg(long, env = "CAPX_WORKSPACE", default_value = WORKSPACE)]
     pub workspace: PathBuf,
 }
@@ -145,6 +145,8 @@ pub fn worker(url: &str, args: &WorkerArgs, dev: bool) -> anyhow::Result<Worker>
 
 /// Where the API listens.
 pub const BIND: &str = "127.0.0.1:8080";
+/// Connections of a worker for questions about its health.
+const HEALTH_CONNECTIONS: u32 = 2;
 /// Connections of the API to the database.
 const API_CONNECTIONS: u32 = 16;
 
@@ -185,12 +187,16 @@ pub async fn api(listener: TcpListener, state: ApiState) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Serves what an orchestrator and a scraper ask of a worker, beside it.
-pub async fn health(url: &str, bind: &str, stop: CancellationToken) -> anyhow::Result<()> {
+/// Serves what an orchestrator and a scraper ask of a worker, beside it and as
+/// long as it lives, its drain included. `stop` is the worker's: a request here
+/// that never ends must not stop the work.
+pub async fn health(url: &str, bind: &str, stop: &CancellationToken) -> anyhow::Result<()> {
     let listener = listen(bind).await?;
     tracing::info!(address = %listener.local_addr()?, "health and metrics are served");
-    let router = api::health_router(api_state(url, metrics()?, stop.clone())?);
-    tokio::spawn(server::serve(listener, router, stop));
+    let engine = Engine::new(store::pool(url, PoolKind::Requests, HEALTH_CONNECTIONS)?);
+    let (stopping, wedged) = (stop.child_token(), CancellationToken::new());
+    let state = ApiState { engine, metrics: metrics()?, stopping, wedged, limits: Limits::default() };
+    tokio::spawn(server::serve(listener, api::health_router(state), CancellationToken::new()));
     Ok(())
 }
 

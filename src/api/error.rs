@@ -137,7 +137,8 @@ impl IntoResponse for ApiError {
         }
         let body = json!({"success": false, "error": error, "meta": {"request_id": current_id()}});
         let mut response = (status, Json(body)).into_response();
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        // Not for what may still be carried out: it would invite to ask twice.
+        if matches!(self, Self::Unavailable) {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(UNAVAILABLE_RETRY_S));
         }
         if status == StatusCode::UNAUTHORIZED {

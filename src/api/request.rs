@@ -30,7 +30,7 @@ pub(super) fn current_id() -> String {
 }
 
 /// The middleware.
-pub(super) async fn pass(State(state): Shared, mut request: Request, next: Next) -> Response {
+pub(super) async fn pass(State(state): Shared, request: Request, next: Next) -> Response {
     let given = request
         .headers()
         .get(REQUEST_ID)
@@ -41,7 +41,6 @@ pub(super) async fn pass(State(state): Shared, mut request: Request, next: Next)
     // The pattern, not the path: paths are unbounded, and may hold names.
     let route = request.extensions().get::<MatchedPath>().map_or("none", |path| path.as_str()).to_owned();
     let began = Instant::now();
-    request.extensions_mut().insert(began);
     let has_nul = request.uri().path_and_query().is_some_and(|path| path.as_str().contains("%00"));
     let handler = async move {
         if has_nul {

@@ -4,10 +4,9 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use capx_core::store::jobs::{self, queue};
+use capx_core::store::jobs::{self, Turn, queue};
 use capx_core::store::sessions::{self, NewSession};
 use capx_core::store::{self, PoolKind};
-use uuid::Uuid;
 
 use super::latency::percentile;
 use super::report::{Report, Target};
@@ -74,7 +73,7 @@ async fn claims(bench: &Bench) -> anyhow::Result<f64> {
     let mut took = Vec::new();
     for _ in 0..1_000 {
         let began = Instant::now();
-        let claimed = jobs::claim(&pool, session, &queues, Uuid::nil(), 32).await?;
+        let claimed = jobs::claim(&pool, session, &[Turn::first(queue::BENCH)], 32).await?;
         took.push(began.elapsed());
         anyhow::ensure!(!claimed.is_empty(), "nothing left to claim");
     }

@@ -17,8 +17,9 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     let drop = format!("drop database if exists {DATABASE} with (force)");
     sqlx::raw_sql(sqlx::AssertSqlSafe(drop.clone())).execute(&bench.pool).await?;
     sqlx::raw_sql(sqlx::AssertSqlSafe(format!("create database {DATABASE}"))).execute(&bench.pool).await?;
-    let (base, _) = bench.url.rsplit_once('/').context("the database's address has no name")?;
-    let fresh = bench.at(&format!("{base}/{DATABASE}")).await?;
+    let (address, query) = bench.url.split_once('?').unwrap_or((&bench.url, ""));
+    let (base, _) = address.rsplit_once('/').context("the database's address has no name")?;
+    let fresh = bench.at(&format!("{base}/{DATABASE}?{query}")).await?;
     // On our own server nobody else commits: what is counted is the worker.
     fresh.autovacuum(false).await?;
     let measured = measure(&fresh, report).await;

@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use capx_core::domain::ids::{AccountId, AgentId, CompanyId, PlaybookId, RunId};
+use capx_core::domain::playbook::load;
 use capx_core::domain::run::RunStatus;
 use capx_core::engine::playbooks::CreatePlaybook;
 use capx_core::engine::tenants::CreateCompany;
 use capx_core::engine::{Engine, playbooks, start, tenants as companies};
+use capx_core::store::playbooks::{self as stored, Filter};
 use capx_core::store::tenants::NewAgent;
 use capx_core::store::{events, runs, tenants};
 use serde_json::{Map, json};
@@ -43,14 +45,29 @@ pub(super) async fn prepare(engine: &Engine, pool: &PgPool) -> anyhow::Result<De
     };
     let mut hello = None;
     for yaml in PLAYBOOKS {
-        let request =
-            CreatePlaybook { name: None, description: None, yaml: (*yaml).to_owned(), tags: vec!["demo".into()] };
-        let created = playbooks::create(engine, company, &request)
-            .await
-            .map_err(|error| anyhow::anyhow!("a demo playbook does not load: {error:?}"))?;
-        hello = hello.or(Some(created.upserted.playbook));
+        let playbook = match named(pool, company, yaml).await? {
+            // It may have been changed since, by whoever tries things out.
+            Some(known) => known,
+            None => upload(engine, company, yaml).await?,
+        };
+        hello = hello.or(Some(playbook));
     }
     Ok(Demo { company, hello: hello.context("there is no demo playbook")? })
+}
+
+async fn named(pool: &PgPool, company: CompanyId, yaml: &str) -> anyhow::Result<Option<PlaybookId>> {
+    let name = load(yaml).map_err(|problems| anyhow::anyhow!("a demo playbook: {problems:?}"))?.name;
+    let filter = Filter { name: Some(&name), ..Filter::default() };
+    let found = stored::list(pool, company, &filter, 1).await?;
+    Ok(found.into_iter().next().map(|row| row.playbook))
+}
+
+async fn upload(engine: &Engine, company: CompanyId, yaml: &str) -> anyhow::Result<PlaybookId> {
+    let request = CreatePlaybook { name: None, description: None, yaml: yaml.to_owned(), tags: vec!["demo".into()] };
+    let created = playbooks::create(engine, company, &request)
+        .await
+        .map_err(|error| anyhow::anyhow!("a demo playbook does not load: {error:?}"))?;
+    Ok(created.upserted.playbook)
 }
 
 async fn find(pool: &PgPool, account: AccountId) -> anyhow::Result<Option<CompanyId>> {
@@ -103,9 +120,9 @@ pub(super) async fn run(engine: &Engine, demo: &Demo, show: &Show, stop: &Cancel
             status if status.is_terminal() => bail!("the demo's run {status:?}: {}", row.error.unwrap_or_default()),
             _ if tokio::time::Instant::now() > until => {
                 bail!(
-                    "the demo's run has not ended after {} s; `{}` may say why",
-                    PATIENCE.as_secs(),
-                    "CAPX_LOG=debug capx dev"
+                    "the demo's run {} has not ended after {} s: it may wait behind other work",
+                    started.run,
+                    PATIENCE.as_secs()
                 )
             }
             _ => tokio::time::sleep(Duration::from_millis(20)).await,

@@ -223,9 +223,16 @@ async fn after_start(
     let mut example = None;
     if !args.no_demo && args.workers > 0 {
         let demo = demo::prepare(engine, pool).await?;
-        let run = demo::run(engine, &demo, show, stop).await?;
-        show.line(&format!("first run completed {:.1} s after the start", ready.began.elapsed().as_secs_f64()));
-        example = Some((demo, run));
+        match demo::run(engine, &demo, show, stop).await {
+            Ok(run) => {
+                let took = ready.began.elapsed().as_secs_f64();
+                show.line(&format!("first run completed {took:.1} s after the start"));
+                example = Some((demo, run));
+            }
+            // What was here before may be in the way of it, and must not end.
+            Err(error) if !args.once && !error.is::<Interrupted>() => show.line(&format!("{error:#}")),
+            Err(error) => return Err(error),
+        }
     }
     show.ready(
         &ready.base_url,

@@ -165,6 +165,25 @@ async fn an_api_process_may_die_before_and_after_its_commit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_start_whose_answer_is_lost_is_found_again() {
+    for point in ["start.before_commit", "start.after_commit"] {
+        let db = Db::new().await;
+        let company = db.company(&["a"], "claude", json!({})).await;
+        let playbook = db.playbook(company, "name: x\nsteps: [{id: a, action: transform}]\n").await;
+        let key = db.key(&["*"]).await;
+        let bind = free_address();
+        let (process, client) = api(&db, &bind, &format!("{point}=fail@1")).await;
+        let run = format!("http://{bind}/v1/companies/{company}/playbooks/{playbook}/run");
+        let answer = client.post(run).bearer_auth(&key).send().await.unwrap();
+        assert_eq!(answer.status(), 201, "{point}");
+        let body: serde_json::Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
+        assert!(body["data"]["started_at"].is_string(), "{point}: {body}");
+        assert_eq!(db.count("select count(*) from runs").await, 1, "{point}");
+        process.was_at(point);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_approval_survives_the_death_of_its_process() {
     for (point, approved) in APPROVE {
         let db = Db::new().await;

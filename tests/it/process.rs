@@ -1,6 +1,7 @@
 //! Whole `capx` processes, started, signalled and killed.
 
-use std::io::Read;
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -10,10 +11,13 @@ use crate::harness::{Db, eventually};
 /// A `capx` process; killed when dropped.
 pub struct Process {
     pub child: Child,
+    /// What it says on stderr.
+    said: File,
 }
 
 impl Process {
     pub fn start(db: &Db, args: &[&str], failpoints: &str) -> Self {
+        let said = tempfile();
         let child = Command::new(env!("CARGO_BIN_EXE_capx"))
             .args(args)
             .env("CAPX_DATABASE_URL", &db.url)
@@ -28,10 +32,11 @@ impl Process {
             .env("CAPX_LOG_FORMAT", "json")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
+            // A file and not a pipe, which would block a talkative process.
+            .stderr(Stdio::from(said.try_clone().unwrap()))
             .spawn()
             .unwrap();
-        Self { child }
+        Self { child, said }
     }
 
     pub fn worker(db: &Db, failpoints: &str) -> Self {
@@ -42,8 +47,7 @@ impl Process {
     pub fn was_at(mut self, point: &str) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let mut said = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        let said = self.said();
         assert!(said.contains(&format!("failpoint fired: {point}")), "{point} was not reached:\n{said}");
     }
 
@@ -54,8 +58,7 @@ impl Process {
             async move { ended }
         })
         .await;
-        let mut said = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        let said = self.said();
         assert!(said.contains(&format!("failpoint fired: {point}")), "{point} was not reached:\n{said}");
     }
 }
@@ -68,6 +71,13 @@ impl Drop for Process {
 }
 
 impl Process {
+    fn said(&mut self) -> String {
+        let mut said = String::new();
+        self.said.rewind().unwrap();
+        self.said.read_to_string(&mut said).unwrap();
+        said
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
@@ -83,6 +93,14 @@ impl Process {
         })
         .await;
     }
+}
+
+/// A file without a name.
+fn tempfile() -> File {
+    let path = std::env::temp_dir().join(format!("capx-it-said-{}", uuid::Uuid::now_v7()));
+    let file = File::options().read(true).append(true).create_new(true).open(&path).unwrap();
+    std::fs::remove_file(path).unwrap();
+    file
 }
 
 /// An address nobody uses at the moment.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use capx_core::domain::ids::CompanyId;
 use capx_core::engine::claim::{self, ClaimCursor};
-use capx_core::store::jobs::{self, Enqueued, Lease, NewJob, Settle, kind, queue};
+use capx_core::store::jobs::{self, Enqueued, Lease, NewJob, Settle, Turn, kind, queue};
 use capx_core::store::sessions::{self, NewSession};
 use serde_json::Value;
 use sqlx::Arguments;
@@ -38,6 +38,10 @@ fn queues() -> Vec<String> {
     vec![queue::BENCH.to_owned()]
 }
 
+fn turns() -> Vec<Turn> {
+    vec![Turn::first(queue::BENCH)]
+}
+
 const LONG: Duration = Duration::from_secs(600);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -48,7 +52,7 @@ async fn one_companys_thousands_do_not_hold_anothers_first() {
     fill(&db, small, 1).await;
     fill(&db, last, 100).await;
     let session = session(&db, LONG).await;
-    let claimed = jobs::claim(&db.pool, session, &queues(), Uuid::nil(), 30).await.unwrap();
+    let claimed = jobs::claim(&db.pool, session, &turns(), 30).await.unwrap();
     let mut by_company: HashMap<Uuid, usize> = HashMap::new();
     for job in &claimed {
         *by_company.entry(job.company.0).or_default() += 1;
@@ -64,11 +68,11 @@ async fn a_worker_that_goes_on_takes_every_job_once_and_the_urgent_in_time() {
     let company = CompanyId::new();
     fill(&db, company, 1_000).await;
     let session = session(&db, LONG).await;
-    let mut cursor = ClaimCursor::default();
+    let mut cursor = ClaimCursor::new(&queues());
     let mut seen = std::collections::HashSet::new();
     let mut urgent = None;
     while seen.len() < 1_001 {
-        let jobs = claim::claim(&db.engine, session, &queues(), &mut cursor, 64).await.unwrap();
+        let jobs = claim::claim(&db.engine, session, &mut cursor, 64).await.unwrap();
         for job in &jobs {
             assert!(seen.insert(job.lease.job), "claimed twice");
         }
@@ -91,18 +95,18 @@ async fn a_spent_lease_writes_nothing() {
     let company = CompanyId::new();
     fill(&db, company, 1).await;
     let dead = session(&db, Duration::from_millis(1)).await;
-    let stale = jobs::claim(&db.pool, dead, &queues(), Uuid::nil(), 1).await.unwrap().remove(0);
+    let stale = jobs::claim(&db.pool, dead, &turns(), 1).await.unwrap().remove(0);
     // Its session is silent: it is declared dead, the job taken back.
     tokio::time::sleep(Duration::from_millis(5)).await;
     assert_eq!(sessions::bury(&db.pool).await.unwrap(), [dead]);
     assert_eq!(jobs::reclaim(&db.pool, Duration::ZERO).await.unwrap().len(), 1);
     // A dead session takes nothing and is not renewed.
     jobs::promote(&db.pool).await.unwrap();
-    assert!(jobs::claim(&db.pool, dead, &queues(), Uuid::nil(), 1).await.unwrap().is_empty());
+    assert!(jobs::claim(&db.pool, dead, &turns(), 1).await.unwrap().is_empty());
     let mut connection = sessions::connect(&db.url).await.unwrap();
     assert!(!sessions::beat(&mut connection, dead, false).await.unwrap());
     let alive = session(&db, LONG).await;
-    let fresh = jobs::claim(&db.pool, alive, &queues(), Uuid::nil(), 1).await.unwrap().remove(0);
+    let fresh = jobs::claim(&db.pool, alive, &turns(), 1).await.unwrap().remove(0);
     assert_eq!((fresh.lease.job, fresh.attempt, fresh.crash_count), (stale.lease.job, 1, 1));
     assert!(fresh.lease.epoch > stale.lease.epoch);
     let settle = |lease: Lease| Settle { lease, again_after: None, charged: true };
@@ -138,12 +142,12 @@ async fn what_is_due_later_is_taken_later() {
     jobs::enqueue(&db.pool, &job).await.unwrap();
     let session = session(&db, LONG).await;
     assert_eq!(jobs::promote(&db.pool).await.unwrap(), 0);
-    assert!(jobs::claim(&db.pool, session, &queues(), Uuid::nil(), 1).await.unwrap().is_empty());
+    assert!(jobs::claim(&db.pool, session, &turns(), 1).await.unwrap().is_empty());
     let outlook = jobs::look(&db.pool, &queues()).await.unwrap();
     assert!(!outlook.ready && outlook.next_due_s.is_some_and(|s| s > 0.0));
     eventually("the timer", || async { jobs::promote(&db.pool).await.unwrap() == 1 }).await;
     assert!(jobs::look(&db.pool, &queues()).await.unwrap().ready);
-    assert_eq!(jobs::claim(&db.pool, session, &queues(), Uuid::nil(), 1).await.unwrap().len(), 1);
+    assert_eq!(jobs::claim(&db.pool, session, &turns(), 1).await.unwrap().len(), 1);
 }
 
 /// Claims against a model: random jobs of random companies, queues and
@@ -155,7 +159,7 @@ async fn claims_are_fair_in_order_and_leave_nothing() {
     for seed in 0..20 {
         let mut random = Seeded(seed);
         let companies: Vec<Uuid> = (0..1 + random.below(6)).map(|_| Uuid::now_v7()).collect();
-        let queues = vec!["bench".to_owned(), "steps".to_owned(), "system".to_owned()];
+        let turns = [Turn::first(queue::BENCH), Turn::first(queue::STEPS), Turn::first(queue::SYSTEM)];
         let mut waiting: HashMap<(String, Uuid), Vec<(i16, i64)>> = HashMap::new();
         for _ in 0..random.below(120) {
             let queue = [queue::BENCH, queue::STEPS, queue::SYSTEM][random.below(3) as usize];
@@ -169,7 +173,7 @@ async fn claims_are_fair_in_order_and_leave_nothing() {
         let mut served: Vec<(String, Uuid)> = Vec::new();
         while !waiting.is_empty() {
             let room = 1 + random.below(40) as i64;
-            let claimed = jobs::claim(&db.pool, session, &queues, Uuid::nil(), room).await.unwrap();
+            let claimed = jobs::claim(&db.pool, session, &turns, room).await.unwrap();
             let open = waiting.len();
             let left: usize = waiting.values().map(Vec::len).sum();
             let mut taken: HashMap<(String, Uuid), Vec<(i16, i64)>> = HashMap::new();
@@ -196,7 +200,41 @@ async fn claims_are_fair_in_order_and_leave_nothing() {
                 }
             }
         }
-        assert!(jobs::claim(&db.pool, session, &queues, Uuid::nil(), 10).await.unwrap().is_empty());
+        assert!(jobs::claim(&db.pool, session, &turns, 10).await.unwrap().is_empty());
+    }
+}
+
+/// With room for one job at a time, as in a worker full of long work, every
+/// company and every queue has its turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_worker_serves_everybody_in_turn() {
+    let db = Db::new().await;
+    let session = session(&db, LONG).await;
+    let companies: Vec<CompanyId> = (0..80).map(|_| CompanyId::new()).collect();
+    let mut waiting = 0;
+    for company in &companies {
+        for (queue, count) in [(queue::STEPS, 5), (queue::SYSTEM, 1)] {
+            for _ in 0..count {
+                jobs::enqueue(&db.pool, &NewJob::new(queue, kind::NOOP, *company)).await.unwrap();
+                waiting += 1;
+            }
+        }
+    }
+    let mut cursor = ClaimCursor::new(&[queue::STEPS.to_owned(), queue::SYSTEM.to_owned()]);
+    let mut served: HashMap<(String, Uuid), usize> = HashMap::new();
+    let mut taken = 0;
+    let mut looks = 0;
+    while taken < waiting {
+        looks += 1;
+        assert!(looks < 2 * waiting, "{taken} of {waiting} after {looks} looks");
+        for job in claim::claim(&db.engine, session, &mut cursor, 1).await.unwrap() {
+            *served.entry((job.queue, job.company.0)).or_default() += 1;
+            taken += 1;
+        }
+        if taken == 2 * companies.len() {
+            // Two queues in turn: by now each company was served in each.
+            assert_eq!(served.len(), 2 * companies.len(), "{served:?}");
+        }
     }
 }
 
@@ -220,7 +258,7 @@ async fn the_hot_statements_read_little_however_much_waits() {
     let mut connection = db.pool.acquire().await.unwrap();
     let claim = include_str!("../../core/src/store/sql/claim.sql");
     // 32 rows, each found, locked, updated and put into two indexes.
-    let given = arguments![session, queues(), Uuid::nil(), 64, 32_i64, 10_000_i64];
+    let given = arguments![session, queues(), vec![Uuid::nil()], 64, 32_i64, 10_000_i64];
     reads(&mut connection, "claim", claim, 1_000, given).await;
     let claim_on = include_str!("../../core/src/store/sql/claim_on.sql");
     let given = arguments![session, queues(), vec![company.0], vec![0_i16], vec![5_000_i64], 32_i64, 10_000_i64];

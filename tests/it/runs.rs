@@ -131,6 +131,7 @@ async fn what_cannot_be_stored_fails_the_step_and_never_sticks() {
     let url = format!("http://{}", listener.local_addr().unwrap());
     let json = [("content-type", "application/json")];
     let router = axum::Router::new()
+        .route("/dear", any(move || async move { (json, r#"{"output": 1, "cost": 9000000000}"#) }))
         .route("/nul", any(move || async move { (json, r#"{"output": {"text": "a\u0000b"}}"#) }))
         .route(
             "/huge",
@@ -154,6 +155,12 @@ async fn what_cannot_be_stored_fails_the_step_and_never_sticks() {
             assert!(message.contains(says), "{path}, {step}: {message}");
         }
     }
+    // More than money can be.
+    let company = db.company(&["n"], "custom", json!({"endpoint": format!("{url}/dear")})).await;
+    let playbook = db.playbook(company, "name: dear\nsteps:\n  - {role: n, action: say}\n").await;
+    let run = db.start(company, playbook, json!({})).await;
+    let row = db.until(company, run, RunStatus::Failed).await;
+    assert!(row.error.unwrap()["message"].as_str().unwrap().contains("is no amount from 0 to 10000 USD"));
     db.assert_nothing_stranded().await;
 }
 

@@ -9,16 +9,19 @@ use serde::{Deserialize, Serialize};
 pub struct Nanos(pub i64);
 
 const NANOS_PER_USD: f64 = 1e9;
+/// The most that one attempt may cost, in USD: what all attempts of the longest
+/// run could cost then still fits into the type.
+pub const COST_USD_MAX: f64 = 10_000.0;
 
 impl Nanos {
     /// Nothing.
     pub const ZERO: Self = Self(0);
 
-    /// From USD, rounded to the nearest nano-dollar. `None` for a negative,
-    /// non-finite or unrepresentable amount (the type ends at 9.2e9 USD).
+    /// The cost of an attempt from USD, rounded to the nearest nano-dollar.
+    /// `None` for a negative or non-finite amount, or one over
+    /// [`COST_USD_MAX`].
     pub fn from_usd(usd: f64) -> Option<Self> {
-        let nanos = (usd * NANOS_PER_USD).round();
-        (nanos.is_finite() && (0.0..9.2e18).contains(&nanos)).then_some(Self(nanos as i64))
+        (0.0..=COST_USD_MAX).contains(&usd).then_some(Self((usd * NANOS_PER_USD).round() as i64))
     }
 
     /// USD for an answer, rounded to a micro-dollar.
@@ -35,7 +38,7 @@ mod tests {
     fn usd_goes_in_and_comes_out() {
         assert_eq!(Nanos::from_usd(2.85), Some(Nanos(2_850_000_000)));
         assert_eq!(Nanos(2_850_000_000).to_usd(), 2.85);
-        for bad in [-0.01, f64::NAN, f64::INFINITY, 1e30] {
+        for bad in [-0.01, f64::NAN, f64::INFINITY, 1e30, COST_USD_MAX + 0.01] {
             assert_eq!(Nanos::from_usd(bad), None);
         }
     }

@@ -165,6 +165,12 @@ async fn one_by_one(engine: &Engine, pending: Pending) -> Result<Vec<Committed>,
             written = write(engine, std::slice::from_ref(&decided)).await;
         }
         let landed = match written {
+            // Not even the failure can be stored: a fault of ours, which must
+            // not hold up everybody else's. The job's deadline brings it back.
+            Err(EngineError::Store(error)) if error.is_about_data() => {
+                tracing::error!(run.id = %decided.commit.run, job.id = decided.commit.lease.job, %error, "a failure could not be stored");
+                Ok(false)
+            }
             Ok(held) if held.first() == Some(&true) || !maybe_landed => Ok(held.first() == Some(&true)),
             Ok(_) => has_landed(engine, &decided.commit).await.map_err(EngineError::from),
             Err(error) => Err(error),
@@ -211,6 +217,7 @@ fn unstorable(decided: Decided, error: &StoreError) -> Decided {
                 error: Some(error.to_string()),
                 ..step
             }),
+            cost: Nanos::ZERO,
             events: vec![Event::new(PLAYBOOK_FAILED, json!({"error": error}))],
             ..commit
         },
@@ -433,7 +440,12 @@ impl Facts {
     }
 
     fn complete(self, output: Option<serde_json::Value>) -> Decided {
-        let output = output.and_then(|value| storable::to_json(&value, OUTPUT_BYTES_MAX).ok());
+        // All the steps are done, so the run is not failed for an output that
+        // cannot be kept; it says why there is none.
+        let output = output.map(|value| {
+            storable::to_json(&value, OUTPUT_BYTES_MAX)
+                .unwrap_or_else(|error| json!({"error": format!("the run's output {error}")}).to_string())
+        });
         let events = vec![
             self.completed_event(),
             Event::new(

@@ -2,8 +2,10 @@
 //! written by one statement. Each caller gets its answer after the commit,
 //! as if it had been alone; whoever is alone waits for nobody.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures_util::FutureExt;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::store::StoreError;
@@ -65,7 +67,9 @@ where
         gather(&mut waiting, &mut taken).await;
         let (items, answers): (Vec<T>, Vec<Answer<R>>) = taken.drain(..).unzip();
         let items = Arc::new(items);
-        match write(Arc::clone(&items)).await {
+        // A panic harms those of this batch, not everybody after them.
+        let written = AssertUnwindSafe(write(Arc::clone(&items))).catch_unwind().await;
+        match written.unwrap_or(Err(StoreError::Unavailable(sqlx::Error::WorkerCrashed))) {
             Ok(results) => {
                 for (answer, result) in answers.into_iter().zip(results) {
                     // Whoever asked may be gone; what was written stays.

@@ -11,7 +11,7 @@ use super::{Engine, EngineError};
 use crate::domain::ids::{CompanyId, PlaybookId, RunId};
 use crate::domain::plan::RunContext;
 use crate::failpoint;
-use crate::store::jobs::{self, ClaimedJob, Tenant, kind};
+use crate::store::jobs::{self, ClaimedJob, Tenant, Turn, kind};
 use crate::store::tenants::AgentRow;
 use crate::store::{StoreError, steps, tenants};
 
@@ -57,6 +57,7 @@ pub struct StepWork {
 /// How long a worker goes on from where its last claim ended, before it looks
 /// at everything again. An urgent job that arrives in a backlog waits as long.
 const FULL_LOOK: Duration = Duration::from_millis(100);
+const COMPANIES_MAX: usize = jobs::COMPANIES_A_CLAIM as usize;
 
 /// Where a worker's claims have got to.
 ///
@@ -64,16 +65,25 @@ const FULL_LOOK: Duration = Duration::from_millis(100);
 /// it is vacuumed. A claim that began there each time would walk them all, so
 /// in a backlog it goes on from the last row it took, company by company; a
 /// full look every [`FULL_LOOK`] finds what has come before that.
-#[derive(Debug, Default)]
+///
+/// A look begins with the company after the one that was served last, in each
+/// queue by itself, and with another queue each time: a worker with room for
+/// one job serves everybody in turn.
+#[derive(Debug)]
 pub struct ClaimCursor {
-    /// The last company served, so that each gets its turn.
-    after: Uuid,
+    turns: Vec<Turn>,
     /// Where each company's work goes on, while there is more of it.
     tenants: Vec<Tenant>,
     looked: Option<Instant>,
 }
 
 impl ClaimCursor {
+    /// At the beginning of some queues.
+    pub fn new(queues: &[String]) -> Self {
+        let turns = queues.iter().map(|queue| Turn::first(queue)).collect();
+        Self { turns, tenants: Vec::new(), looked: None }
+    }
+
     /// Whether the last claim left work behind.
     pub fn has_more(&self) -> bool {
         !self.tenants.is_empty()
@@ -81,7 +91,7 @@ impl ClaimCursor {
 
     /// Whether the next claim looks at everything, from the first company.
     pub fn is_full_look(&self) -> bool {
-        self.after.is_nil() && self.goes_on().is_none()
+        self.goes_on().is_none() && self.turns.iter().all(|turn| turn.after.is_nil())
     }
 
     fn goes_on(&self) -> Option<&[Tenant]> {
@@ -90,7 +100,7 @@ impl ClaimCursor {
     }
 
     /// Remembers how far a claim got: which companies gave their whole share
-    /// and so have more.
+    /// and so have more, and whose turn is next.
     fn note(&mut self, jobs: &[ClaimedJob], room: usize, full: bool) {
         let mut taken: HashMap<(&str, Uuid), (usize, i16, i64)> = HashMap::new();
         for job in jobs {
@@ -98,21 +108,42 @@ impl ClaimCursor {
             let at = (job.priority, job.lease.job);
             *entry = if at > (entry.1, entry.2) { (entry.0 + 1, at.0, at.1) } else { (entry.0 + 1, entry.1, entry.2) };
         }
+        let cut = jobs.len() >= room;
         if full {
             self.looked = Some(Instant::now());
-            // A look that has seen as many companies as it may begins the next
-            // one after them; else it has seen all that come after its cursor.
-            let last = taken.keys().map(|(_, company)| *company).max();
-            let seen_all = taken.len() < usize::try_from(jobs::COMPANIES_A_CLAIM).unwrap_or(usize::MAX);
-            self.after = last.filter(|_| !seen_all).unwrap_or_default();
+            self.next_turns(taken.keys().copied(), cut);
         }
         let asked = if full { taken.len() } else { self.tenants.len() };
         let share = room.div_ceil(asked.max(1));
+        // A look that had not room for everybody it saw is no ground to go on
+        // with those who were served.
+        let all_served = !full || !cut || room >= COMPANIES_MAX * self.turns.len();
         self.tenants = taken
             .into_iter()
-            .filter(|(_, (count, ..))| *count >= share || jobs.len() >= room)
+            .filter(|(_, (count, ..))| all_served && (*count >= share || cut))
             .map(|((queue, company), (_, priority, job))| Tenant { queue: queue.to_owned(), company, priority, job })
             .collect();
+    }
+
+    /// After a look: each queue goes on behind the last company that it served,
+    /// unless the look came to the end of it.
+    fn next_turns<'a>(&mut self, served: impl Iterator<Item = (&'a str, Uuid)>, cut: bool) {
+        let mut last: HashMap<&str, (Uuid, usize)> = HashMap::new();
+        for (queue, company) in served {
+            let entry = last.entry(queue).or_insert((company, 0));
+            *entry = (entry.0.max(company), entry.1 + 1);
+        }
+        for turn in &mut self.turns {
+            turn.after = match last.get(turn.queue.as_str()) {
+                Some((company, count)) if cut || *count >= COMPANIES_MAX => *company,
+                // Cut off before its turn: it is still to come.
+                None if cut => turn.after,
+                _ => Uuid::nil(),
+            };
+        }
+        if self.turns.len() > 1 {
+            self.turns.rotate_left(1);
+        }
     }
 }
 
@@ -120,7 +151,6 @@ impl ClaimCursor {
 pub async fn claim(
     engine: &Engine,
     session: i64,
-    queues: &[String],
     cursor: &mut ClaimCursor,
     room: usize,
 ) -> Result<Vec<ClaimedJob>, EngineError> {
@@ -130,7 +160,7 @@ pub async fn claim(
     let limit = i64::try_from(room).unwrap_or(i64::MAX);
     let (jobs, full) = match cursor.goes_on() {
         Some(tenants) => (jobs::claim_on(&engine.claims, session, tenants, limit).await?, false),
-        None => (jobs::claim(&engine.claims, session, queues, cursor.after, limit).await?, true),
+        None => (jobs::claim(&engine.claims, session, &cursor.turns, limit).await?, true),
     };
     if !jobs.is_empty() && failpoint::reach("claim.after_commit").await {
         // As if the answer had been lost on its way.

@@ -72,7 +72,7 @@ pub async fn start_run(
     let at = match &engine.starts {
         Some(starts) => starts.write(new).await?,
         None => {
-            let times = repeating(|| insert(&engine.pool, std::slice::from_ref(&new))).await?;
+            let times = insert(&engine.pool, std::slice::from_ref(&new)).await?;
             times.into_iter().next().unwrap_or_default()
         }
     };
@@ -95,7 +95,7 @@ pub async fn start_many(
     let params = checked_params(&plan, params)?;
     let all: Vec<Prepared> =
         (0..count).map(|_| prepare(company, playbook, version, Arc::clone(&plan), params.clone(), "manual")).collect();
-    repeating(|| insert(&engine.pool, &all)).await?;
+    insert(&engine.pool, &all).await?;
     engine.waker.wake();
     Ok(all.iter().map(|new| new.run.run).collect())
 }
@@ -127,7 +127,7 @@ pub(super) fn group_commit(pool: PgPool) -> Starts {
     Batcher::start(move |all: Arc<Vec<Prepared>>| {
         let pool = pool.clone();
         async move {
-            match repeating(|| insert(&pool, &all)).await {
+            match insert(&pool, &all).await {
                 Ok(times) => Ok(times),
                 Err(EngineError::Store(error)) => Err(error),
                 Err(other) => Err(StoreError::Unreadable(other.to_string())),
@@ -191,8 +191,32 @@ fn prepare(
     Prepared { run, context, gate }
 }
 
-/// Writes the runs; says when each began, in order.
+/// How often a start is written again whose answer was lost.
+const UNANSWERED_TRIES: u32 = 3;
+
+/// Writes the runs; says when each began, in order. Their ids are chosen, so
+/// that where an answer was lost, writing again finds what has landed unseen
+/// (hazard H8): a client that is told of an error need not fear a second run,
+/// unless the database stays away.
 async fn insert(pool: &PgPool, all: &[Prepared]) -> Result<Vec<DateTime<Utc>>, EngineError> {
+    let mut tries = 0;
+    loop {
+        match repeating(|| insert_once(pool, all)).await {
+            Err(EngineError::Store(StoreError::Conflict { constraint })) if tries > 0 && constraint == "runs_pkey" => {
+                let ids: Vec<(CompanyId, RunId)> = all.iter().map(|p| (p.run.company, p.run.run)).collect();
+                return Ok(runs::started_at(pool, &ids).await?);
+            }
+            Err(EngineError::Store(StoreError::Unavailable(error))) if tries < UNANSWERED_TRIES => {
+                tries += 1;
+                tracing::warn!(%error, tries, runs = all.len(), "a start had no answer and is written again");
+                tokio::time::sleep(Duration::from_millis(100) * 2u32.pow(tries)).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+async fn insert_once(pool: &PgPool, all: &[Prepared]) -> Result<Vec<DateTime<Utc>>, EngineError> {
     if failpoint::reach("start.before_commit").await {
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
@@ -208,7 +232,10 @@ async fn insert(pool: &PgPool, all: &[Prepared]) -> Result<Vec<DateTime<Utc>>, E
         tx.commit().await?;
         times
     };
-    failpoint::reach("start.after_commit").await;
+    if failpoint::reach("start.after_commit").await {
+        // As if the answer had been lost on its way.
+        return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
+    }
     Ok(times)
 }
 

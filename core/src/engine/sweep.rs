@@ -17,21 +17,29 @@ pub struct Swept {
     pub reclaimed: usize,
 }
 
-/// One sweep. `base` is the first delay of a job whose worker died.
-pub async fn sweep(engine: &Engine, base: Duration) -> Result<Swept, EngineError> {
+/// One sweep. `base` is the first delay of a job whose worker died; `bury`,
+/// whether silent sessions are declared dead.
+pub async fn sweep(engine: &Engine, base: Duration, bury: bool) -> Result<Swept, EngineError> {
     if failpoint::reach("sweep.before").await {
         return Ok(Swept::default());
     }
-    let buried = sessions::bury(&engine.pool).await?;
+    let buried = if bury { sessions::bury(&engine.pool).await? } else { Vec::new() };
     if !buried.is_empty() {
         failpoint::reach("sweep.buried").await;
     }
-    let reclaimed = jobs::reclaim(&engine.pool, base).await?;
-    if !reclaimed.is_empty() {
-        failpoint::reach("sweep.after_commit").await;
+    let mut swept = Swept { buried, reclaimed: 0 };
+    loop {
+        let reclaimed = jobs::reclaim(&engine.pool, base).await?;
+        if !reclaimed.is_empty() {
+            failpoint::reach("sweep.after_commit").await;
+        }
+        for job in &reclaimed {
+            tracing::warn!(job.id = job.job, job.crash_count = job.crash_count, "took a job back from a dead worker");
+        }
+        swept.reclaimed += reclaimed.len();
+        // There may be more than one statement takes.
+        if reclaimed.len() < jobs::RECLAIM_MAX as usize {
+            return Ok(swept);
+        }
     }
-    for job in &reclaimed {
-        tracing::warn!(job.id = job.job, job.crash_count = job.crash_count, "took a job back from a dead worker");
-    }
-    Ok(Swept { buried, reclaimed: reclaimed.len() })
 }

@@ -266,7 +266,7 @@ pub async fn lock_gate_job(tx: &mut PgConnection, job: i64, lease: Option<Lease>
 pub async fn release_gate_job(tx: &mut PgConnection, job: i64, timeout: std::time::Duration) -> Result<(), StoreError> {
     sqlx::query!(
         "update jobs
-         set kind = 'step', state = 'ready', due_at = now(), lease_epoch = lease_epoch + 1, attempt = 0,
+         set kind = 'step', state = 'ready', due_at = now(), lease_epoch = lease_epoch + 1, attempt = 0, crash_count = 0,
              session_id = null, deadline_at = null, timeout_ms = $2
          where id = $1",
         job,

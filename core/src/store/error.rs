@@ -22,6 +22,11 @@ pub enum StoreError {
     /// A migration failed.
     #[error("migration: {0}")]
     Migrate(sqlx::migrate::MigrateError),
+    /// The tables are not those that this version's migrations make.
+    #[error(
+        "the tables were made by a version of capx that was never released (migration {0} differs); use an empty database, or with `capx dev` another --data-dir"
+    )]
+    OtherSchema(i64),
     /// A stored value that this version cannot read.
     #[error("unreadable row: {0}")]
     Unreadable(String),
@@ -32,7 +37,10 @@ pub enum StoreError {
 
 impl From<sqlx::migrate::MigrateError> for StoreError {
     fn from(error: sqlx::migrate::MigrateError) -> Self {
-        Self::Migrate(error)
+        match error {
+            sqlx::migrate::MigrateError::VersionMismatch(version) => Self::OtherSchema(version),
+            other => Self::Migrate(other),
+        }
     }
 }
 

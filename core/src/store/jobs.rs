@@ -246,19 +246,30 @@ macro_rules! claimed_jobs {
     }};
 }
 
-/// Takes up to `room` jobs; companies after the cursor first.
-pub async fn claim(
-    pool: &PgPool,
-    session: i64,
-    queues: &[String],
-    after: Uuid,
-    room: i64,
-) -> Result<Vec<ClaimedJob>, StoreError> {
+/// Where a queue's next look begins: after this company.
+#[derive(Debug, Clone)]
+pub struct Turn {
+    /// Which queue.
+    pub queue: String,
+    /// The company that was served last; nil for the first one.
+    pub after: Uuid,
+}
+
+impl Turn {
+    /// From the first company on.
+    pub fn first(queue: &str) -> Self {
+        Self { queue: queue.to_owned(), after: Uuid::nil() }
+    }
+}
+
+/// Takes up to `room` jobs: of each queue from its turn on, the first queue
+/// first where there is not room for all.
+pub async fn claim(pool: &PgPool, session: i64, turns: &[Turn], room: i64) -> Result<Vec<ClaimedJob>, StoreError> {
     let rows = sqlx::query_file!(
         "src/store/sql/claim.sql",
         session,
-        queues,
-        after,
+        &turns.iter().map(|turn| turn.queue.clone()).collect::<Vec<_>>(),
+        &turns.iter().map(|turn| turn.after).collect::<Vec<_>>(),
         COMPANIES_A_CLAIM,
         room,
         millis(DEADLINE_GRACE),

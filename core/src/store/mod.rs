@@ -5,6 +5,7 @@
 //! It deliberately decides nothing: which transition to make is decided in
 //! [`crate::domain`] and arrives here as plain values.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
@@ -115,10 +116,21 @@ pub async fn schema_state(pool: &PgPool) -> Result<SchemaState, StoreError> {
     if !known {
         return Ok(SchemaState::Behind);
     }
-    let newest: Option<i64> =
-        sqlx::query_scalar("select max(version) from _sqlx_migrations where success").fetch_one(pool).await?;
-    let wanted = MIGRATOR.iter().map(|migration| migration.version).max();
-    Ok(if newest >= wanted { SchemaState::Current } else { SchemaState::Behind })
+    let applied: HashMap<i64, Vec<u8>> = sqlx::query_as("select version, checksum from _sqlx_migrations where success")
+        .fetch_all(pool)
+        .await?
+        .into_iter()
+        .collect();
+    for migration in MIGRATOR.iter().filter(|migration| migration.migration_type.is_up_migration()) {
+        match applied.get(&migration.version) {
+            None => return Ok(SchemaState::Behind),
+            Some(checksum) if checksum[..] != migration.checksum[..] => {
+                return Err(StoreError::OtherSchema(migration.version));
+            }
+            Some(_) => {}
+        }
+    }
+    Ok(SchemaState::Current)
 }
 
 /// Server settings under which an acknowledged row may be lost, each with its

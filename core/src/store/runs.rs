@@ -91,6 +91,20 @@ pub async fn start(
     Ok(rows.into_iter().map(|row| StartedRun { run: RunId(row.id), job: row.job_id, at: row.started_at }).collect())
 }
 
+/// When runs began, in the order asked for.
+pub async fn started_at(pool: &PgPool, runs: &[(CompanyId, RunId)]) -> Result<Vec<DateTime<Utc>>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"select r.started_at as "at!"
+           from unnest($1::uuid[], $2::uuid[]) with ordinality as k (company_id, id, place)
+           join runs r on r.company_id = k.company_id and r.id = k.id
+           order by k.place"#,
+        &runs.iter().map(|(company, _)| company.0).collect::<Vec<_>>(),
+        &runs.iter().map(|(_, run)| run.0).collect::<Vec<_>>(),
+    )
+    .fetch_all(pool)
+    .await?)
+}
+
 /// A run as people read it.
 #[derive(Debug, Clone)]
 pub struct RunRow {
@@ -286,7 +300,7 @@ pub async fn stranded(connection: &mut PgConnection) -> Result<i64, StoreError> 
 pub async fn company_cost(pool: &PgPool, company: CompanyId) -> Result<Nanos, StoreError> {
     Ok(Nanos(
         sqlx::query_scalar!(
-            r#"select coalesce(sum(cost_nanos), 0)::bigint as "cost!" from runs where company_id = $1"#,
+            r#"select least(coalesce(sum(cost_nanos), 0), 9223372036854775807)::bigint as "cost!" from runs where company_id = $1"#,
             company.0,
         )
         .fetch_one(pool)

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use capx_core::domain::duration;
-use capx_core::domain::money::Nanos;
+use capx_core::domain::money::{COST_USD_MAX, Nanos};
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
 use capx_core::store::tenants::AgentRow;
 use reqwest::Method;
@@ -88,8 +88,9 @@ async fn turn(hands: &Hands, call: StepCall<'_>, agent: &AgentRow) -> Result<Out
         return Err(Failure::invalid("the endpoint's answer has no `output`"));
     };
     let usd = reply.cost.or(reply.usage.and_then(|usage| usage.cost_usd)).unwrap_or(0.0);
-    let cost =
-        Nanos::from_usd(usd).ok_or_else(|| Failure::invalid(format!("the endpoint's cost {usd} is no amount")))?;
+    let cost = Nanos::from_usd(usd).ok_or_else(|| {
+        Failure::invalid(format!("the endpoint's cost {usd} is no amount from 0 to {COST_USD_MAX} USD"))
+    })?;
     let output = match output {
         Value::Object(map) => Value::Object(map),
         Value::String(text) => json!({"text": text}),

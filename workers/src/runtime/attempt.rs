@@ -34,7 +34,7 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
     let mut slot = match shared.load.slot(is_suspect(&job, &work)).await {
         Ok(slot) => slot,
         Err(delay) => {
-            held.finish();
+            held.leave();
             return give_back(job, work, held, delay);
         }
     };
@@ -82,6 +82,10 @@ fn give_back(job: ClaimedJob, work: Work, held: Held, delay: Duration) -> Attemp
 }
 
 async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: Instant, slot: &mut Slot) -> Outcome {
+    if shared.lost.is_cancelled() {
+        // Others may have it already: nothing begins any more.
+        return Outcome::Released { delay: Duration::ZERO };
+    }
     if job.crash_count >= CRASHES_MAX {
         return Outcome::failed(Failure::new(
             ErrorClass::Crash,
@@ -133,8 +137,10 @@ async fn watch(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: I
     tokio::time::sleep(BLINK).await;
     if let Some(started) = advance::Started::of(job, work) {
         let engine = shared.engine.clone();
+        let watchdog = shared.watchdog.clone();
         tokio::spawn(async move {
-            if let Err(error) = advance::mark_started(&engine, &started, began).await {
+            let marked = advance::mark_started(&engine, &started, began);
+            if let Err(error) = watchdog.answer("a mark", marked).await {
                 tracing::debug!(%error, "an attempt could not be shown as started");
             }
         });

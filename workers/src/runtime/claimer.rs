@@ -23,19 +23,19 @@ const COMPARE: Duration = Duration::from_secs(10);
 
 /// Claims until the worker stops.
 pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assignment>) {
-    let mut cursor = ClaimCursor::default();
+    let mut cursor = ClaimCursor::new(&shared.config.queues);
     let mut ahead = Ahead::new();
     let mut failures = 0;
     // When what we hold was last compared; none after a claim that may have
     // committed without its answer.
     let mut compared = Some(Instant::now());
-    while let Some(room) = room(&shared, &mut ahead, cursor.has_more()).await {
+    while let Some(room) = room(&shared, &mut ahead, cursor.has_more(), &mut compared).await {
         if compared.is_none_or(|at| at.elapsed() >= COMPARE) {
             compared = give_back_unknown(&shared).await;
         }
         let began = Instant::now();
         let full_look = cursor.is_full_look();
-        let claimed = claim::claim(&shared.engine, shared.session, &shared.config.queues, &mut cursor, room);
+        let claimed = claim::claim(&shared.engine, shared.session, &mut cursor, room);
         let taken = match shared.watchdog.answer("a claim", claimed).await {
             Ok(jobs) => jobs,
             Err(error) => {
@@ -67,7 +67,7 @@ pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assig
 }
 
 /// Waits for room; `None` when the worker stops.
-async fn room(shared: &Shared, ahead: &mut Ahead, backlog: bool) -> Option<usize> {
+async fn room(shared: &Shared, ahead: &mut Ahead, backlog: bool, compared: &mut Option<Instant>) -> Option<usize> {
     let began = Instant::now();
     loop {
         if shared.stopping.is_cancelled() {
@@ -86,6 +86,7 @@ async fn room(shared: &Shared, ahead: &mut Ahead, backlog: bool) -> Option<usize
         tokio::select! {
             () = shared.stopping.cancelled() => return None,
             () = shared.load.changed() => {}
+            () = tokio::time::sleep(COMPARE) => *compared = give_back_unknown(shared).await,
         }
     }
 }

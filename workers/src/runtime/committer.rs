@@ -13,7 +13,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio_util::task::TaskTracker;
 
 use super::load::Held;
-use super::{Assignment, Shared, after_commit, pause};
+use super::{Assignment, Shared, after_commit, pause, vital};
 
 /// The most outcomes of one commit.
 const COMMIT_MAX: usize = 1_024;
@@ -53,7 +53,7 @@ pub(super) fn spawn(
 ) {
     let finished = Arc::new(Mutex::new(finished));
     for _ in 0..LANES {
-        tasks.spawn(lane(Arc::clone(shared), Arc::clone(&finished), assign.clone()));
+        tasks.spawn(vital(shared, "commit lane", lane(Arc::clone(shared), Arc::clone(&finished), assign.clone())));
     }
 }
 

@@ -104,7 +104,7 @@ impl Load {
 
     /// Waits until nothing is in hand.
     pub(super) async fn until_empty(&self) {
-        while self.unfinished.load(Relaxed) + self.uncommitted.load(Relaxed) > 0 {
+        while !self.lock().is_empty() {
             // Bounded, since the claimer may have taken the one notice.
             let _ = tokio::time::timeout(Duration::from_millis(20), self.changed.notified()).await;
         }
@@ -149,11 +149,17 @@ impl Slot {
 impl Held {
     /// Its handler has ended.
     pub(super) fn finish(&mut self) {
+        self.load.finished.fetch_add(1, Relaxed);
+        self.leave();
+    }
+
+    /// It waits for its commit, without having been worked on: that says
+    /// nothing about how much this worker gets done.
+    pub(super) fn leave(&mut self) {
         if !self.finished {
             self.finished = true;
             self.load.uncommitted.fetch_add(1, Relaxed);
             self.load.unfinished.fetch_sub(1, Relaxed);
-            self.load.finished.fetch_add(1, Relaxed);
             self.load.changed.notify_one();
         }
     }
@@ -217,7 +223,7 @@ mod tests {
         drop(load.hold(lease(1, 3)).expect("a new lease"));
         assert_eq!((load.room(0), load.room(3)), (0, 3));
         a.finish();
-        a.finish();
+        a.leave();
         assert_eq!((load.room(0), load.uncommitted.load(Relaxed)), (1, 1));
         a.resume();
         assert_eq!(load.room(0), 0);

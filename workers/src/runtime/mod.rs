@@ -6,17 +6,19 @@
 //! death at any instruction (others take over when the lease is out). It
 //! never judges by its own clock, and never drops a database call half-way.
 
-use std::sync::Arc;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use capx_core::domain::backoff::Backoff;
 use capx_core::engine::Engine;
 use capx_core::engine::advance::Committed;
 use capx_core::engine::claim::Claimed;
 use capx_core::failpoint;
-use capx_core::store::StoreError;
 use capx_core::store::sessions::{self, NewSession};
+use capx_core::store::{StoreError, jobs};
+use futures_util::FutureExt;
 use sqlx::PgPool;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -106,10 +108,11 @@ pub struct Worker {
     counters: Arc<Counters>,
     observer: Option<Observer>,
     watchdog: Watchdog,
+    out_of_reach: Arc<Mutex<Option<Instant>>>,
 }
 
 /// Told of every attempt when its handler starts: the job and the moment.
-pub type Observer = mpsc::UnboundedSender<(i64, std::time::Instant)>;
+pub type Observer = mpsc::UnboundedSender<(i64, Instant)>;
 
 /// What the parts of a session share.
 pub(crate) struct Shared {
@@ -127,6 +130,8 @@ pub(crate) struct Shared {
     pub timer: Arc<Notify>,
     /// Somebody's lease has run out.
     pub silence: Arc<Notify>,
+    /// When the database was last out of reach, if ever.
+    pub out_of_reach: Arc<Mutex<Option<Instant>>>,
     /// Claim no more, continue no more.
     pub stopping: CancellationToken,
     /// The session is dead or its owner gives up: attempts end now.
@@ -162,6 +167,7 @@ impl Worker {
             url: url.to_owned(),
             listen: None,
             watchdog: Watchdog::new(config.unanswered),
+            out_of_reach: Arc::default(),
             config,
             hands: Arc::new(hands),
             counters: Arc::new(Counters::default()),
@@ -267,6 +273,7 @@ impl Worker {
             nudge,
             timer: Arc::new(Notify::new()),
             silence: Arc::new(Notify::new()),
+            out_of_reach: Arc::clone(&self.out_of_reach),
             stopping: CancellationToken::new(),
             lost: CancellationToken::new(),
             draining: Arc::new(AtomicBool::new(false)),
@@ -281,7 +288,7 @@ impl Worker {
         let tasks = TaskTracker::new();
         committer::spawn(&tasks, &shared, finished, assign.clone());
         timers::spawn(&tasks, &shared, over.clone());
-        let claimer = tasks.spawn(claimer::run(Arc::clone(&shared), assign));
+        let claimer = tasks.spawn(vital(&shared, "claimer", claimer::run(Arc::clone(&shared), assign)));
         let attempts = tasks.spawn(backend::serve(Arc::clone(&shared), assigned, done, over.clone()));
         tasks.close();
 
@@ -293,34 +300,59 @@ impl Worker {
         // A claim under way may still bring jobs in hand; one that waits for
         // the database does so no longer than a drain.
         let mut claimer = claimer;
-        if tokio::time::timeout(self.config.drain, &mut claimer).await.is_err() {
+        let until = tokio::time::Instant::now() + self.config.drain;
+        if tokio::time::timeout_at(until, &mut claimer).await.is_err() {
             shared.lost.cancel();
             let _ = claimer.await;
         }
-        self.wind_down(&shared, &ended).await;
+        self.wind_down(&shared, &ended, until).await;
         // Everything is back: apalis has nothing left to wait for.
         over.cancel();
         let _ = attempts.await;
         tasks.wait().await;
         failpoint::reach("session.before_end").await;
-        let ending = sessions::end(&self.engine.pool, session);
-        if let Err(error) = self.watchdog.answer("a session's end", ending).await {
-            tracing::debug!(%error, session.id = session, "the session ends by its lease");
-        }
+        self.watchdog.answer("a session's end", self.end_session(session)).await;
         let _ = tokio::task::spawn_blocking(move || beat.join()).await;
         ended
     }
 
+    /// Ends a session in order, and puts back at once what it may still hold.
+    async fn end_session(&self, session: i64) {
+        let ended = match sessions::end(&self.engine.pool, session).await {
+            Ok(()) => jobs::reclaim(&self.engine.pool, Duration::ZERO).await.map(drop),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::debug!(%error, session.id = session, "the session ends by its lease");
+        }
+    }
+
     /// Stop claiming, let attempts finish, take back what does not, until
     /// nothing is in hand.
-    async fn wind_down(&self, shared: &Shared, ended: &Ended) {
+    async fn wind_down(&self, shared: &Shared, ended: &Ended, until: tokio::time::Instant) {
         shared.stopping.cancel();
         shared.draining.store(true, std::sync::atomic::Ordering::Relaxed);
-        let grace = if matches!(ended, Ended::Stopped) { self.config.drain } else { Duration::ZERO };
-        if tokio::time::timeout(grace, shared.load.until_empty()).await.is_err() {
+        let until = if matches!(ended, Ended::Stopped) { until } else { tokio::time::Instant::now() };
+        if tokio::time::timeout_at(until, shared.load.until_empty()).await.is_err() {
             // Handlers end at their next await; their jobs are released.
             shared.lost.cancel();
             self.watchdog.answer("the last commits", shared.load.until_empty()).await;
+        }
+    }
+}
+
+/// A part of the worker that it cannot do without: should it panic, the session
+/// is given up, since its beat would vouch for what no longer works.
+pub(crate) fn vital(
+    shared: &Arc<Shared>,
+    name: &'static str,
+    part: impl Future<Output = ()> + Send + 'static,
+) -> impl Future<Output = ()> + Send + 'static {
+    let lost = shared.lost.clone();
+    async move {
+        if AssertUnwindSafe(part).catch_unwind().await.is_err() {
+            tracing::error!(part = name, "a part of the worker panicked; the session is given up");
+            lost.cancel();
         }
     }
 }

@@ -1,8 +1,8 @@
 //! What every worker does for all: looks at an idle queue, makes due timers
 //! ready, declares silent sessions dead and takes back what they held.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use capx_core::engine::sweep;
 use capx_core::failpoint;
@@ -10,7 +10,7 @@ use capx_core::store::{jobs, sessions};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Shared, pause};
+use super::{Shared, pause, vital};
 
 /// Sweeps of a lease, besides those that a look calls for when it finds a
 /// silent worker.
@@ -21,8 +21,8 @@ const RETAKE_PART: u32 = 60;
 
 /// Starts the look and the sweep.
 pub(super) fn spawn(tasks: &TaskTracker, shared: &Arc<Shared>, over: CancellationToken) {
-    tasks.spawn(look(Arc::clone(shared), over.clone()));
-    tasks.spawn(sweeps(Arc::clone(shared), over));
+    tasks.spawn(vital(shared, "look", look(Arc::clone(shared), over.clone())));
+    tasks.spawn(vital(shared, "sweep", sweeps(Arc::clone(shared), over)));
 }
 
 /// One cheap statement a poll interval, sooner when a timer is due sooner.
@@ -37,6 +37,7 @@ async fn look(shared: Arc<Shared>, over: CancellationToken) {
             }
             Err(error) => {
                 failures += 1;
+                *shared.out_of_reach.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
                 tracing::debug!(%error, failures, "a look failed");
                 if !pause(failures, &over).await {
                     return;
@@ -81,7 +82,8 @@ async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
             () = shared.silence.notified() => {}
             () = tokio::time::sleep(jittered(lease / SWEEPS_A_LEASE)) => {}
         }
-        match shared.watchdog.answer("a sweep", sweep::sweep(&shared.engine, lease / RETAKE_PART)).await {
+        let swept = sweep::sweep(&shared.engine, lease / RETAKE_PART, may_bury(&shared));
+        match shared.watchdog.answer("a sweep", swept).await {
             Ok(swept) if swept.reclaimed > 0 => {
                 metrics::counter!("capx_jobs_reclaimed_total").increment(swept.reclaimed as u64);
                 shared.timer.notify_one();
@@ -91,11 +93,19 @@ async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
         }
         rounds += 1;
         if rounds.is_multiple_of(1_000)
-            && let Err(error) = sessions::prune(&shared.engine.pool).await
+            && let Err(error) = shared.watchdog.answer("a pruning", sessions::prune(&shared.engine.pool)).await
         {
             tracing::debug!(%error, "ended sessions were not pruned");
         }
     }
+}
+
+/// Whoever could not reach the database a moment ago does not judge by the
+/// silence of others, who could not either: after an outage everybody gets a
+/// lease to be heard again.
+fn may_bury(shared: &Shared) -> bool {
+    let out_of_reach = *shared.out_of_reach.lock().unwrap_or_else(PoisonError::into_inner);
+    out_of_reach.is_none_or(|at| at.elapsed() >= shared.config.lease)
 }
 
 /// 75 to 125 % of an interval, so that workers do not march in step.

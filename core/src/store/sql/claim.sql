@@ -1,23 +1,23 @@
 -- Takes up to $5 ready jobs for the session $1 out of the queues $2, an equal
--- share for each of up to $4 companies after $3: a loose index scan finds the
--- companies, so that one tenant's million jobs cost another's first one
--- nothing. Each company's share begins at its first ready row, which the walk
+-- share for each of up to $4 companies of a queue after that queue's $3: a loose
+-- index scan finds the companies, so that one tenant's million jobs cost
+-- another's first one nothing. Each company's share begins at its first ready row, which the walk
 -- has found already: dead entries before it are walked once. Companies come in
--- the order of the walk whatever their queue, so that no queue waits for
--- another's. A session that has been declared dead takes nothing; its row is
+-- the order of the walk, queues among them in the order given, which the caller
+-- turns, as it moves $3 on: with room for one job, each gets its turn. A session that has been declared dead takes nothing; its row is
 -- locked so that it cannot be declared dead in between.
 with me as (
     select id from worker_sessions where id = $1 and ended_at is null for key share
 ),
 tenants as materialized (
     select q.queue, c.company_id, c.priority, c.id
-    from unnest($2::text[]) as q (queue)
+    from unnest($2::text[], $3::uuid[]) with ordinality as q (queue, after, turn)
     cross join lateral (
         with recursive walk as (
             (
                 select j.company_id, j.priority, j.id, 1 as place
                 from jobs j
-                where j.state = 'ready' and j.queue = q.queue and j.company_id > $3
+                where j.state = 'ready' and j.queue = q.queue and j.company_id > q.after
                 order by j.company_id, j.priority, j.id
                 limit 1
             )
@@ -35,7 +35,7 @@ tenants as materialized (
         )
         select company_id, priority, id, place from walk
     ) c
-    order by c.place, q.queue
+    order by c.place, q.turn
 ),
 picked as materialized (
     select share.id
