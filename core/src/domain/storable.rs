@@ -69,6 +69,16 @@ fn check(value: &Value, path: &mut String, depth: usize) -> Result<(), Unstorabl
     }
 }
 
+/// About as many bytes as a value's JSON has.
+pub fn size_of(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len() + 2,
+        Value::Array(items) => 2 + items.iter().map(|item| size_of(item) + 1).sum::<usize>(),
+        Value::Object(map) => 2 + map.iter().map(|(key, item)| key.len() + size_of(item) + 4).sum::<usize>(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -79,6 +89,14 @@ mod tests {
         let value = json!({"a": ["x", {"b": "y\0z"}]});
         assert_eq!(to_json(&value, 100), Err(Unstorable::Nul("$.a[1].b".into())));
         assert!(matches!(to_json(&json!({"k\0": 1}), 100), Err(Unstorable::Nul(_))));
+    }
+
+    #[test]
+    fn a_size_is_about_that_of_the_json() {
+        for value in [json!({"a": ["x", 1, null], "long": "y".repeat(1_000)}), json!([]), json!("text")] {
+            let (estimated, real) = (size_of(&value), value.to_string().len());
+            assert!(estimated >= real && estimated <= real + 32, "{estimated} for {real}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capx_core::domain::outcome::Outcome;
+use capx_core::domain::storable;
 use capx_core::engine::advance::{self, Finished, Pending};
 use capx_core::failpoint;
 use capx_core::store::jobs::{self, ClaimedJob, Settle};
@@ -17,6 +18,9 @@ use super::{Assignment, Shared, after_commit, pause, vital};
 
 /// The most outcomes of one commit.
 const COMMIT_MAX: usize = 1_024;
+/// The most output of one commit, in bytes of JSON; it is there three times
+/// while it is on its way.
+const COMMIT_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Commits under way at once.
 const LANES: usize = 2;
 
@@ -63,11 +67,7 @@ async fn lane(
     assign: mpsc::UnboundedSender<Assignment>,
 ) {
     let mut batch = Vec::with_capacity(COMMIT_MAX);
-    loop {
-        let received = finished.lock().await.recv_many(&mut batch, COMMIT_MAX).await;
-        if received == 0 {
-            return;
-        }
+    while gather(&mut *finished.lock().await, &mut batch).await {
         let mut steps = Vec::new();
         let mut helds = Vec::new();
         let mut plain = Vec::new();
@@ -85,6 +85,32 @@ async fn lane(
         }
         if !steps.is_empty() {
             commit(&shared, steps, helds, &assign).await;
+        }
+    }
+}
+
+/// Takes what has come in, as much as one commit should carry; false when
+/// nothing can come any more.
+async fn gather(finished: &mut mpsc::UnboundedReceiver<Attempted>, batch: &mut Vec<Attempted>) -> bool {
+    let mut bytes = 0;
+    let mut next = finished.recv().await;
+    while let Some(attempted) = next {
+        bytes += attempted.size();
+        batch.push(attempted);
+        if batch.len() >= COMMIT_MAX || bytes >= COMMIT_BYTES_MAX {
+            break;
+        }
+        next = finished.try_recv().ok();
+    }
+    !batch.is_empty()
+}
+
+impl Attempted {
+    /// About how many bytes of output it brings.
+    fn size(&self) -> usize {
+        match self {
+            Self::Step(Finished { outcome: Outcome::Done { output, .. }, .. }, _) => storable::size_of(output),
+            _ => 0,
         }
     }
 }

@@ -12,6 +12,8 @@ use std::fmt;
 
 use serde_json::{Map, Value};
 
+use crate::domain::storable::size_of;
+
 /// A compiled value: what needs no work is kept as it is.
 #[derive(Debug, Clone)]
 pub enum Template {
@@ -268,16 +270,6 @@ impl Template {
 fn spend(left: &mut usize, bytes: usize, reference: &Reference) -> Result<(), RenderError> {
     *left = left.checked_sub(bytes).ok_or_else(|| RenderError::Large { reference: reference.to_string() })?;
     Ok(())
-}
-
-/// About as many bytes as a value's JSON has.
-fn size_of(value: &Value) -> usize {
-    match value {
-        Value::String(text) => text.len() + 2,
-        Value::Array(items) => 2 + items.iter().map(|item| size_of(item) + 1).sum::<usize>(),
-        Value::Object(map) => 2 + map.iter().map(|(key, item)| key.len() + size_of(item) + 4).sum::<usize>(),
-        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
-    }
 }
 
 fn resolve<'a>(reference: &Reference, scope: &'a impl Scope) -> Result<&'a Value, RenderError> {
