@@ -32,12 +32,14 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
 async fn measure(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     let seconds = bench.amount(30).max(10) as u64;
     let bar = report.progress("idle", 2 * seconds);
-    // What the server does by itself, and this counting.
+    // What the server does by itself, and this counting; what came before is
+    // counted after ten idle seconds at the latest.
+    tokio::time::sleep(Duration::from_secs(12)).await;
     let without = transactions_a_second(bench, seconds, &bar).await?;
     let worker = bench.worker_process(queue::BENCH)?;
     bench.await_workers(1).await?;
-    // Its start is over.
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    // Its start is over: every statement is prepared on its connections.
+    tokio::time::sleep(Duration::from_secs(20)).await;
     let pid = worker.0.id();
     let (cpu, began) = (cpu_seconds(pid), Instant::now());
     let queries = transactions_a_second(bench, seconds, &bar).await? - without;

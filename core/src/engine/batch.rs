@@ -63,8 +63,13 @@ where
     Fut: Future<Output = Result<Vec<R>, StoreError>>,
 {
     let mut taken = Vec::with_capacity(BATCH_MAX);
+    let mut answered = 0;
     while waiting.recv_many(&mut taken, BATCH_MAX).await > 0 {
-        gather(&mut waiting, &mut taken).await;
+        // Whoever is alone is not made to wait for others.
+        if answered > 1 || taken.len() > 1 {
+            gather(&mut waiting, &mut taken).await;
+        }
+        answered = taken.len();
         let (items, answers): (Vec<T>, Vec<Answer<R>>) = taken.drain(..).unzip();
         let items = Arc::new(items);
         // A panic harms those of this batch, not everybody after them.

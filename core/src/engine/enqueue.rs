@@ -26,7 +26,10 @@ impl Enqueuer {
             move |batch: Arc<Vec<NewJob>>| {
                 let (pool, waker) = (pool.clone(), waker.clone());
                 async move {
-                    let ids = jobs::enqueue_many(&pool, &batch).await?;
+                    let ids = match batch.as_slice() {
+                        [alone] => vec![jobs::enqueue(&pool, alone).await?.id()],
+                        _ => jobs::enqueue_many(&pool, &batch).await?,
+                    };
                     waker.wake();
                     Ok(ids)
                 }

@@ -83,6 +83,15 @@ pub enum Enqueued {
     Existing(i64),
 }
 
+impl Enqueued {
+    /// The job that is there now.
+    pub fn id(self) -> i64 {
+        match self {
+            Self::New(id) | Self::Existing(id) => id,
+        }
+    }
+}
+
 /// Puts a job into the queue, in the caller's transaction.
 pub async fn enqueue(executor: impl Executor<'_, Database = Postgres>, job: &NewJob) -> Result<Enqueued, StoreError> {
     let delay_ms = millis(job.delay);
