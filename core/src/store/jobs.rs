@@ -394,7 +394,7 @@ pub async fn settle(
     if items.iter().all(|item| item.again_after.is_none()) {
         let rows = sqlx::query_scalar!(
             "delete from jobs j using unnest($1::bigint[], $2::bigint[]) as d (id, epoch)
-             where j.id = d.id and j.lease_epoch = d.epoch and j.session_id = $3
+             where j.id = any (array[d.id]) and j.lease_epoch = d.epoch and j.session_id = $3
              returning j.id",
             &ids,
             &epochs,
@@ -413,7 +413,7 @@ pub async fn settle(
            ),
            gone as (
                delete from jobs j using d
-               where j.id = d.id and j.lease_epoch = d.epoch and j.session_id = $5
+               where j.id = any (array[d.id]) and j.lease_epoch = d.epoch and j.session_id = $5
                    and d.delay_ms is null
                returning j.id
            ),
@@ -426,7 +426,7 @@ pub async fn settle(
                    session_id = null,
                    deadline_at = null
                from d
-               where j.id = d.id and j.lease_epoch = d.epoch and j.session_id = $5
+               where j.id = any (array[d.id]) and j.lease_epoch = d.epoch and j.session_id = $5
                    and d.delay_ms is not null
                returning j.id
            )

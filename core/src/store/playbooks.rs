@@ -223,7 +223,9 @@ pub async fn versions(pool: &PgPool, companies: &[Uuid], versions: &[Uuid]) -> R
     let rows = sqlx::query!(
         "select v.id, v.yaml
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
-         join playbook_versions v on v.company_id = k.company_id and v.id = k.id",
+         cross join lateral (
+             select * from playbook_versions v where v.company_id = k.company_id and v.id = k.id offset 0
+         ) v",
         companies,
         versions,
     )

@@ -32,7 +32,9 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
     let rows = sqlx::query!(
         "select r.company_id, r.id, r.playbook_id, r.version_id, r.params
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
-         join runs r on r.company_id = k.company_id and r.id = k.id
+         cross join lateral (
+             select * from runs r where r.company_id = k.company_id and r.id = k.id offset 0
+         ) r
          where r.status = 'running'",
         companies,
         runs,
@@ -59,7 +61,10 @@ pub async fn load_outputs(
     let rows = sqlx::query!(
         r#"select s.run_id, s.step, s.output as "output!"
            from unnest($1::uuid[], $2::uuid[], $3::integer[]) as k (company_id, run_id, step)
-           join run_steps s on s.company_id = k.company_id and s.run_id = k.run_id and s.step = k.step
+           cross join lateral (
+               select * from run_steps s
+               where s.company_id = k.company_id and s.run_id = k.run_id and s.step = k.step offset 0
+           ) s
            where s.status = 'completed' and s.output is not null"#,
         &wanted.iter().map(|(company, ..)| company.0).collect::<Vec<_>>(),
         &wanted.iter().map(|(_, run, _)| run.0).collect::<Vec<_>>(),

@@ -7,6 +7,10 @@
 -- twice: without statistics of a batch the planner would loop over it for
 -- every row of it. For the same reason events lie in three places of the row
 -- and not in a table of their own.
+--
+-- Jobs are looked up by `any (array[…])`, which can only be a lookup for each
+-- row of the batch: by a plain `=` a plan that was made while the table was tiny
+-- walks the whole index instead, and is kept when the table holds millions.
 with d as materialized (
     select *
     from unnest(
@@ -46,14 +50,14 @@ moved as (
                 then clock_timestamp() + (d.timeout_ms + $34) * interval '1 millisecond'
         end
     from d
-    where j.id = d.job_id and j.lease_epoch = d.epoch and j.session_id = $35
+    where j.id = any (array[d.job_id]) and j.lease_epoch = d.epoch and j.session_id = $35
         and d.job_state is not null
     returning d.*
 ),
 gone as (
     delete from jobs j
     using d
-    where j.id = d.job_id and j.lease_epoch = d.epoch and j.session_id = $35
+    where j.id = any (array[d.job_id]) and j.lease_epoch = d.epoch and j.session_id = $35
         and d.job_state is null
     returning d.*
 ),

@@ -28,5 +28,5 @@ set state = 'scheduled',
     due_at = now()
         + least(power(2, crash_count), 60) * (0.5 + random()) * $2 * lost.death * interval '1 millisecond'
 from lost
-where jobs.id = lost.id and jobs.state = 'running'
+where jobs.id = any (array[lost.id]) and jobs.state = 'running'
 returning jobs.id, jobs.session_id, jobs.crash_count
