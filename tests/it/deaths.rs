@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use capx_core::domain::ids::RunId;
+use capx_core::domain::ids::{CompanyId, PlaybookId, RunId};
 use capx_core::domain::run::RunStatus;
 use rustix::process::Signal;
 use serde_json::json;
@@ -181,12 +181,11 @@ async fn a_dead_workers_jobs_are_taken_over() {
     assert_eq!(db.count("select count(*) from worker_sessions where state = 'dead'").await, 12);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn killing_everything_changes_no_result() {
-    let db = Db::new().await;
+/// Twenty runs of so many calls, each of which the witness counts.
+async fn twenty_runs(db: &Db, calls: usize) -> (Witness, CompanyId, PlaybookId, Vec<RunId>) {
     let witness = Witness::start(&[]).await;
     let company = db.company(&["a"], "claude", json!({})).await;
-    let steps: String = (0..6)
+    let steps: String = (0..calls)
         .map(|i| {
             format!(
                 "  - {{id: s{i}, action: http.request, params: {{url: '{}/{i}'}}, retry: {{initial: 20ms}}}}\n",
@@ -194,11 +193,18 @@ async fn killing_everything_changes_no_result() {
             )
         })
         .collect();
-    let playbook = db.playbook(company, &format!("name: six\nsteps:\n{steps}")).await;
+    let playbook = db.playbook(company, &format!("name: calls\nsteps:\n{steps}")).await;
     let mut all = Vec::new();
     for _ in 0..20 {
         all.push(db.start(company, playbook, json!({})).await);
     }
+    (witness, company, playbook, all)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killing_everything_changes_no_result() {
+    let db = Db::new().await;
+    let (witness, company, _, all) = twenty_runs(&db, 6).await;
     for _ in 0..4 {
         let (a, b) = (Process::worker(&db, ""), Process::worker(&db, ""));
         eventually("a worker", || async {
@@ -224,21 +230,7 @@ async fn killing_everything_changes_no_result() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_was_frozen_past_its_lease_overwrites_nothing() {
     let db = Db::new().await;
-    let witness = Witness::start(&[]).await;
-    let company = db.company(&["a"], "claude", json!({})).await;
-    let steps: String = (0..8)
-        .map(|i| {
-            format!(
-                "  - {{id: s{i}, action: http.request, params: {{url: '{}/{i}'}}, retry: {{initial: 20ms}}}}\n",
-                witness.url
-            )
-        })
-        .collect();
-    let playbook = db.playbook(company, &format!("name: eight\nsteps:\n{steps}")).await;
-    let mut all = Vec::new();
-    for _ in 0..20 {
-        all.push(db.start(company, playbook, json!({})).await);
-    }
+    let (witness, company, playbook, mut all) = twenty_runs(&db, 8).await;
     let frozen = Process::worker(&db, "");
     eventually("work in its hands", || async {
         db.count("select count(*) from jobs where state = 'running'").await > 0

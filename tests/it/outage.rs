@@ -218,9 +218,8 @@ async fn an_outage_shorter_than_the_lease_repeats_nothing() {
     assert_eq!((sessions, repeated), (1, 0), "outcomes did not wait for the database");
 }
 
-/// A worker that is cut off without anybody being told, in the middle of its
-/// work and for longer than its lease.
-async fn partitioned() -> (Db, Proxy, Witness, CompanyId, PlaybookId, Working) {
+/// A worker in the middle of its work, behind a proxy.
+async fn at_work() -> (Db, Proxy, Witness, CompanyId, PlaybookId, Working) {
     let db = Db::new().await;
     let (far, proxy) = db.behind_a_proxy().await;
     let witness = Witness::start(&[]).await;
@@ -231,6 +230,12 @@ async fn partitioned() -> (Db, Proxy, Witness, CompanyId, PlaybookId, Working) {
         db.start(company, playbook, json!({})).await;
     }
     handlers_under_way(&witness).await;
+    (db, proxy, witness, company, playbook, worker)
+}
+
+/// The same, cut off without anybody being told, for longer than its lease.
+async fn partitioned() -> (Db, Proxy, Witness, CompanyId, PlaybookId, Working) {
+    let (db, proxy, witness, company, playbook, worker) = at_work().await;
     proxy.silence();
     witness.hold(false);
     let silent = "select count(*) from worker_sessions where ended_at is null
@@ -270,16 +275,7 @@ async fn others_take_over_in_a_partition_and_what_comes_late_writes_nothing() {
 // nobody may take them over.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_goes_on_when_its_connections_are_dead_and_nobody_says_so() {
-    let db = Db::new().await;
-    let (far, proxy) = db.behind_a_proxy().await;
-    let witness = Witness::start(&[]).await;
-    let (company, playbook) = playbook(&db, &witness).await;
-    let worker = Working::start(&far, SHORT_LEASE);
-    witness.hold(true);
-    for _ in 0..20 {
-        db.start(company, playbook, json!({})).await;
-    }
-    handlers_under_way(&witness).await;
+    let (db, proxy, witness, company, _, worker) = at_work().await;
     proxy.strand();
     witness.hold(false);
     assert_whole(&db, &witness, company, &[]).await;

@@ -15,9 +15,10 @@ use capx_core::domain::backoff::Backoff;
 use capx_core::engine::Engine;
 use capx_core::engine::advance::Committed;
 use capx_core::engine::claim::Claimed;
+use capx_core::engine::sweep;
 use capx_core::failpoint;
+use capx_core::store::StoreError;
 use capx_core::store::sessions::{self, NewSession};
-use capx_core::store::{StoreError, jobs};
 use futures_util::FutureExt;
 use sqlx::PgPool;
 use tokio::sync::{Notify, mpsc};
@@ -318,12 +319,12 @@ impl Worker {
 
     /// Ends a session in order, and puts back at once what it may still hold.
     async fn end_session(&self, session: i64) {
-        let ended = match sessions::end(&self.engine.pool, session).await {
-            Ok(()) => jobs::reclaim(&self.engine.pool, Duration::ZERO).await.map(drop),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = ended {
+        if let Err(error) = sessions::end(&self.engine.pool, session).await {
             tracing::debug!(%error, session.id = session, "the session ends by its lease");
+            return;
+        }
+        if let Err(error) = sweep::sweep(&self.engine, timers::retake_delay(&self.config), false).await {
+            tracing::debug!(%error, session.id = session, "what it held is left to the next sweep");
         }
     }
 

@@ -10,7 +10,7 @@ use capx_core::store::{jobs, sessions};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Shared, pause, vital};
+use super::{Shared, WorkerConfig, pause, vital};
 
 /// Sweeps of a lease, besides those that a look calls for when it finds a
 /// silent worker.
@@ -82,7 +82,7 @@ async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
             () = shared.silence.notified() => {}
             () = tokio::time::sleep(jittered(lease / SWEEPS_A_LEASE)) => {}
         }
-        let swept = sweep::sweep(&shared.engine, lease / RETAKE_PART, may_bury(&shared));
+        let swept = sweep::sweep(&shared.engine, retake_delay(&shared.config), may_bury(&shared));
         match shared.watchdog.answer("a sweep", swept).await {
             Ok(swept) if swept.reclaimed > 0 => {
                 metrics::counter!("capx_jobs_reclaimed_total").increment(swept.reclaimed as u64);
@@ -98,6 +98,11 @@ async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
             tracing::debug!(%error, "ended sessions were not pruned");
         }
     }
+}
+
+/// How long a job whose worker died once waits.
+pub(super) fn retake_delay(config: &WorkerConfig) -> Duration {
+    config.lease / RETAKE_PART
 }
 
 /// Whoever could not reach the database a moment ago does not judge by the

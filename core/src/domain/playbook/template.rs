@@ -226,7 +226,8 @@ impl Template {
 
     /// The value with every reference looked up.
     pub fn render(&self, scope: &impl Scope) -> Result<Value, RenderError> {
-        self.render_within(scope, &mut RENDERED_BYTES_MAX.clone())
+        let mut left = RENDERED_BYTES_MAX;
+        self.render_within(scope, &mut left)
     }
 
     /// `left` is what references may still put in.
