@@ -145,9 +145,9 @@ pub async fn get(
     let row = sqlx::query!(
         "select a.id, a.company_id, a.run_id, a.step, a.job_id, a.status, a.agent_id, a.role, a.action, a.playbook,
                 a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note
-         from approvals a
+         from (select * from approvals where id = $1 offset 0) a
          join companies c on c.id = a.company_id
-         where a.id = $1 and c.account_id = $2 and a.company_id = coalesce($3, a.company_id)",
+         where c.account_id = $2 and a.company_id = coalesce($3, a.company_id)",
         approval.0,
         account.0,
         bound.map(|company| company.0),

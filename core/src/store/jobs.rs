@@ -360,11 +360,12 @@ pub const PROMOTE_MAX: i64 = 1_000;
 /// Makes ready what is due; says how many.
 pub async fn promote(pool: &PgPool) -> Result<u64, StoreError> {
     let done = sqlx::query!(
+        // What is locked here is scheduled; to say so twice would let the update
+        // go through all timers instead of by its key.
         "update jobs set state = 'ready'
-         where state = 'scheduled'
-             and id = any (array(
-                 select id from jobs where state = 'scheduled' and due_at <= now()
-                 order by due_at, id limit $1 for update skip locked))",
+         where id = any (array(
+             select id from jobs where state = 'scheduled' and due_at <= now()
+             order by due_at limit $1 for update skip locked))",
         PROMOTE_MAX,
     )
     .execute(pool)

@@ -8,9 +8,9 @@
 -- every row of it. For the same reason events lie in three places of the row
 -- and not in a table of their own.
 --
--- Jobs are looked up by `any (array[…])`, which can only be a lookup for each
--- row of the batch: by a plain `=` a plan that was made while the table was tiny
--- walks the whole index instead, and is kept when the table holds millions.
+-- Jobs and runs are looked up by `any (array[…])`, which can only be a lookup
+-- for each row of the batch: by a plain `=` a plan that was made while the table
+-- was tiny walks the whole index instead, and is kept when it holds millions.
 with d as materialized (
     select *
     from unnest(
@@ -71,7 +71,7 @@ run as (
         error = coalesce(d.run_error::jsonb, r.error),
         ended_at = case when d.run_status in ('completed', 'failed') then clock_timestamp() end
     from (select * from moved union all select * from gone) d
-    where r.company_id = d.company_id and r.id = d.run_id and r.status = 'running'
+    where r.id = any (array[d.run_id]) and r.company_id is not distinct from d.company_id and r.status = 'running'
     returning d.*, r.event_seq - d.event_count as seq
 ),
 checkpoint as (

@@ -12,7 +12,7 @@ with lost as (
     left join worker_sessions s on s.id = j.session_id
     where j.state = 'running'
         and (s.id is null or s.ended_at is not null or j.deadline_at < now())
-    order by j.id
+    order by j.session_id
     limit $1
     for update of j skip locked
 )
@@ -28,5 +28,5 @@ set state = 'scheduled',
     due_at = now()
         + least(power(2, crash_count), 60) * (0.5 + random()) * $2 * lost.death * interval '1 millisecond'
 from lost
-where jobs.id = any (array[lost.id]) and jobs.state = 'running'
+where jobs.id = any (array[lost.id])
 returning jobs.id, jobs.session_id, jobs.crash_count
