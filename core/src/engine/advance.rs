@@ -53,6 +53,9 @@ pub enum Committed {
     Continue(ClaimedJob, Box<StepWork>),
     /// Written; the job is no longer this worker's.
     Settled,
+    /// The same, and the job is due later: nobody is told of timers, so whoever
+    /// makes one looks again.
+    Later,
     /// The lease was gone: nothing was written.
     Lost,
 }
@@ -86,6 +89,7 @@ impl Decided {
     fn answer(self, landed: bool) -> Committed {
         match (landed, self.next) {
             (true, Some((job, work))) => Committed::Continue(job, work),
+            (true, None) if self.commit.job.is_some_and(|job| !job.delay.is_zero()) => Committed::Later,
             (true, None) => Committed::Settled,
             (false, _) => Committed::Lost,
         }

@@ -123,7 +123,6 @@ async fn commit(
 ) {
     let began = Instant::now();
     let stay = !shared.stopping.is_cancelled();
-    let soon = finished.iter().any(|f| matches!(f.outcome, Outcome::Failed { .. }));
     let mut result = shared.watchdog.answer("a commit", advance::commit(&shared.engine, finished, stay)).await;
     let mut failures = 0;
     let committed = loop {
@@ -146,10 +145,6 @@ async fn commit(
     metrics::counter!("capx_steps_committed_total").increment(committed.len() as u64);
     for (committed, held) in committed.into_iter().zip(helds) {
         after_commit(shared, committed, held, assign);
-    }
-    if soon {
-        // A retry may be due before the next look.
-        shared.timer.notify_one();
     }
 }
 
@@ -182,6 +177,9 @@ async fn settle(shared: &Shared, plain: Vec<(ClaimedJob, PlainOutcome, Held)>) {
                     shared.counters.lost.fetch_add(lost as u64, Relaxed);
                 }
                 metrics::counter!("capx_jobs_settled_total").increment(settled.len() as u64);
+                if items.iter().any(|item| item.again_after.is_some()) {
+                    shared.timer.notify_one();
+                }
                 return;
             }
             Err(error) => {

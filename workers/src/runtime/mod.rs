@@ -386,6 +386,10 @@ pub(crate) fn after_commit(
         Committed::Settled => {
             shared.counters.committed.fetch_add(1, Relaxed);
         }
+        Committed::Later => {
+            shared.counters.committed.fetch_add(1, Relaxed);
+            shared.timer.notify_one();
+        }
         Committed::Lost => {
             shared.counters.lost.fetch_add(1, Relaxed);
             metrics::counter!("capx_leases_lost_total").increment(1);
