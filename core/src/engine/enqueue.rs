@@ -26,11 +26,12 @@ impl Enqueuer {
             move |batch: Arc<Vec<NewJob>>| {
                 let (pool, waker) = (pool.clone(), waker.clone());
                 async move {
+                    let mut connection = pool.acquire().await?;
                     let ids = match batch.as_slice() {
-                        [alone] => vec![jobs::enqueue(&pool, alone).await?.id()],
-                        _ => jobs::enqueue_many(&pool, &batch).await?,
+                        [alone] => vec![jobs::enqueue(&mut *connection, alone).await?.id()],
+                        _ => jobs::enqueue_many(&mut *connection, &batch).await?,
                     };
-                    waker.wake();
+                    waker.wake_over(connection);
                     Ok(ids)
                 }
             }
@@ -41,8 +42,9 @@ impl Enqueuer {
     /// Puts a job into the queue; it is committed when this returns.
     pub async fn enqueue(&self, job: NewJob) -> Result<Enqueued, StoreError> {
         if job.unique_key.is_some() {
-            let enqueued = jobs::enqueue(&self.pool, &job).await?;
-            self.waker.wake();
+            let mut connection = self.pool.acquire().await?;
+            let enqueued = jobs::enqueue(&mut *connection, &job).await?;
+            self.waker.wake_over(connection);
             return Ok(enqueued);
         }
         self.plain.write(job).await.map(Enqueued::New)

@@ -55,10 +55,11 @@ impl Engine {
     }
 
     /// The same for a process that many callers start runs in: what arrives
-    /// while one commit is under way goes into the next.
+    /// while one commit is under way goes into the next. Wakes whom the engine
+    /// wakes so far.
     #[must_use]
     pub fn with_group_commit(mut self) -> Self {
-        self.starts = Some(start::group_commit(self.pool.clone()));
+        self.starts = Some(start::group_commit(self.pool.clone(), self.waker.clone()));
         self
     }
 

@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value, json};
-use sqlx::{PgConnection, PgPool};
+use sqlx::{Connection, PgConnection, PgPool};
 use uuid::Uuid;
 
 use super::batch::Batcher;
 use super::gates::{approval_of, waiting_on};
-use super::{Engine, EngineError, FieldProblem, repeating};
+use super::{Engine, EngineError, FieldProblem, Waker, repeating};
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
 use crate::domain::ids::{ApprovalId, CompanyId, PlaybookId, RunId, VersionId};
 use crate::domain::plan::RunContext;
@@ -72,11 +72,10 @@ pub async fn start_run(
     let at = match &engine.starts {
         Some(starts) => starts.write(new).await?,
         None => {
-            let times = insert(&engine.pool, std::slice::from_ref(&new)).await?;
+            let times = insert(&engine.pool, &engine.waker, std::slice::from_ref(&new)).await?;
             times.into_iter().next().unwrap_or_default()
         }
     };
-    engine.waker.wake();
     Ok(Started { run, status, params, at })
 }
 
@@ -95,8 +94,7 @@ pub async fn start_many(
     let params = checked_params(&plan, params)?;
     let all: Vec<Prepared> =
         (0..count).map(|_| prepare(company, playbook, version, Arc::clone(&plan), params.clone(), "manual")).collect();
-    insert(&engine.pool, &all).await?;
-    engine.waker.wake();
+    insert(&engine.pool, &engine.waker, &all).await?;
     Ok(all.iter().map(|new| new.run.run).collect())
 }
 
@@ -123,11 +121,11 @@ fn checked_params(plan: &Playbook, params: Map<String, Value>) -> Result<Value, 
 /// Starts of a process, committed together.
 pub(super) type Starts = Batcher<Prepared, DateTime<Utc>>;
 
-pub(super) fn group_commit(pool: PgPool) -> Starts {
+pub(super) fn group_commit(pool: PgPool, waker: Waker) -> Starts {
     Batcher::start(move |all: Arc<Vec<Prepared>>| {
-        let pool = pool.clone();
+        let (pool, waker) = (pool.clone(), waker.clone());
         async move {
-            match insert(&pool, &all).await {
+            match insert(&pool, &waker, &all).await {
                 Ok(times) => Ok(times),
                 Err(EngineError::Store(error)) => Err(error),
                 Err(other) => Err(StoreError::Unreadable(other.to_string())),
@@ -198,12 +196,15 @@ const UNANSWERED_TRIES: u32 = 3;
 /// that where an answer was lost, writing again finds what has landed unseen
 /// (hazard H8): a client that is told of an error need not fear a second run,
 /// unless the database stays away.
-async fn insert(pool: &PgPool, all: &[Prepared]) -> Result<Vec<DateTime<Utc>>, EngineError> {
+async fn insert(pool: &PgPool, waker: &Waker, all: &[Prepared]) -> Result<Vec<DateTime<Utc>>, EngineError> {
     let mut tries = 0;
     loop {
-        match repeating(|| insert_once(pool, all)).await {
-            Err(EngineError::Store(StoreError::Conflict { constraint })) if tries > 0 && constraint == "runs_pkey" => {
+        match repeating(|| insert_once(pool, waker, all)).await {
+            Err(EngineError::Store(StoreError::Conflict { constraint }))
+                if tries > 0 && ["runs_pkey", "runs_by_id"].contains(&constraint.as_str()) =>
+            {
                 let ids: Vec<(CompanyId, RunId)> = all.iter().map(|p| (p.run.company, p.run.run)).collect();
+                waker.wake();
                 return Ok(runs::started_at(pool, &ids).await?);
             }
             Err(EngineError::Store(StoreError::Unavailable(error))) if tries < UNANSWERED_TRIES => {
@@ -216,15 +217,16 @@ async fn insert(pool: &PgPool, all: &[Prepared]) -> Result<Vec<DateTime<Utc>>, E
     }
 }
 
-async fn insert_once(pool: &PgPool, all: &[Prepared]) -> Result<Vec<DateTime<Utc>>, EngineError> {
+async fn insert_once(pool: &PgPool, waker: &Waker, all: &[Prepared]) -> Result<Vec<DateTime<Utc>>, EngineError> {
     if failpoint::reach("start.before_commit").await {
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
+    let mut connection = pool.acquire().await.map_err(StoreError::from)?;
     let times = if all.len() <= BULK_MAX && all.iter().all(|prepared| prepared.gate.is_none()) {
         // One statement is its own transaction.
-        insert_batch(&mut *pool.acquire().await?, all).await?
+        insert_batch(&mut connection, all).await?
     } else {
-        let mut tx = pool.begin().await?;
+        let mut tx = connection.begin().await.map_err(StoreError::from)?;
         let mut times = Vec::with_capacity(all.len());
         for batch in all.chunks(BULK_MAX) {
             times.extend(insert_batch(&mut tx, batch).await?);
@@ -236,6 +238,7 @@ async fn insert_once(pool: &PgPool, all: &[Prepared]) -> Result<Vec<DateTime<Utc
         // As if the answer had been lost on its way.
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
+    waker.wake_over(connection);
     Ok(times)
 }
 

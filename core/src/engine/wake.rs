@@ -3,15 +3,18 @@
 //!
 //! No `NOTIFY` in a business transaction: one with a pending notice takes a
 //! lock of the whole cluster and keeps commits from grouping (hazard H7).
-//! Instead one own connection a process sends it after the commit: the first
-//! at once, then at most one every [`SPACING`].
+//! Instead it is sent after the commit: the first at once, over the connection
+//! that has just committed where there is one, then at most one every
+//! [`SPACING`] by the process's own sender.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use sqlx::pool::PoolConnection;
 use sqlx::postgres::PgListener;
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{Connection, PgConnection, PgPool, Postgres};
 use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
 
 use crate::store::{PoolKind, StoreError, connect_options};
 
@@ -27,25 +30,46 @@ const RECONNECT: Duration = Duration::from_millis(500);
 pub struct Waker {
     /// A place for one hint: more say no more.
     pending: Option<mpsc::Sender<()>>,
+    sent: Arc<Sent>,
+}
+
+/// When the process has sent its last hint.
+#[derive(Debug, Default)]
+struct Sent(Mutex<Option<Instant>>);
+
+impl Sent {
+    /// Takes the turn to send a hint, or says when the next one comes.
+    fn take_turn(&self) -> Result<(), Instant> {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        match last.map(|at| at + SPACING) {
+            Some(next) if next > now => Err(next),
+            _ => {
+                *last = Some(now);
+                Ok(())
+            }
+        }
+    }
 }
 
 impl Waker {
     /// One that tells nobody.
     pub fn silent() -> Self {
-        Self { pending: None }
+        Self { pending: None, sent: Arc::default() }
     }
 
     /// Starts the process's one sender of hints; it ends with the last clone.
     pub fn start(url: &str) -> Self {
         let (pending, mut wanted) = mpsc::channel(1);
-        let url = url.to_owned();
+        let (url, sent) = (url.to_owned(), Arc::<Sent>::default());
+        let waker = Self { pending: Some(pending), sent: Arc::clone(&sent) };
         tokio::spawn(async move {
-            while let Err(error) = send_hints(&url, &mut wanted).await {
+            while let Err(error) = send_hints(&url, &mut wanted, &sent).await {
                 tracing::debug!(%error, "the sender of hints reconnects");
                 tokio::time::sleep(RECONNECT).await;
             }
         });
-        Self { pending: Some(pending) }
+        waker
     }
 
     /// Something was committed that a worker can take.
@@ -54,16 +78,38 @@ impl Waker {
             let _ = pending.try_send(());
         }
     }
+
+    /// The same over the connection that has just committed: it is awake, the
+    /// sender's own would have to be woken first.
+    pub fn wake_over(&self, mut connection: PoolConnection<Postgres>) {
+        if self.pending.is_none() {
+            return;
+        }
+        if self.sent.take_turn().is_err() {
+            return self.wake();
+        }
+        let waker = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = notify(&mut connection).await {
+                tracing::debug!(%error, "a hint goes to the sender of hints");
+                waker.wake();
+            }
+        });
+    }
 }
 
-async fn send_hints(url: &str, wanted: &mut mpsc::Receiver<()>) -> Result<(), StoreError> {
-    let options = connect_options(url, PoolKind::Queue)?;
-    // A hint that a crash loses is no loss, so its commit need not be flushed.
-    let options = options.options([("synchronous_commit", "off")]);
-    let mut connection = PgConnection::connect_with(&options).await?;
+async fn notify(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
+    sqlx::query("select pg_notify($1, '')").bind(CHANNEL).execute(connection).await.map(drop)
+}
+
+async fn send_hints(url: &str, wanted: &mut mpsc::Receiver<()>, sent: &Sent) -> Result<(), StoreError> {
+    let mut connection = PgConnection::connect_with(&connect_options(url, PoolKind::Queue)?).await?;
     while wanted.recv().await.is_some() {
-        sqlx::query("select pg_notify($1, '')").bind(CHANNEL).execute(&mut connection).await?;
-        tokio::time::sleep(SPACING).await;
+        while let Err(next) = sent.take_turn() {
+            tokio::time::sleep_until(next).await;
+        }
+        // Nothing is flushed for it: a hint alone writes no WAL.
+        notify(&mut connection).await?;
     }
     Ok(())
 }
