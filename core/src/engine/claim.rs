@@ -57,6 +57,9 @@ pub struct StepWork {
 /// How long a worker goes on from where its last claim ended, before it looks
 /// at everything again. An urgent job that arrives in a backlog waits as long.
 const FULL_LOOK: Duration = Duration::from_millis(100);
+/// At least so many times as long as the look itself took, which walks all
+/// that was claimed since the last vacuum: looks may not eat up the worker.
+const FULL_LOOK_SPACING: u32 = 20;
 const COMPANIES_MAX: usize = jobs::COMPANIES_A_CLAIM as usize;
 
 /// Where a worker's claims have got to.
@@ -74,14 +77,15 @@ pub struct ClaimCursor {
     turns: Vec<Turn>,
     /// Where each company's work goes on, while there is more of it.
     tenants: Vec<Tenant>,
-    looked: Option<Instant>,
+    /// When to look at everything again.
+    look_again: Option<Instant>,
 }
 
 impl ClaimCursor {
     /// At the beginning of some queues.
     pub fn new(queues: &[String]) -> Self {
         let turns = queues.iter().map(|queue| Turn::first(queue)).collect();
-        Self { turns, tenants: Vec::new(), looked: None }
+        Self { turns, tenants: Vec::new(), look_again: None }
     }
 
     /// Whether the last claim left work behind.
@@ -95,7 +99,7 @@ impl ClaimCursor {
     }
 
     fn goes_on(&self) -> Option<&[Tenant]> {
-        let fresh = self.looked.is_some_and(|looked| looked.elapsed() < FULL_LOOK);
+        let fresh = self.look_again.is_some_and(|at| Instant::now() < at);
         (fresh && self.has_more()).then_some(&self.tenants)
     }
 
@@ -110,7 +114,6 @@ impl ClaimCursor {
         }
         let cut = jobs.len() >= room;
         if full {
-            self.looked = Some(Instant::now());
             self.next_turns(taken.keys().copied(), cut);
         }
         let asked = if full { taken.len() } else { self.tenants.len() };
@@ -157,6 +160,7 @@ pub async fn claim(
     if failpoint::reach("claim.before").await {
         return Ok(Vec::new());
     }
+    let began = Instant::now();
     let limit = i64::try_from(room).unwrap_or(i64::MAX);
     let (jobs, full) = match cursor.goes_on() {
         Some(tenants) => (jobs::claim_on(&engine.claims, session, tenants, limit).await?, false),
@@ -167,6 +171,9 @@ pub async fn claim(
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
     cursor.note(&jobs, room, full);
+    if full {
+        cursor.look_again = Some(Instant::now() + FULL_LOOK.max(began.elapsed() * FULL_LOOK_SPACING));
+    }
     Ok(jobs)
 }
 
