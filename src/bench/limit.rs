@@ -3,12 +3,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use sqlx::postgres::PgListener;
 use sqlx::{Connection, PgConnection};
 use uuid::Uuid;
 
 use super::Bench;
+use super::latency::IDLE_AGAIN;
 
 /// Jobs of one batch.
 const BATCH: i64 = 500;
@@ -139,6 +141,41 @@ async fn run_batch(
         done.fetch_add(runs.len(), Relaxed);
     }
     Ok(true)
+}
+
+/// From the insert's beginning to a claim's answer: each step of the way as
+/// bare SQL on a connection that was idle, one after the other.
+pub(super) async fn latency(bench: &Bench, samples: usize) -> anyhow::Result<Vec<Duration>> {
+    bench.reset().await?;
+    let (mut sender, mut claimer) = (connect(bench).await?, connect(bench).await?);
+    sqlx::query("set synchronous_commit = off").execute(&mut claimer).await?;
+    let mut listener = PgListener::connect(&bench.url).await?;
+    listener.listen("capx_bench").await?;
+    let mut took = Vec::with_capacity(samples);
+    for _ in 0..samples {
+        let began = Instant::now();
+        sqlx::query("insert into jobs (queue, kind, company_id, state) values ('bench', 'noop', $1, 'ready')")
+            .bind(bench.company.0)
+            .execute(&mut sender)
+            .await?;
+        let hint = sqlx::query("select pg_notify('capx_bench', '')").execute(&mut sender);
+        let (sent, heard) = tokio::join!(hint, listener.recv());
+        sent?;
+        heard?;
+        let claimed = sqlx::query(
+            "update jobs set state = 'running', lease_epoch = lease_epoch + 1, attempt = attempt + 1,
+                    session_id = 1, deadline_at = now() + interval '1 hour'
+             where id = (select id from jobs where state = 'ready' and queue = 'bench'
+                         order by queue, company_id, priority, id limit 1 for update skip locked)
+             returning id",
+        )
+        .fetch_all(&mut claimer)
+        .await?;
+        anyhow::ensure!(claimed.len() == 1, "the yardstick lost a job");
+        took.push(began.elapsed());
+        tokio::time::sleep(IDLE_AGAIN).await;
+    }
+    Ok(took)
 }
 
 async fn connect(bench: &Bench) -> anyhow::Result<PgConnection> {
