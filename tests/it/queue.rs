@@ -52,7 +52,7 @@ async fn one_companys_thousands_do_not_hold_anothers_first() {
     fill(&db, small, 1).await;
     fill(&db, last, 100).await;
     let session = session(&db, LONG).await;
-    let claimed = jobs::claim(&db.pool, session, &turns(), 30).await.unwrap();
+    let claimed = jobs::claim(&db.pool, session, &turns(), 30).await.unwrap().jobs;
     let mut by_company: HashMap<Uuid, usize> = HashMap::new();
     for job in &claimed {
         *by_company.entry(job.company.0).or_default() += 1;
@@ -95,18 +95,18 @@ async fn a_spent_lease_writes_nothing() {
     let company = CompanyId::new();
     fill(&db, company, 1).await;
     let dead = session(&db, Duration::from_millis(1)).await;
-    let stale = jobs::claim(&db.pool, dead, &turns(), 1).await.unwrap().remove(0);
+    let stale = jobs::claim(&db.pool, dead, &turns(), 1).await.unwrap().jobs.remove(0);
     // Its session is silent: it is declared dead, the job taken back.
     tokio::time::sleep(Duration::from_millis(5)).await;
     assert_eq!(sessions::bury(&db.pool).await.unwrap(), [dead]);
     assert_eq!(jobs::reclaim(&db.pool, Duration::ZERO).await.unwrap().len(), 1);
     // A dead session takes nothing and is not renewed.
     jobs::promote(&db.pool).await.unwrap();
-    assert!(jobs::claim(&db.pool, dead, &turns(), 1).await.unwrap().is_empty());
+    assert!(jobs::claim(&db.pool, dead, &turns(), 1).await.unwrap().jobs.is_empty());
     let mut connection = sessions::connect(&db.url).await.unwrap();
     assert!(!sessions::beat(&mut connection, dead, false).await.unwrap());
     let alive = session(&db, LONG).await;
-    let fresh = jobs::claim(&db.pool, alive, &turns(), 1).await.unwrap().remove(0);
+    let fresh = jobs::claim(&db.pool, alive, &turns(), 1).await.unwrap().jobs.remove(0);
     assert_eq!((fresh.lease.job, fresh.attempt, fresh.crash_count), (stale.lease.job, 1, 1));
     assert!(fresh.lease.epoch > stale.lease.epoch);
     let settle = |lease: Lease| Settle { lease, again_after: None, charged: true };
@@ -142,12 +142,12 @@ async fn what_is_due_later_is_taken_later() {
     jobs::enqueue(&db.pool, &job).await.unwrap();
     let session = session(&db, LONG).await;
     assert_eq!(jobs::promote(&db.pool).await.unwrap(), 0);
-    assert!(jobs::claim(&db.pool, session, &turns(), 1).await.unwrap().is_empty());
+    assert!(jobs::claim(&db.pool, session, &turns(), 1).await.unwrap().jobs.is_empty());
     let outlook = jobs::look(&db.pool, &queues()).await.unwrap();
     assert!(!outlook.ready && outlook.next_due_s.is_some_and(|s| s > 0.0));
     eventually("the timer", || async { jobs::promote(&db.pool).await.unwrap() == 1 }).await;
     assert!(jobs::look(&db.pool, &queues()).await.unwrap().ready);
-    assert_eq!(jobs::claim(&db.pool, session, &turns(), 1).await.unwrap().len(), 1);
+    assert_eq!(jobs::claim(&db.pool, session, &turns(), 1).await.unwrap().jobs.len(), 1);
 }
 
 /// Claims against a model: random jobs of random companies, queues and
@@ -173,7 +173,7 @@ async fn claims_are_fair_in_order_and_leave_nothing() {
         let mut served: Vec<(String, Uuid)> = Vec::new();
         while !waiting.is_empty() {
             let room = 1 + random.below(40) as i64;
-            let claimed = jobs::claim(&db.pool, session, &turns, room).await.unwrap();
+            let claimed = jobs::claim(&db.pool, session, &turns, room).await.unwrap().jobs;
             let open = waiting.len();
             let left: usize = waiting.values().map(Vec::len).sum();
             let mut taken: HashMap<(String, Uuid), Vec<(i16, i64)>> = HashMap::new();
@@ -200,7 +200,7 @@ async fn claims_are_fair_in_order_and_leave_nothing() {
                 }
             }
         }
-        assert!(jobs::claim(&db.pool, session, &turns, 10).await.unwrap().is_empty());
+        assert!(jobs::claim(&db.pool, session, &turns, 10).await.unwrap().jobs.is_empty());
     }
 }
 
@@ -235,6 +235,28 @@ async fn a_full_worker_serves_everybody_in_turn() {
             // Two queues in turn: by now each company was served in each.
             assert_eq!(served.len(), 2 * companies.len(), "{served:?}");
         }
+    }
+}
+
+/// In a backlog a look that had room for everybody is gone on from, however
+/// small the worker: else each of its claims would walk all that is dead.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_worker_goes_on_in_a_backlog() {
+    let db = Db::new().await;
+    let session = session(&db, LONG).await;
+    let mut companies: Vec<CompanyId> = (0..3).map(|_| CompanyId::new()).collect();
+    companies.sort_by_key(|company| company.0);
+    for company in &companies {
+        let all = vec![NewJob::new(queue::STEPS, kind::NOOP, *company); 40];
+        jobs::enqueue_many(&db.pool, &all).await.unwrap();
+    }
+    let mut cursor = ClaimCursor::new(&[queue::STEPS.to_owned()]);
+    for _ in 0..19 {
+        let claimed = claim::claim(&db.engine, session, &mut cursor, 6).await.unwrap();
+        for company in &companies {
+            assert_eq!(claimed.iter().filter(|job| job.company == *company).count(), 2);
+        }
+        assert!(cursor.has_more());
     }
 }
 

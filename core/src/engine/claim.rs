@@ -11,7 +11,7 @@ use super::{Engine, EngineError};
 use crate::domain::ids::{CompanyId, PlaybookId, RunId};
 use crate::domain::plan::RunContext;
 use crate::failpoint;
-use crate::store::jobs::{self, ClaimedJob, Tenant, Turn, kind};
+use crate::store::jobs::{self, ClaimedJob, Looked, Tenant, Turn, kind};
 use crate::store::tenants::AgentRow;
 use crate::store::{StoreError, steps, tenants};
 
@@ -104,8 +104,9 @@ impl ClaimCursor {
     }
 
     /// Remembers how far a claim got: which companies gave their whole share
-    /// and so have more, and whose turn is next.
-    fn note(&mut self, jobs: &[ClaimedJob], room: usize, full: bool) {
+    /// and so have more, and whose turn is next. `tenants` of them had work, as
+    /// far as the claim has looked.
+    fn note(&mut self, jobs: &[ClaimedJob], room: usize, tenants: usize, full: bool) {
         let mut taken: HashMap<(&str, Uuid), (usize, i16, i64)> = HashMap::new();
         for job in jobs {
             let entry = taken.entry((job.queue.as_str(), job.company.0)).or_insert((0, i16::MIN, 0));
@@ -113,14 +114,13 @@ impl ClaimCursor {
             *entry = if at > (entry.1, entry.2) { (entry.0 + 1, at.0, at.1) } else { (entry.0 + 1, entry.1, entry.2) };
         }
         let cut = jobs.len() >= room;
-        if full {
-            self.next_turns(taken.keys().copied(), cut);
-        }
-        let asked = if full { taken.len() } else { self.tenants.len() };
-        let share = room.div_ceil(asked.max(1));
         // A look that had not room for everybody it saw is no ground to go on
         // with those who were served.
-        let all_served = !full || !cut || room >= COMPANIES_MAX * self.turns.len();
+        let all_served = !full || taken.len() >= tenants;
+        if full {
+            self.next_turns(taken.keys().copied(), !all_served);
+        }
+        let share = room.div_ceil(tenants.max(1));
         self.tenants = taken
             .into_iter()
             .filter(|(_, (count, ..))| all_served && (*count >= share || cut))
@@ -162,15 +162,18 @@ pub async fn claim(
     }
     let began = Instant::now();
     let limit = i64::try_from(room).unwrap_or(i64::MAX);
-    let (jobs, full) = match cursor.goes_on() {
-        Some(tenants) => (jobs::claim_on(&engine.claims, session, tenants, limit).await?, false),
+    let (Looked { jobs, tenants }, full) = match cursor.goes_on() {
+        Some(tenants) => {
+            let jobs = jobs::claim_on(&engine.claims, session, tenants, limit).await?;
+            (Looked { jobs, tenants: tenants.len() }, false)
+        }
         None => (jobs::claim(&engine.claims, session, &cursor.turns, limit).await?, true),
     };
     if !jobs.is_empty() && failpoint::reach("claim.after_commit").await {
         // As if the answer had been lost on its way.
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
-    cursor.note(&jobs, room, full);
+    cursor.note(&jobs, room, tenants, full);
     if full {
         cursor.look_again = Some(Instant::now() + FULL_LOOK.max(began.elapsed() * FULL_LOOK_SPACING));
     }

@@ -271,9 +271,19 @@ impl Turn {
     }
 }
 
+/// What a look at everything has taken.
+#[derive(Debug)]
+pub struct Looked {
+    /// The jobs, in the order in which they should begin.
+    pub jobs: Vec<ClaimedJob>,
+    /// How many companies had something ready, those of each queue by itself:
+    /// more than have got a share where there was not room for all.
+    pub tenants: usize,
+}
+
 /// Takes up to `room` jobs: of each queue from its turn on, the first queue
 /// first where there is not room for all.
-pub async fn claim(pool: &PgPool, session: i64, turns: &[Turn], room: i64) -> Result<Vec<ClaimedJob>, StoreError> {
+pub async fn claim(pool: &PgPool, session: i64, turns: &[Turn], room: i64) -> Result<Looked, StoreError> {
     let rows = sqlx::query_file!(
         "src/store/sql/claim.sql",
         session,
@@ -285,7 +295,8 @@ pub async fn claim(pool: &PgPool, session: i64, turns: &[Turn], room: i64) -> Re
     )
     .fetch_all(pool)
     .await?;
-    Ok(claimed_jobs!(rows, session))
+    let tenants = rows.first().map_or(0, |row| usize::try_from(row.tenants).unwrap_or(0));
+    Ok(Looked { jobs: claimed_jobs!(rows, session), tenants })
 }
 
 /// Where a company's ready work goes on.

@@ -1,11 +1,12 @@
 -- Takes up to $5 ready jobs for the session $1 out of the queues $2, an equal
 -- share for each of up to $4 companies of a queue after that queue's $3: a loose
 -- index scan finds the companies, so that one tenant's million jobs cost
--- another's first one nothing. Each company's share begins at its first ready row, which the walk
--- has found already: dead entries before it are walked once. Companies come in
--- the order of the walk, queues among them in the order given, which the caller
--- turns, as it moves $3 on: with room for one job, each gets its turn. A session that has been declared dead takes nothing; its row is
--- locked so that it cannot be declared dead in between.
+-- another's first one nothing. Each company's share begins at its first ready
+-- row, which the walk has found already: dead entries before it are walked once.
+-- Companies come in the order of the walk, queues among them in the order given,
+-- which the caller turns, as it moves $3 on: with room for one job, each gets its
+-- turn. A session that has been declared dead takes nothing; its row is locked so
+-- that it cannot be declared dead in between.
 with me as (
     select id from worker_sessions where id = $1 and ended_at is null for key share
 ),
@@ -58,4 +59,5 @@ set state = 'running',
     session_id = $1,
     deadline_at = clock_timestamp() + (timeout_ms + $6) * interval '1 millisecond'
 where id = any (array(select id from picked)) and exists (select from me)
-returning id, lease_epoch, queue, kind, company_id, ref_id, step, priority, attempt, crash_count, timeout_ms
+returning id, lease_epoch, queue, kind, company_id, ref_id, step, priority, attempt, crash_count, timeout_ms,
+    (select count(*) from tenants) as "tenants!"
