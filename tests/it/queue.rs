@@ -260,6 +260,32 @@ async fn a_small_worker_goes_on_in_a_backlog() {
     }
 }
 
+/// Whoever comes last in a lap, or happens to be served when little room is
+/// left, does not get the worker to itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn deep_backlogs_share_a_small_worker_lap_after_lap() {
+    for (first, room) in [(1, 1), (2, 2), (8, 1)] {
+        let db = Db::new().await;
+        let session = session(&db, LONG).await;
+        let companies: Vec<CompanyId> = (0..4).map(|_| CompanyId::new()).collect();
+        for company in &companies {
+            let all = vec![NewJob::new(queue::STEPS, kind::NOOP, *company); 100];
+            jobs::enqueue_many(&db.pool, &all).await.unwrap();
+        }
+        let mut cursor = ClaimCursor::new(&[queue::STEPS.to_owned()]);
+        let mut served: HashMap<CompanyId, usize> = HashMap::new();
+        let mut next = first;
+        while served.values().sum::<usize>() < 80 {
+            for job in claim::claim(&db.engine, session, &mut cursor, next).await.unwrap() {
+                *served.entry(job.company).or_default() += 1;
+            }
+            next = room;
+        }
+        let (least, most) = (served.values().min().unwrap(), served.values().max().unwrap());
+        assert!(served.len() == 4 && most - least <= 4, "room {first}, then {room}: {served:?}");
+    }
+}
+
 /// The statements that every worker sends all the time, in a table that holds
 /// much else: by index, and little of it.
 #[tokio::test(flavor = "multi_thread")]

@@ -55,11 +55,14 @@ pub struct StepWork {
 }
 
 /// How long a worker goes on from where its last claim ended, before it looks
-/// at everything again. An urgent job that arrives in a backlog waits as long.
+/// at everything again. An urgent job that arrives in a backlog waits as long,
+/// or as long as the two limits below say.
 const FULL_LOOK: Duration = Duration::from_millis(100);
 /// At least so many times as long as the look itself took, which walks all
 /// that was claimed since the last vacuum: looks may not eat up the worker.
 const FULL_LOOK_SPACING: u32 = 20;
+/// But no longer than this: it may have taken long for another reason.
+const FULL_LOOK_MAX: Duration = Duration::from_secs(1);
 const COMPANIES_MAX: usize = jobs::COMPANIES_A_CLAIM as usize;
 
 /// Where a worker's claims have got to.
@@ -95,7 +98,7 @@ impl ClaimCursor {
 
     /// Whether the next claim looks at everything, from the first company.
     pub fn is_full_look(&self) -> bool {
-        self.goes_on().is_none() && self.turns.iter().all(|turn| turn.after.is_nil())
+        self.goes_on().is_none() && self.begins_with_first()
     }
 
     fn goes_on(&self) -> Option<&[Tenant]> {
@@ -114,18 +117,35 @@ impl ClaimCursor {
             *entry = if at > (entry.1, entry.2) { (entry.0 + 1, at.0, at.1) } else { (entry.0 + 1, entry.1, entry.2) };
         }
         let cut = jobs.len() >= room;
-        // A look that had not room for everybody it saw is no ground to go on
-        // with those who were served.
-        let all_served = !full || taken.len() >= tenants;
+        // A look that had not room for everybody, or did not begin with the
+        // first company, is no ground to go on with those who were served.
+        let mut goes_on = true;
         if full {
-            self.next_turns(taken.keys().copied(), !all_served);
+            let all_seen = !cut || taken.len() >= tenants;
+            let from_first = self.begins_with_first();
+            self.next_turns(taken.keys().copied(), !all_seen);
+            let whole = from_first && self.begins_with_first();
+            goes_on = all_seen && (whole || room >= COMPANIES_MAX * self.turns.len());
         }
         let share = room.div_ceil(tenants.max(1));
-        self.tenants = taken
-            .into_iter()
-            .filter(|(_, (count, ..))| all_served && (*count >= share || cut))
-            .map(|((queue, company), (_, priority, job))| Tenant { queue: queue.to_owned(), company, priority, job })
-            .collect();
+        let mut going: Vec<Tenant> = Vec::new();
+        if !full && cut {
+            // There was not room for all of them: the others come first now.
+            going.append(&mut self.tenants);
+            going.retain(|tenant| !taken.contains_key(&(tenant.queue.as_str(), tenant.company)));
+        }
+        let more = taken.into_iter().filter(|(_, (count, ..))| goes_on && (*count >= share || cut));
+        going.extend(more.map(|((queue, company), (_, priority, job))| Tenant {
+            queue: queue.to_owned(),
+            company,
+            priority,
+            job,
+        }));
+        self.tenants = going;
+    }
+
+    fn begins_with_first(&self) -> bool {
+        self.turns.iter().all(|turn| turn.after.is_nil())
     }
 
     /// After a look: each queue goes on behind the last company that it served,
@@ -175,7 +195,8 @@ pub async fn claim(
     }
     cursor.note(&jobs, room, tenants, full);
     if full {
-        cursor.look_again = Some(Instant::now() + FULL_LOOK.max(began.elapsed() * FULL_LOOK_SPACING));
+        cursor.look_again =
+            Some(Instant::now() + (began.elapsed() * FULL_LOOK_SPACING).clamp(FULL_LOOK, FULL_LOOK_MAX));
     }
     Ok(jobs)
 }

@@ -108,7 +108,7 @@ async fn send_hints(url: &str, wanted: &mut mpsc::Receiver<()>, sent: &Sent) -> 
         while let Err(next) = sent.take_turn() {
             tokio::time::sleep_until(next).await;
         }
-        // Nothing is flushed for it: a hint alone writes no WAL.
+        // A hint writes nothing that anybody waits for the disk for.
         notify(&mut connection).await?;
     }
     Ok(())
