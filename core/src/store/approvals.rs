@@ -231,8 +231,10 @@ pub async fn decide(
     let done = sqlx::query!(
         "update approvals set status = $3, decided_at = clock_timestamp(), decided_by = $4, note = $5
          where company_id = $1 and id = $2 and status = 'pending'
-             -- A word that comes after the end waits for the timer to say so.
-             and ($3 = 'expired' or $4 = 'system' or expires_at > now())",
+             -- A word that comes after the end waits for the timer to say so. By
+             -- the clock, under the job's lock: a transaction that began earlier
+             -- may come later, and must not decide what another found over.
+             and ($3 = 'expired' or $4 = 'system' or expires_at > clock_timestamp())",
         company.0,
         approval.0,
         status,
