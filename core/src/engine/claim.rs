@@ -70,7 +70,8 @@ const COMPANIES_MAX: usize = jobs::COMPANIES_A_CLAIM as usize;
 /// Every claimed row leaves a dead entry at the head of the ready index until
 /// it is vacuumed. A claim that began there each time would walk them all, so
 /// in a backlog it goes on from the last row it took, company by company; a
-/// full look every [`FULL_LOOK`] finds what has come before that.
+/// full look every [`FULL_LOOK`], or later where looks take long, finds what has
+/// come before that.
 ///
 /// A look begins with the company after the one that was served last, in each
 /// queue by itself, and with another queue each time: a worker with room for
