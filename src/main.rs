@@ -91,7 +91,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             telemetry::start("info");
             let url = database.url()?;
             let stop = serve::stop_signal()?;
-            serve::check_database(&store::pool(&url, PoolKind::Requests, 1)?).await?;
+            serve::check_database(&store::pool(&url, PoolKind::Owner, 1)?).await?;
             let listener = serve::listen(&bind).await?;
             tracing::info!(address = %listener.local_addr()?, "the API listens");
             serve::api(listener, serve::api_state(&url, serve::metrics()?, stop)?).await
@@ -100,7 +100,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             telemetry::start("info");
             let url = database.url()?;
             let stop = serve::stop_signal()?;
-            serve::check_database(&store::pool(&url, PoolKind::Requests, 1)?).await?;
+            serve::check_database(&store::pool(&url, PoolKind::Owner, 1)?).await?;
             if let Some(bind) = bind {
                 serve::health(&url, &bind, &stop).await?;
             }
@@ -111,14 +111,14 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Migrate { database } => {
             telemetry::start("info");
-            let pool = store::pool(&database.url()?, PoolKind::Requests, 1)?;
+            let pool = store::pool(&database.url()?, PoolKind::Owner, 1)?;
             store::migrate(&pool).await?;
             tracing::info!("the database is up to date");
             Ok(())
         }
         Command::Keys { database, command } => {
             telemetry::start("warn");
-            let pool = store::pool(&database.url()?, PoolKind::Requests, 1)?;
+            let pool = store::pool(&database.url()?, PoolKind::Owner, 1)?;
             keys::run(&pool, command).await
         }
         Command::Bench(args) => {

@@ -1,6 +1,7 @@
 //! The settings that server processes share, and the worker process.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -16,6 +17,8 @@ use sqlx::PgPool;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::admission::Admission;
+use crate::api::peer::TrustedProxies;
 use crate::api::{self, ApiState, Limits, server};
 
 /// Where runs keep their files when nothing else is said.
@@ -147,8 +150,11 @@ pub fn worker(url: &str, args: &WorkerArgs, dev: bool) -> anyhow::Result<Worker>
 pub const BIND: &str = "127.0.0.1:8080";
 /// Connections of a worker for questions about its health.
 const HEALTH_CONNECTIONS: u32 = 2;
-/// Connections of the API to the database.
+/// Connections of the API to the database: for what tenants ask, for what is
+/// done over all of them, and for their limits.
 const API_CONNECTIONS: u32 = 16;
+const SYSTEM_CONNECTIONS: u32 = 4;
+const METER_CONNECTIONS: u32 = 2;
 
 /// Takes the address, or says what to do when somebody else has it.
 pub async fn listen(bind: &str) -> anyhow::Result<TcpListener> {
@@ -165,14 +171,25 @@ pub async fn listen(bind: &str) -> anyhow::Result<TcpListener> {
 /// The most connections that an API and some workers hold: each of them has a
 /// sender of hints, a worker one more for claims and one for its beat.
 pub fn connections(workers: u32) -> u32 {
-    API_CONNECTIONS + 1 + workers * (WORKER_CONNECTIONS + 3)
+    API_CONNECTIONS + SYSTEM_CONNECTIONS + METER_CONNECTIONS + 1 + workers * (WORKER_CONNECTIONS + 3)
 }
 
 /// What the API needs of a database.
 pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationToken) -> anyhow::Result<ApiState> {
-    let pool = store::pool(url, PoolKind::Requests, API_CONNECTIONS)?;
+    let pool = store::pool(url, PoolKind::Requests, SYSTEM_CONNECTIONS)?;
     let engine = Engine::new(pool).with_waker(Waker::start(url)).with_group_commit();
-    Ok(ApiState { engine, metrics, stopping, wedged: CancellationToken::new(), limits: Limits::default() })
+    let proxies = std::env::var("CAPX_TRUSTED_PROXIES").unwrap_or_default();
+    Ok(ApiState {
+        engine,
+        tenants: store::pool(url, PoolKind::Tenants, API_CONNECTIONS)?,
+        admission: Admission::start(store::pool(url, PoolKind::Meter, METER_CONNECTIONS)?),
+        proxies: TrustedProxies::parse(&proxies).map_err(anyhow::Error::msg)?,
+        document: Arc::from(""),
+        metrics,
+        stopping,
+        wedged: CancellationToken::new(),
+        limits: Limits::default(),
+    })
 }
 
 /// Serves the API until it is stopped, or has a request that never ends.
@@ -193,9 +210,18 @@ pub async fn api(listener: TcpListener, state: ApiState) -> anyhow::Result<()> {
 pub async fn health(url: &str, bind: &str, stop: &CancellationToken) -> anyhow::Result<()> {
     let listener = listen(bind).await?;
     tracing::info!(address = %listener.local_addr()?, "health and metrics are served");
-    let engine = Engine::new(store::pool(url, PoolKind::Requests, HEALTH_CONNECTIONS)?);
-    let (stopping, wedged) = (stop.child_token(), CancellationToken::new());
-    let state = ApiState { engine, metrics: metrics()?, stopping, wedged, limits: Limits::default() };
+    let pool = store::pool(url, PoolKind::Requests, HEALTH_CONNECTIONS)?;
+    let state = ApiState {
+        engine: Engine::new(pool.clone()),
+        tenants: pool.clone(),
+        admission: Admission::shut(pool),
+        proxies: TrustedProxies::default(),
+        document: Arc::from(""),
+        metrics: metrics()?,
+        stopping: stop.child_token(),
+        wedged: CancellationToken::new(),
+        limits: Limits::default(),
+    };
     tokio::spawn(server::serve(listener, api::health_router(state), CancellationToken::new()));
     Ok(())
 }

@@ -110,8 +110,8 @@ pub const POINTS: &[&str] = &[
     "sweep.before",
     "sweep.buried",
     "sweep.after_commit",
-    "approve.before_commit",
-    "approve.after_commit",
+    "command.before_commit",
+    "command.after_commit",
     "expire.before_commit",
     "expire.after_commit",
 ];

@@ -3,24 +3,43 @@
 
 use std::sync::Arc;
 
-use axum::extract::{FromRequest, FromRequestParts, Query, Request};
+use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::request::Parts;
 use capx_core::domain::playbook::problem::did_you_mean;
 use capx_core::domain::storable;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use utoipa::ToSchema;
 
+use super::command::request_digest;
 use super::{ApiError, ApiState, BODY_BYTES_MAX};
 
 /// A JSON body. An empty one counts as `{}`, for actions that need none.
 #[derive(Debug)]
-pub struct Body<T>(pub T);
+pub struct Body<T> {
+    /// As it was read.
+    pub body: T,
+    /// What tells this request apart from another with the same key.
+    pub digest: [u8; 32],
+}
+
+/// The body of an action that takes nothing.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Nothing {}
+
+/// How deep JSON may be nested.
+const DEPTH_MAX: usize = 64;
+/// How many values a body may hold, keys of objects included.
+const VALUES_MAX: usize = 50_000;
 
 impl<T: DeserializeOwned> FromRequest<Arc<ApiState>> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &Arc<ApiState>) -> Result<Self, ApiError> {
+        let method = request.method().clone();
         let declared =
             request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<usize>().ok());
         if declared.is_some_and(|length| length > BODY_BYTES_MAX) {
@@ -38,11 +57,15 @@ impl<T: DeserializeOwned> FromRequest<Arc<ApiState>> for Body<T> {
             .map_err(|_| ApiError::TooSlow(state.limits.body))?
             // Over the limit, or the client broke off, who reads no answer.
             .map_err(|_| ApiError::TooLarge)?;
+        let digest = request_digest(&method, &bytes);
         if bytes.iter().all(u8::is_ascii_whitespace) {
-            return read(Value::Object(serde_json::Map::new())).map(Self);
+            return Ok(Self { body: read(Value::Object(serde_json::Map::new()))?, digest });
         }
         if is_json != Some(true) {
             return Err(ApiError::UnsupportedMediaType);
+        }
+        if let Some(message) = too_complex(&bytes) {
+            return Err(ApiError::Invalid { message, fields: Vec::new() });
         }
         let value: Value = serde_json::from_slice(&bytes).map_err(|error| ApiError::Invalid {
             message: format!("the body is not valid JSON: {error}"),
@@ -50,8 +73,33 @@ impl<T: DeserializeOwned> FromRequest<Arc<ApiState>> for Body<T> {
         })?;
         storable::to_json(&value, usize::MAX)
             .map_err(|error| ApiError::Invalid { message: format!("the body {error}"), fields: Vec::new() })?;
-        read(value).map(Self)
+        Ok(Self { body: read(value)?, digest })
     }
+}
+
+/// What is wrong with a body before it is read: reading it would cost many
+/// times its size.
+fn too_complex(bytes: &[u8]) -> Option<String> {
+    let (mut depth, mut values) = (0_usize, 1_usize);
+    let (mut in_text, mut escaped) = (false, false);
+    for byte in bytes {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            _ if in_text => {}
+            b'[' | b'{' => {
+                depth += 1;
+                if depth > DEPTH_MAX {
+                    return Some(format!("the body is nested deeper than {DEPTH_MAX} levels"));
+                }
+            }
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            b',' | b':' => values += 1,
+            _ => {}
+        }
+    }
+    (values > VALUES_MAX).then(|| format!("the body holds more than {VALUES_MAX} keys and values"))
 }
 
 fn read<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
@@ -104,22 +152,114 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
     }
 }
 
-/// Query parameters.
+/// Query parameters. A name that stands twice is an error, but for those that
+/// are lists.
 #[derive(Debug)]
-pub struct Params<T>(pub T);
+pub struct Query<T>(pub T);
 
-impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Params<T> {
+/// The parameters that may stand several times, read as [`Several`].
+const REPEATABLE: &[&str] = &["tag"];
+/// Between the values of such a one: no text of a query may hold it.
+const SEPARATOR: char = '\u{1f}';
+
+/// The values of a parameter that may stand several times.
+#[derive(Debug, Clone, Default, PartialEq, Eq, ToSchema)]
+#[schema(value_type = Vec<String>)]
+pub struct Several(pub Vec<String>);
+
+impl<'de> Deserialize<'de> for Several {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let joined = String::deserialize(deserializer)?;
+        Ok(Self(joined.split(SEPARATOR).map(str::to_owned).collect()))
+    }
+}
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Query<T> {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
-        Query::try_from_uri(&parts.uri).map(|Query(params)| Self(params)).map_err(|error| {
-            let text = error.to_string();
-            let said = text.rsplit_once("deserialize query string: ").map_or(text.as_str(), |(_, said)| said);
-            match said.split_once(": ") {
-                Some((field, message)) if !field.contains(' ') => ApiError::field(field, message),
-                _ => explain("", said),
+        let mut given: Vec<(String, String)> = Vec::new();
+        for (name, value) in form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes()) {
+            if value.contains(SEPARATOR) || value.contains('\u{fffd}') {
+                return Err(ApiError::field(name, "must be text in UTF-8 without control characters"));
             }
+            match given.iter_mut().find(|(known, _)| *known == name) {
+                None => given.push((name.into_owned(), value.into_owned())),
+                Some((known, values)) if REPEATABLE.contains(&known.as_str()) => {
+                    values.push(SEPARATOR);
+                    values.push_str(&value);
+                }
+                Some((known, _)) => return Err(ApiError::field(known.clone(), "stands more than once")),
+            }
+        }
+        let pairs = given.into_iter().map(|(name, value)| (name, Parameter(value)));
+        let fields = serde::de::value::MapDeserializer::<_, serde::de::value::Error>::new(pairs);
+        serde_path_to_error::deserialize(fields).map(Self).map_err(|error| {
+            let path = error.path().to_string();
+            explain(&path, &error.into_inner().to_string())
         })
+    }
+}
+
+/// One value of a query: text, read as what is wanted.
+struct Parameter(String);
+
+impl<'de> serde::de::IntoDeserializer<'de, serde::de::value::Error> for Parameter {
+    type Deserializer = Self;
+
+    fn into_deserializer(self) -> Self {
+        self
+    }
+}
+
+macro_rules! parsed {
+    ($($method:ident $visit:ident $what:literal,)+) => {
+        $(fn $method<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+            let value = self.0.parse().map_err(|_| serde::de::Error::custom(concat!("must be ", $what)))?;
+            visitor.$visit(value)
+        })+
+    };
+}
+
+impl<'de> serde::Deserializer<'de> for Parameter {
+    type Error = serde::de::value::Error;
+
+    fn deserialize_any<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        visitor.visit_string(self.0)
+    }
+
+    fn deserialize_option<V: serde::de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        visitor.visit_some(self)
+    }
+
+    fn deserialize_enum<V: serde::de::Visitor<'de>>(
+        self,
+        _: &'static str,
+        _: &'static [&'static str],
+        visitor: V,
+    ) -> Result<V::Value, Self::Error> {
+        visitor.visit_enum(serde::de::value::StringDeserializer::new(self.0))
+    }
+
+    parsed! {
+        deserialize_i64 visit_i64 "a whole number",
+        deserialize_u64 visit_u64 "a whole number, 0 or more",
+        deserialize_bool visit_bool "true or false",
+    }
+
+    serde::forward_to_deserialize_any! {
+        i8 i16 i32 u8 u16 u32 f32 f64 char str string bytes byte_buf unit unit_struct newtype_struct
+        seq tuple tuple_struct map struct identifier ignored_any
+    }
+}
+
+/// A filter that names one of a few, checked.
+pub fn one_of<'a>(field: &str, given: Option<&'a str>, known: &[&str]) -> Result<Option<&'a str>, ApiError> {
+    match given {
+        Some(name) if !known.contains(&name) => {
+            Err(ApiError::field(field, format!("must be one of {}", known.join(", "))))
+        }
+        given => Ok(given),
     }
 }
 
@@ -134,7 +274,6 @@ pub fn limit(given: Option<i64>, default: i64, max: i64) -> Result<i64, ApiError
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde::Deserialize;
     use serde_json::json;
 
     #[derive(Debug, Deserialize)]

@@ -40,6 +40,24 @@ pub enum ApiError {
     TooLarge,
     /// 415: the body is not JSON.
     UnsupportedMediaType,
+    /// 414: the address is too long.
+    UriTooLong,
+    /// 422: a rule of the company forbids it; which one.
+    Governance(String),
+    /// 429: a limit; which one, and how long it lasts.
+    RateLimited {
+        /// In one sentence.
+        message: String,
+        /// Until it is worth trying again.
+        retry_after: Duration,
+    },
+    /// No failure: the answer that the same request had before.
+    Replayed {
+        /// Its status.
+        status: StatusCode,
+        /// Its body.
+        body: String,
+    },
     /// 500: a fault of ours; details are in the log under the request's id.
     Internal,
     /// 503: the database is away.
@@ -74,6 +92,10 @@ impl ApiError {
             Self::Conflict(_) => (StatusCode::CONFLICT, "conflict"),
             Self::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large"),
             Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
+            Self::UriTooLong => (StatusCode::URI_TOO_LONG, "uri_too_long"),
+            Self::Governance(_) => (StatusCode::UNPROCESSABLE_ENTITY, "governance_block"),
+            Self::RateLimited { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded"),
+            Self::Replayed { status, .. } => (*status, "replayed"),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal_error"),
             Self::Unavailable | Self::Unanswered(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
         }
@@ -81,7 +103,12 @@ impl ApiError {
 
     fn message(&self) -> String {
         match self {
-            Self::Invalid { message, .. } | Self::Conflict(message) => message.clone(),
+            Self::Invalid { message, .. }
+            | Self::Conflict(message)
+            | Self::Governance(message)
+            | Self::RateLimited { message, .. } => message.clone(),
+            Self::Replayed { .. } => String::new(),
+            Self::UriTooLong => format!("the address is longer than {} bytes", super::URI_BYTES_MAX),
             Self::Unauthorized(why) => (*why).to_owned(),
             Self::Forbidden(scope) => format!("the key lacks the scope `{scope}`"),
             Self::NotFound(what) => format!("there is no such {what}, or the key does not reach it"),
@@ -124,6 +151,11 @@ impl From<StoreError> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
+        if let Self::Replayed { status, body } = self {
+            let mut response = super::reply::json(status, body);
+            response.headers_mut().insert("idempotent-replayed", HeaderValue::from_static("true"));
+            return response;
+        }
         let (status, code) = self.status();
         let mut error = Map::new();
         error.insert("code".into(), code.into());
@@ -140,6 +172,11 @@ impl IntoResponse for ApiError {
         // Not for what may still be carried out: it would invite to ask twice.
         if matches!(self, Self::Unavailable) {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(UNAVAILABLE_RETRY_S));
+        }
+        if let Self::RateLimited { retry_after, .. } = &self {
+            // Whole seconds, and not before the time.
+            let seconds = retry_after.as_secs_f64().ceil().max(1.0) as u64;
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

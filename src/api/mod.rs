@@ -2,9 +2,10 @@
 //! envelope out.
 //!
 //! [`server`] is the accept loop with its limits, [`request`] what every
-//! request passes (an id, a task of its own, a log line), [`auth`] who calls,
-//! [`body`] and [`error`] how requests and failures are read and told,
-//! [`routes`] one file a resource.
+//! request passes (an id, a task of its own, a log line), [`admission`] the
+//! limits of accounts, [`auth`] who calls, [`body`], [`reply`] and [`error`]
+//! how requests are read and answers told, [`command`] how something is
+//! changed, [`openapi`] the document, [`routes`] one file a resource.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,12 +14,18 @@ use axum::Router;
 use axum::routing::get;
 use capx_core::engine::Engine;
 use metrics_exporter_prometheus::PrometheusHandle;
+use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
+use utoipa_swagger_ui::{Config, SwaggerUi};
 
+pub mod admission;
 pub mod auth;
 pub mod body;
+pub mod command;
 pub mod error;
 mod health;
+mod openapi;
+pub mod peer;
 pub mod reply;
 mod request;
 mod routes;
@@ -26,8 +33,14 @@ pub mod server;
 
 pub use error::ApiError;
 
+use admission::Admission;
+use peer::TrustedProxies;
+
 /// The largest body of a request, in bytes.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
+
+/// The longest address of a request, in bytes.
+pub const URI_BYTES_MAX: usize = 8 * 1024;
 
 /// How long a client may take to send the whole body of a request.
 const BODY_TIME_MAX: Duration = Duration::from_secs(30);
@@ -59,8 +72,16 @@ impl Default for Limits {
 /// What handlers share. Cheap to clone.
 #[derive(Clone)]
 pub struct ApiState {
-    /// The use cases.
+    /// The use cases, over all tenants.
     pub engine: Engine,
+    /// The database as tenants see it, see [`capx_core::store::tenancy`].
+    pub tenants: PgPool,
+    /// Keys, limits and credits.
+    pub admission: Admission,
+    /// Whom to believe where a request comes from.
+    pub proxies: TrustedProxies,
+    /// The OpenAPI document, as JSON.
+    pub document: Arc<str>,
     /// What `/metrics` shows.
     pub metrics: PrometheusHandle,
     /// The process winds down: not ready any more, and held answers end.
@@ -72,14 +93,27 @@ pub struct ApiState {
 }
 
 /// Every route, with what every request passes.
-pub fn router(state: ApiState) -> Router {
-    let v1 = Router::new()
-        .merge(routes::companies::routes())
-        .merge(routes::agents::routes())
-        .merge(routes::playbooks::routes())
-        .merge(routes::runs::routes())
-        .merge(routes::approvals::routes());
-    finish(state, health_routes().nest("/v1", v1))
+pub fn router(mut state: ApiState) -> Router {
+    let (_, document) = v1(&state).finish();
+    state.document = document.to_json().unwrap_or_default().into();
+    let (v1, _) = v1(&state).finish();
+    let docs = SwaggerUi::new("/docs").config(Config::from("/v1/openapi.json"));
+    let routes = health_routes().merge(v1).route("/v1/openapi.json", get(openapi::serve)).merge(docs);
+    finish(state, routes)
+}
+
+/// The OpenAPI document of the API.
+pub fn document(state: &ApiState) -> utoipa::openapi::OpenApi {
+    v1(state).finish().1
+}
+
+fn v1(state: &ApiState) -> openapi::Routes {
+    let routes = openapi::Routes::new(Arc::new(state.clone()));
+    let routes = routes::companies::routes(routes);
+    let routes = routes::agents::routes(routes);
+    let routes = routes::playbooks::routes(routes);
+    let routes = routes::runs::routes(routes);
+    routes::approvals::routes(routes)
 }
 
 /// What an orchestrator and a scraper ask of a process that is no API.
@@ -99,6 +133,7 @@ fn finish(state: ApiState, routes: Router<Arc<ApiState>>) -> Router {
     routes
         .fallback(error::no_such_route)
         .method_not_allowed_fallback(error::no_such_method)
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), auth::tell_strangers))
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), request::pass))
         .with_state(state)
 }

@@ -14,7 +14,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use capx_core::domain::ids::RequestId;
 
-use super::{ApiError, ApiState, Shared};
+use super::{ApiError, ApiState, Shared, URI_BYTES_MAX};
 
 /// The header that carries a request's id both ways.
 pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -41,8 +41,12 @@ pub(super) async fn pass(State(state): Shared, request: Request, next: Next) -> 
     // The pattern, not the path: paths are unbounded, and may hold names.
     let route = request.extensions().get::<MatchedPath>().map_or("none", |path| path.as_str()).to_owned();
     let began = Instant::now();
+    let too_long = request.uri().path_and_query().is_some_and(|path| path.as_str().len() > URI_BYTES_MAX);
     let has_nul = request.uri().path_and_query().is_some_and(|path| path.as_str().contains("%00"));
     let handler = async move {
+        if too_long {
+            return ApiError::UriTooLong.into_response();
+        }
         if has_nul {
             return ApiError::field("path", "must not hold a NUL character").into_response();
         }

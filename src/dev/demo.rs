@@ -9,8 +9,8 @@ use capx_core::domain::run::RunStatus;
 use capx_core::engine::playbooks::CreatePlaybook;
 use capx_core::engine::tenants::CreateCompany;
 use capx_core::engine::{Engine, playbooks, start, tenants as companies};
+use capx_core::store::agents::NewAgent;
 use capx_core::store::playbooks::{self as stored, Filter};
-use capx_core::store::tenants::NewAgent;
 use capx_core::store::{events, runs, tenants};
 use serde_json::{Map, json};
 use sqlx::PgPool;
@@ -57,8 +57,8 @@ pub(super) async fn prepare(engine: &Engine, pool: &PgPool) -> anyhow::Result<De
 
 async fn named(pool: &PgPool, company: CompanyId, yaml: &str) -> anyhow::Result<Option<PlaybookId>> {
     let name = load(yaml).map_err(|problems| anyhow::anyhow!("a demo playbook: {problems:?}"))?.name;
-    let filter = Filter { name: Some(&name), ..Filter::default() };
-    let found = stored::list(pool, company, &filter, 1).await?;
+    let filter = Filter { company: Some(company), name: Some(&name), ..Filter::default() };
+    let found = stored::list(pool, &filter, 1).await?;
     Ok(found.into_iter().next().map(|row| row.playbook))
 }
 

@@ -131,7 +131,7 @@ fn database(args: &DevArgs, show: &Show, stop: &CancellationToken) -> anyhow::Re
 
 /// Whether a server that was named can be used.
 async fn check_server(url: &str) -> anyhow::Result<()> {
-    let options = store::connect_options(url, PoolKind::Requests)
+    let options = store::connect_options(url, PoolKind::Owner)
         .context("the database's address is not valid; write postgres://user:password@host/database")?;
     // A connection that is only being made holds nothing yet.
     let connection = tokio::time::timeout(CONNECT_MAX, PgConnection::connect_with(&options))
@@ -166,7 +166,7 @@ async fn with_database(
     if server.is_none() {
         check_server(url).await?;
     }
-    let pool = store::pool(url, PoolKind::Requests, DEV_CONNECTIONS)?;
+    let pool = store::pool(url, PoolKind::Owner, DEV_CONNECTIONS)?;
     store::migrate(&pool).await.context("cannot bring the database up to date")?;
     let key = first_key(args, &pool).await?;
     let state = serve::api_state(url, serve::metrics()?, stop.clone())?;
@@ -257,7 +257,7 @@ async fn first_key(args: &DevArgs, pool: &sqlx::PgPool) -> anyhow::Result<String
     let path = args.data_dir.join("api-key");
     if let Ok(text) = fs::read_to_string(&path) {
         let known = match capx_core::domain::key::ApiKey::parse(text.trim()) {
-            Some(key) => tenants::find_key(pool, key.hash()).await?.is_some(),
+            Some(key) => tenants::is_active_key(pool, key.hash()).await?,
             None => false,
         };
         if known {

@@ -344,7 +344,7 @@ async fn every_answer_is_the_envelope() {
         ("GET", "/v1/companies/%00", 400, "invalid_request"),
         ("GET", "/v1/companies?limit=%FF", 400, "invalid_request"),
         ("PUT", "/v1/companies", 405, "method_not_allowed"),
-        ("DELETE", "/v1/companies/x", 405, "method_not_allowed"),
+        ("PUT", "/v1/companies/x", 405, "method_not_allowed"),
         ("GET", "/v1/companies/x/playbooks/y/run", 405, "method_not_allowed"),
         ("OPTIONS", "/v1/approvals", 405, "method_not_allowed"),
         ("BREW", "/v1/companies", 405, "method_not_allowed"),

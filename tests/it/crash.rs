@@ -34,7 +34,7 @@ const DRAIN: &[&str] = &["session.before_end"];
 /// In an API process; how many runs there are afterwards.
 const START: &[(&str, i64)] = &[("start.before_commit", 0), ("start.after_commit", 1)];
 /// In an API process; whether the gate is open afterwards.
-const APPROVE: &[(&str, bool)] = &[("approve.before_commit", false), ("approve.after_commit", true)];
+const APPROVE: &[(&str, bool)] = &[("command.before_commit", false), ("command.after_commit", true)];
 /// When a gate decides itself.
 const EXPIRE: &[&str] = &["expire.before_commit", "expire.after_commit"];
 

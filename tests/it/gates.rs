@@ -5,7 +5,7 @@ use std::time::Duration;
 use capx_core::domain::ids::{ApprovalId, CompanyId, RunId};
 use capx_core::domain::run::RunStatus;
 use capx_core::engine::EngineError;
-use capx_core::engine::gates::{Verdict, decide};
+use capx_core::engine::gates::Verdict;
 use capx_core::store::approvals::{self, Filter};
 use capx_core::store::{events, runs};
 use serde_json::json;
@@ -46,14 +46,14 @@ async fn a_gate_suspends_the_run_and_approval_lets_it_go_on() {
     // A word is kept even while no worker runs.
     worker.stop().await;
     let id = pending(&db, company, run).await;
-    let decided = decide(&db.engine, db.account, None, id, "key_x", &yes()).await.unwrap();
+    let decided = db.decide(id, &yes()).await.unwrap();
     assert_eq!((decided.status.as_str(), decided.note.as_deref()), ("approved", Some("fine")));
     assert_eq!(decided.context["params"], json!({"text": "hi"}), "what was shown");
     let _worker = db.worker(SHORT_LEASE);
     db.until(company, run, RunStatus::Completed).await;
     // The same word again changes nothing, the other one is too late.
-    assert!(decide(&db.engine, db.account, None, id, "key_x", &yes()).await.is_ok());
-    let late = decide(&db.engine, db.account, None, id, "key_x", &no()).await;
+    assert!(db.decide(id, &yes()).await.is_ok());
+    let late = db.decide(id, &no()).await;
     assert!(matches!(late, Err(EngineError::Conflict(said)) if said.contains("was approved already")));
     let names: Vec<String> =
         events::of_run(&db.pool, company, run, 0, 100).await.unwrap().into_iter().map(|e| e.event).collect();
@@ -83,7 +83,7 @@ async fn a_rejection_fails_the_run_with_the_feedback() {
     let run = db.start(company, playbook, json!({})).await;
     db.until(company, run, RunStatus::Suspended).await;
     let id = pending(&db, company, run).await;
-    decide(&db.engine, db.account, None, id, "key_x", &no()).await.unwrap();
+    db.decide(id, &no()).await.unwrap();
     let row = db.until(company, run, RunStatus::Failed).await;
     assert_eq!(row.error.unwrap()["feedback"], "too short");
     let steps = runs::steps(&db.pool, company, run).await.unwrap();
@@ -102,7 +102,7 @@ async fn a_gate_that_nobody_opens_decides_itself() {
         let run = db.start(company, playbook, json!({})).await;
         db.until(company, run, status).await;
         let id = pending(&db, company, run).await;
-        let late = decide(&db.engine, db.account, None, id, "key_x", &no()).await;
+        let late = db.decide(id, &no()).await;
         assert!(matches!(late, Err(EngineError::Conflict(_))), "{rule}");
     }
     db.assert_nothing_stranded().await;
@@ -122,10 +122,7 @@ async fn of_many_words_at_once_one_counts_and_all_are_told_which() {
         let id = pending(&db, company, run).await;
         tokio::time::sleep(Duration::from_millis(round * 3)).await;
         let words: Vec<Verdict> = (0..8).map(|i| if i % 2 == 0 { yes() } else { no() }).collect();
-        let told = futures_util::future::join_all(
-            words.iter().map(|word| decide(&db.engine, db.account, None, id, "key_x", word)),
-        )
-        .await;
+        let told = futures_util::future::join_all(words.iter().map(|word| db.decide(id, word))).await;
         let truth = approvals::get(&db.pool, db.account, Some(company), id).await.unwrap().unwrap().status;
         for (word, told) in words.iter().zip(told) {
             let agrees = matches!(

@@ -9,13 +9,15 @@ use std::time::{Duration, Instant};
 use capx::api::{ApiState, Limits};
 use capx::dev::postgres::{Binaries, Options, Server};
 use capx::{keys, serve};
-use capx_core::domain::ids::{AccountId, AgentId, CompanyId, PlaybookId, RunId};
+use capx_core::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, PlaybookId, RunId};
 use capx_core::domain::run::RunStatus;
+use capx_core::engine::gates::{Verdict, decide};
 use capx_core::engine::playbooks::CreatePlaybook;
 use capx_core::engine::tenants::CreateCompany;
-use capx_core::engine::{Engine, Waker, playbooks, start, tenants as companies};
+use capx_core::engine::{Engine, EngineError, Waker, playbooks, start, tenants as companies};
+use capx_core::store::agents::NewAgent;
+use capx_core::store::approvals::ApprovalRow;
 use capx_core::store::runs::RunRow;
-use capx_core::store::tenants::NewAgent;
 use capx_core::store::{self, PoolKind, runs, tenants};
 use capx_workers::adapters::Providers;
 use capx_workers::egress::{Egress, Rules};
@@ -92,7 +94,7 @@ impl Db {
         TEMPLATE
             .get_or_init(|| async {
                 on_server("create database template_capx".into()).await;
-                let pool = store::pool(&server().url_of("template_capx"), PoolKind::Requests, 1).unwrap();
+                let pool = store::pool(&server().url_of("template_capx"), PoolKind::Owner, 1).unwrap();
                 store::migrate(&pool).await.unwrap();
                 pool.close().await;
             })
@@ -105,9 +107,10 @@ impl Db {
             on_server(format!("create database {name} template template_capx")).await;
         }
         let url = server().url_of(&name);
-        let pool = store::pool(&url, PoolKind::Queue, 8).unwrap();
+        let pool = store::pool(&url, PoolKind::Owner, 8).unwrap();
         let account = tenants::account(&pool, "tests", "enterprise").await.unwrap();
-        let engine = Engine::new(pool.clone()).with_waker(Waker::start(&url));
+        // As a worker sees it, while `pool` may do what only the owner may.
+        let engine = Engine::new(store::pool(&url, PoolKind::Queue, 8).unwrap()).with_waker(Waker::start(&url));
         Self { files: scratch().join(format!("files-{name}")), url, pool, engine, account }
     }
 
@@ -161,8 +164,16 @@ impl Db {
         start::start_run(&self.engine, company, playbook, params, "manual").await.unwrap().run
     }
 
+    pub async fn decide(&self, id: ApprovalId, verdict: &Verdict) -> Result<ApprovalRow, EngineError> {
+        let mut tx = self.engine.pool.begin().await?;
+        let decided = decide(&self.engine, &mut tx, self.account, None, id, "key_x", verdict).await?;
+        tx.commit().await?;
+        self.engine.waker.wake();
+        Ok(decided)
+    }
+
     pub async fn run(&self, company: CompanyId, run: RunId) -> RunRow {
-        runs::get(&self.pool, company, run).await.unwrap().unwrap()
+        runs::get(&self.engine.pool, company, run).await.unwrap().unwrap()
     }
 
     /// Waits until a run has a status; a run that ends otherwise fails the

@@ -3,6 +3,7 @@
 //! be tested as a function.
 
 pub mod backoff;
+pub mod company;
 pub mod digest;
 pub mod duration;
 pub mod event;

@@ -11,9 +11,9 @@ use super::{Engine, EngineError};
 use crate::domain::ids::{CompanyId, PlaybookId, RunId};
 use crate::domain::plan::RunContext;
 use crate::failpoint;
+use crate::store::agents::AgentRow;
 use crate::store::jobs::{self, ClaimedJob, Looked, Tenant, Turn, kind};
-use crate::store::tenants::AgentRow;
-use crate::store::{StoreError, steps, tenants};
+use crate::store::{StoreError, agents, steps};
 
 /// A claimed job and what to do about it.
 #[derive(Debug)]
@@ -308,7 +308,7 @@ async fn load_agents<'a>(
         return Ok(HashMap::new());
     }
     let mut by_company: HashMap<CompanyId, HashMap<String, AgentRow>> = HashMap::new();
-    for agent in tenants::agents_of(&engine.pool, &companies).await? {
+    for agent in agents::agents_of(&engine.pool, &companies).await? {
         by_company.entry(agent.company).or_default().insert(agent.role.clone(), agent);
     }
     Ok(by_company.into_iter().map(|(company, agents)| (company, Arc::new(agents))).collect())

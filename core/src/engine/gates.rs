@@ -7,6 +7,7 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
+use sqlx::PgConnection;
 
 use super::{Engine, EngineError, repeating};
 use crate::domain::event::{APPROVAL_RESOLVED, Event, PLAYBOOK_FAILED, PLAYBOOK_RESUMED};
@@ -81,39 +82,28 @@ pub(crate) fn approval_of(
     }
 }
 
-/// Decides a gate. The same decision again changes nothing; the other one, or
-/// one after the end of its time, is a conflict that says who was first.
+async fn find(
+    tx: &mut PgConnection,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    id: ApprovalId,
+) -> Result<ApprovalRow, EngineError> {
+    approvals::get(tx, account, bound, id).await?.ok_or(EngineError::NotFound("approval"))
+}
+
+/// Decides a gate in the caller's transaction, who wakes workers after it. The
+/// same decision again changes nothing; the other one, or one after the end of
+/// its time, is a conflict that says who was first.
 pub async fn decide(
     engine: &Engine,
+    tx: &mut PgConnection,
     account: AccountId,
     bound: Option<CompanyId>,
     id: ApprovalId,
     by: &str,
     verdict: &Verdict,
 ) -> Result<ApprovalRow, EngineError> {
-    let decided = repeating(|| decide_once(engine, account, bound, id, by, verdict)).await?;
-    engine.waker.wake();
-    Ok(decided)
-}
-
-async fn find(
-    engine: &Engine,
-    account: AccountId,
-    bound: Option<CompanyId>,
-    id: ApprovalId,
-) -> Result<ApprovalRow, EngineError> {
-    approvals::get(&engine.pool, account, bound, id).await?.ok_or(EngineError::NotFound("approval"))
-}
-
-async fn decide_once(
-    engine: &Engine,
-    account: AccountId,
-    bound: Option<CompanyId>,
-    id: ApprovalId,
-    by: &str,
-    verdict: &Verdict,
-) -> Result<ApprovalRow, EngineError> {
-    let gate = find(engine, account, bound, id).await?;
+    let gate = find(tx, account, bound, id).await?;
     if gate.status == "pending" {
         let decision = Decision {
             step: step_of(engine, gate.company, gate.run, gate.step).await?,
@@ -123,17 +113,10 @@ async fn decide_once(
             status: verdict.status(),
             words: verdict.words(),
         };
-        let mut tx = engine.pool.begin().await?;
-        if apply(&mut tx, &decision).await? {
-            if failpoint::reach("approve.before_commit").await {
-                return Err(EngineError::Conflict("failpoint".into()));
-            }
-            tx.commit().await?;
-            failpoint::reach("approve.after_commit").await;
-        }
+        apply(tx, &decision).await?;
     }
     // Ours, or that of whoever was first.
-    let gate = find(engine, account, bound, id).await?;
+    let gate = find(tx, account, bound, id).await?;
     if gate.status == verdict.status() {
         return Ok(gate);
     }
@@ -156,7 +139,7 @@ struct Decision<'a> {
 }
 
 /// Applies a decision to a pending gate; false when it is too late.
-async fn apply(tx: &mut sqlx::PgConnection, decision: &Decision<'_>) -> Result<bool, EngineError> {
+async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, EngineError> {
     let Decision { gate, step, lease, by, status, words } = decision;
     let held = approvals::lock_gate_job(tx, gate.job, *lease).await?;
     if !held || !approvals::decide(tx, gate.company, gate.approval, status, by, *words).await? {
@@ -219,7 +202,7 @@ async fn expire_once(
 ) -> Result<bool, EngineError> {
     let Some(id) = approvals::pending_of(&engine.pool, company, run, step).await? else { return Ok(false) };
     let Some(account) = tenants::account_of(&engine.pool, company).await? else { return Ok(false) };
-    let gate = find(engine, account, Some(company), id).await?;
+    let gate = find(&mut *engine.pool.acquire().await?, account, Some(company), id).await?;
     let step = step_of(engine, company, run, step).await?;
     let on_timeout = step.as_ref().and_then(|step| step.approval.as_ref()).map(|approval| approval.on_timeout);
     let (status, words) = match on_timeout {

@@ -11,10 +11,13 @@ use sqlx::PgPool;
 use crate::store::StoreError;
 
 pub mod advance;
+pub mod agents;
 pub mod batch;
+pub mod cancel;
 pub mod claim;
 pub mod enqueue;
 pub mod gates;
+pub mod lifecycle;
 pub mod plans;
 pub mod playbooks;
 pub mod start;

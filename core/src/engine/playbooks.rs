@@ -2,12 +2,14 @@
 
 use std::collections::HashSet;
 
+use sqlx::PgConnection;
+
 use super::{Engine, EngineError, FieldProblem, repeating};
 use crate::domain::digest::sha256;
-use crate::domain::ids::CompanyId;
+use crate::domain::ids::{CompanyId, PlaybookId};
 use crate::domain::playbook::{self, Playbook, Problem};
-use crate::store::playbooks::{NewPlaybook, Upserted};
-use crate::store::{playbooks, tenants};
+use crate::store::playbooks::{Filter, NewPlaybook, Upserted};
+use crate::store::{StoreError, agents, playbooks};
 
 /// A request to create a playbook.
 #[derive(Debug, Clone)]
@@ -37,10 +39,25 @@ pub struct Created {
 
 /// Checks and stores a playbook, or says everything that is wrong with it.
 pub async fn create(engine: &Engine, company: CompanyId, request: &CreatePlaybook) -> Result<Created, EngineError> {
-    let playbook = playbook::load(&request.yaml).map_err(|problems| invalid(&request.yaml, &problems))?;
+    repeating(|| async {
+        let mut tx = engine.pool.begin().await?;
+        let created = create_in(&mut tx, company, request).await?;
+        tx.commit().await?;
+        Ok(created)
+    })
+    .await
+}
+
+/// The same in the caller's transaction.
+pub async fn create_in(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    request: &CreatePlaybook,
+) -> Result<Created, EngineError> {
+    let playbook = check(&request.yaml)?;
     let name = request.name.clone().unwrap_or_else(|| playbook.name.clone());
     let description = request.description.clone().or_else(|| playbook.description.clone());
-    let warnings = role_warnings(engine, company, &playbook).await?;
+    let warnings = role_warnings(tx, company, &playbook).await?;
     let new = NewPlaybook {
         company,
         name: &name,
@@ -48,15 +65,68 @@ pub async fn create(engine: &Engine, company: CompanyId, request: &CreatePlayboo
         tags: &request.tags,
         yaml: &request.yaml,
         hash: sha256(&request.yaml),
+        step_count: count(&playbook),
     };
-    let upserted = repeating(|| async {
-        let mut tx = engine.pool.begin().await?;
-        let upserted = playbooks::upsert(&mut tx, &new).await?;
-        tx.commit().await?;
-        Ok(upserted)
-    })
-    .await?;
+    let upserted = playbooks::upsert(tx, &new).await?;
     Ok(Created { upserted, name, playbook, warnings })
+}
+
+/// Reads a definition, or says everything that is wrong with it.
+pub fn check(yaml: &str) -> Result<Playbook, EngineError> {
+    playbook::load(yaml).map_err(|problems| invalid(yaml, &problems))
+}
+
+fn count(playbook: &Playbook) -> i32 {
+    i32::try_from(playbook.steps.len()).unwrap_or(i32::MAX)
+}
+
+/// Changes of a playbook; what is left out stays.
+#[derive(Debug, Clone, Default)]
+pub struct UpdatePlaybook {
+    /// Unique within the company.
+    pub name: Option<String>,
+    /// For people.
+    pub description: Option<String>,
+    /// Another definition.
+    pub yaml: Option<String>,
+    /// For filters.
+    pub tags: Option<Vec<String>>,
+}
+
+/// Changes a playbook in the caller's transaction.
+pub async fn update(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    id: PlaybookId,
+    changes: &UpdatePlaybook,
+) -> Result<(), EngineError> {
+    let model = changes.yaml.as_deref().map(check).transpose()?;
+    let yaml = changes.yaml.as_deref().unwrap_or_default();
+    let filter = Filter { company: Some(company), playbook: Some(id), ..Filter::default() };
+    let current = playbooks::list(&mut *tx, &filter, 1).await?.pop().ok_or(EngineError::NotFound("playbook"))?;
+    let new = NewPlaybook {
+        company,
+        name: changes.name.as_deref().unwrap_or(&current.name),
+        description: changes.description.as_deref(),
+        tags: changes.tags.as_deref().unwrap_or_default(),
+        yaml,
+        hash: sha256(yaml),
+        step_count: model.as_ref().map_or(0, count),
+    };
+    playbooks::update(tx, id, &new, changes.tags.is_some(), changes.yaml.is_some()).await.map_err(|error| match error {
+        StoreError::Conflict { constraint } if constraint == "playbooks_name" => {
+            EngineError::Conflict(format!("the company has another playbook named `{}`", new.name))
+        }
+        other => other.into(),
+    })
+}
+
+/// Deletes a playbook that has no runs.
+pub async fn delete(tx: &mut PgConnection, company: CompanyId, id: PlaybookId) -> Result<(), EngineError> {
+    if playbooks::delete(tx, company, id).await? {
+        return Ok(());
+    }
+    Err(EngineError::Conflict("the playbook has runs, whose history would be lost; archive it instead".into()))
 }
 
 /// Every problem of a text as a problem of the field `yaml`, with its place,
@@ -69,8 +139,12 @@ fn invalid(text: &str, problems: &[Problem]) -> EngineError {
     EngineError::Invalid(fields.collect())
 }
 
-async fn role_warnings(engine: &Engine, company: CompanyId, playbook: &Playbook) -> Result<Vec<String>, EngineError> {
-    let agents = tenants::agents_of(&engine.pool, &[company.0]).await?;
+async fn role_warnings(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    playbook: &Playbook,
+) -> Result<Vec<String>, EngineError> {
+    let agents = agents::agents_of(tx, &[company.0]).await?;
     let known: HashSet<&str> = agents.iter().map(|agent| agent.role.as_str()).collect();
     let mut warned = HashSet::new();
     Ok(playbook

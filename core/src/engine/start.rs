@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::batch::Batcher;
 use super::gates::{approval_of, waiting_on};
 use super::{Engine, EngineError, FieldProblem, Waker, repeating};
+use crate::domain::company::works;
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
 use crate::domain::ids::{ApprovalId, CompanyId, PlaybookId, RunId, VersionId};
 use crate::domain::plan::RunContext;
@@ -21,7 +22,7 @@ use crate::domain::storable;
 use crate::failpoint;
 use crate::store::jobs::kind;
 use crate::store::runs::{NewRun, StartedRun};
-use crate::store::{StoreError, approvals, playbooks, runs, tenants};
+use crate::store::{StoreError, approvals, playbooks, runs};
 
 /// The largest parameters of a run, in bytes of JSON.
 pub const PARAMS_BYTES_MAX: usize = 1024 * 1024;
@@ -49,26 +50,15 @@ pub async fn start_run(
     params: Map<String, Value>,
     trigger: &'static str,
 ) -> Result<Started, EngineError> {
-    let (status, version) =
-        playbooks::for_start(&engine.pool, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
-    if status != "active" {
-        return Err(EngineError::Conflict(format!("the playbook is {status}; only an active one runs")));
-    }
-    match tenants::company_status(&engine.pool, company).await?.as_deref() {
-        Some("running" | "provisioning") => {}
-        Some(status) => {
-            return Err(EngineError::Conflict(format!("the company is {status}; resume it to run playbooks")));
-        }
-        None => return Err(EngineError::NotFound("company")),
-    }
-    let plan = plan_of(engine, company, version).await?;
-    if let Some(reason) = &plan.unreadable {
-        return Err(EngineError::Conflict(format!("{reason}; send a corrected version")));
-    }
-    let params = checked_params(&plan, params)?;
-    let new = prepare(company, playbook, version, plan, params, trigger);
-    let params = new.context.inputs.as_ref().clone();
-    let (run, status) = (new.run.run, new.run.status);
+    let mut connection = engine.pool.acquire().await?;
+    let new = decide(engine, &mut connection, company, playbook, params, trigger).await?;
+    drop(connection);
+    start_decided(engine, new).await
+}
+
+/// Writes a start that is decided, together with those of others.
+pub async fn start_decided(engine: &Engine, new: Prepared) -> Result<Started, EngineError> {
+    let (run, status, params) = (new.run.run, new.run.status, new.context.inputs.as_ref().clone());
     let at = match &engine.starts {
         Some(starts) => starts.write(new).await?,
         None => {
@@ -77,6 +67,42 @@ pub async fn start_run(
         }
     };
     Ok(Started { run, status, params, at })
+}
+
+/// Writes a start that is decided, in the caller's transaction, who wakes
+/// workers after it.
+pub async fn start_in(tx: &mut PgConnection, new: Prepared) -> Result<Started, EngineError> {
+    let (run, status, params) = (new.run.run, new.run.status, new.context.inputs.as_ref().clone());
+    let at = insert_batch(tx, std::slice::from_ref(&new)).await?.into_iter().next().unwrap_or_default();
+    Ok(Started { run, status, params, at })
+}
+
+/// Decides a start by what the caller may see: `connection` is its.
+pub async fn decide(
+    engine: &Engine,
+    connection: &mut PgConnection,
+    company: CompanyId,
+    playbook: PlaybookId,
+    params: Map<String, Value>,
+    trigger: &'static str,
+) -> Result<Prepared, EngineError> {
+    let found = playbooks::for_start(connection, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
+    if found.status != "active" {
+        return Err(EngineError::Conflict(format!("the playbook is {}; only an active one runs", found.status)));
+    }
+    if !works(&found.company_status) {
+        return Err(EngineError::Conflict(format!(
+            "the company is {}; {} to run playbooks",
+            found.company_status,
+            if found.company_status == "paused" { "resume it" } else { "make another one" }
+        )));
+    }
+    let plan = plan_of(engine, company, found.version).await?;
+    if let Some(reason) = &plan.unreadable {
+        return Err(EngineError::Conflict(format!("{reason}; send a corrected version")));
+    }
+    let params = checked_params(&plan, params)?;
+    Ok(prepare(company, playbook, found.version, plan, params, trigger))
 }
 
 /// Starts many runs of a playbook in one transaction, all with the same
@@ -88,8 +114,8 @@ pub async fn start_many(
     count: usize,
     params: Map<String, Value>,
 ) -> Result<Vec<RunId>, EngineError> {
-    let (_, version) =
-        playbooks::for_start(&engine.pool, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
+    let version =
+        playbooks::for_start(&engine.pool, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?.version;
     let plan = plan_of(engine, company, version).await?;
     let params = checked_params(&plan, params)?;
     let all: Vec<Prepared> =
@@ -136,7 +162,7 @@ pub(super) fn group_commit(pool: PgPool, waker: Waker) -> Starts {
 
 /// A run whose start is decided.
 #[derive(Debug)]
-pub(super) struct Prepared {
+pub struct Prepared {
     run: NewRun,
     context: RunContext,
     gate: Option<(ApprovalId, crate::domain::plan::Gate)>,

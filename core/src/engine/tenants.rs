@@ -4,13 +4,15 @@ use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
+use sqlx::PgConnection;
 
 use super::{Engine, EngineError, repeating};
 use crate::domain::event::{AGENT_STATE_CHANGED, COMPANY_CREATED, COMPANY_STATUS_CHANGED, Event};
 use crate::domain::ids::{AccountId, CompanyId};
+use crate::store::agents::{AgentRow, NewAgent};
 use crate::store::jobs::{NewJob, kind, queue};
-use crate::store::tenants::{AgentRow, NewAgent, NewCompany};
-use crate::store::{StoreError, events, jobs, tenants};
+use crate::store::tenants::NewCompany;
+use crate::store::{StoreError, agents, events, jobs, tenants};
 
 /// A request to create a company.
 #[derive(Debug, Clone)]
@@ -46,8 +48,19 @@ async fn create_once(
     account: AccountId,
     request: &CreateCompany,
 ) -> Result<(CompanyId, DateTime<Utc>), EngineError> {
-    let company = CompanyId::new();
     let mut tx = engine.pool.begin().await?;
+    let created = create_company_in(&mut tx, account, request).await?;
+    tx.commit().await?;
+    Ok(created)
+}
+
+/// The same in the caller's transaction, who wakes workers after it.
+pub async fn create_company_in(
+    tx: &mut PgConnection,
+    account: AccountId,
+    request: &CreateCompany,
+) -> Result<(CompanyId, DateTime<Utc>), EngineError> {
+    let company = CompanyId::new();
     let created_at = tenants::insert_company(
         &mut *tx,
         &NewCompany {
@@ -62,35 +75,32 @@ async fn create_once(
     )
     .await?;
     for agent in &request.agents {
-        insert_agent(&mut tx, company, agent).await?;
+        insert_agent(tx, company, agent).await?;
     }
     let created = Event::new(COMPANY_CREATED, json!({"company_id": company, "name": request.name}));
     events::append(&mut *tx, company, &[created]).await?;
     jobs::enqueue(&mut *tx, &provision_job(company)).await?;
-    tx.commit().await?;
     Ok((company, created_at))
 }
 
-/// Adds an agent to a company, and the job that gets it ready.
-pub async fn add_agent(engine: &Engine, company: CompanyId, agent: &NewAgent) -> Result<DateTime<Utc>, EngineError> {
-    let created_at = repeating(|| async {
-        let mut tx = engine.pool.begin().await?;
-        let created_at = insert_agent(&mut tx, company, agent).await?;
-        jobs::enqueue(&mut *tx, &provision_job(company)).await?;
-        tx.commit().await?;
-        Ok(created_at)
-    })
-    .await?;
-    engine.waker.wake();
+/// Adds an agent to a company, and the job that gets it ready, in the caller's
+/// transaction, who wakes workers after it.
+pub async fn add_agent(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    agent: &NewAgent,
+) -> Result<DateTime<Utc>, EngineError> {
+    let created_at = insert_agent(tx, company, agent).await?;
+    jobs::enqueue(&mut *tx, &provision_job(company)).await?;
     Ok(created_at)
 }
 
 async fn insert_agent(
-    tx: &mut sqlx::PgConnection,
+    tx: &mut PgConnection,
     company: CompanyId,
     agent: &NewAgent,
 ) -> Result<DateTime<Utc>, EngineError> {
-    tenants::insert_agent(tx, company, agent).await.map_err(|error| match error {
+    agents::insert_agent(tx, company, agent).await.map_err(|error| match error {
         StoreError::Conflict { constraint } if constraint == "agents_live_role" => EngineError::Conflict(format!(
             "the company has an agent with the role `{}` already; remove it first or use another role",
             agent.role
@@ -112,13 +122,13 @@ pub async fn provision(
     company: CompanyId,
     check: impl Fn(&AgentRow) -> Option<String>,
 ) -> Result<(), EngineError> {
-    let agents = tenants::agents_of(&engine.pool, &[company.0]).await?;
+    let agents = agents::agents_of(&engine.pool, &[company.0]).await?;
     let verdicts: HashMap<_, _> =
         agents.iter().filter(|agent| agent.status == "initializing").map(|agent| (agent.agent, check(agent))).collect();
     let mut tx = engine.pool.begin().await?;
     let mut happened = Vec::new();
     for (agent, error) in &verdicts {
-        if tenants::agent_initialized(&mut *tx, company, *agent, error.as_deref()).await? {
+        if agents::agent_initialized(&mut *tx, company, *agent, error.as_deref()).await? {
             let status = if error.is_none() { "active" } else { "errored" };
             happened.push(Event::new(
                 AGENT_STATE_CHANGED,

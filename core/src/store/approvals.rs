@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::{Executor, PgConnection, PgPool, Postgres};
+use sqlx::{Executor, PgConnection, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
@@ -172,7 +172,7 @@ pub struct Filter<'a> {
 
 /// A page of the approvals that an account sees, newest first.
 pub async fn list(
-    pool: &PgPool,
+    executor: impl Executor<'_, Database = Postgres>,
     account: AccountId,
     filter: Filter<'_>,
     limit: i64,
@@ -196,7 +196,7 @@ pub async fn list(
         filter.run.map(|r| r.0),
         limit,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?;
     Ok(rows.into_iter().map(|row| approval_row!(row)).collect())
 }
@@ -244,6 +244,25 @@ pub async fn decide(
     .execute(tx)
     .await?;
     Ok(done.rows_affected() == 1)
+}
+
+/// Nobody needs to decide any more about a run that is cancelled.
+pub async fn cancel_of(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    by: &str,
+) -> Result<Vec<ApprovalId>, StoreError> {
+    let gates = sqlx::query_scalar!(
+        "update approvals set status = 'cancelled', decided_at = clock_timestamp(), decided_by = $3
+         where company_id = $1 and run_id = $2 and status = 'pending' returning id",
+        company.0,
+        run.0,
+        by,
+    )
+    .fetch_all(tx)
+    .await?;
+    Ok(gates.into_iter().map(ApprovalId).collect())
 }
 
 /// Locks the job that waits at a gate: every use case takes job, then run.
@@ -326,8 +345,15 @@ pub async fn fail_run(
     .execute(&mut *tx)
     .await?;
     let done = sqlx::query!(
-        "update runs set status = 'failed', waiting_on = null, error = $3, ended_at = clock_timestamp()
-         where company_id = $1 and id = $2 and status = 'suspended'",
+        "with ended as (
+             update runs set status = 'failed', waiting_on = null, error = $3, ended_at = clock_timestamp()
+             where company_id = $1 and id = $2 and status = 'suspended'
+             returning company_id, playbook_id, cost_nanos, started_at, ended_at
+         )
+         insert into run_deltas (company_id, playbook_id, started, ended, cost_nanos, duration_ms)
+         select company_id, playbook_id, 0, 1, cost_nanos,
+             coalesce(extract(epoch from ended_at - started_at) * 1000, 0)::bigint
+         from ended",
         company.0,
         run.0,
         error,

@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use sqlx::{Executor, PgPool, Postgres};
+use chrono::{DateTime, Utc};
+use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
@@ -18,6 +19,10 @@ pub mod kind {
     pub const GATE_TIMEOUT: &str = "gate_timeout";
     /// A company's agents get ready.
     pub const PROVISION: &str = "provision";
+    /// An agent beats.
+    pub const HEARTBEAT: &str = "heartbeat";
+    /// What a deleted company held goes away.
+    pub const PURGE: &str = "purge";
     /// Does nothing, durably: for benchmarks and checks of a queue.
     pub const NOOP: &str = "noop";
 }
@@ -529,4 +534,23 @@ pub async fn give_back_unknown(pool: &PgPool, session: i64, in_hand: &[i64]) -> 
 /// A duration as the statements take it.
 pub(crate) fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// Since when the live job with a unique key is there.
+pub async fn live_since(tx: &mut PgConnection, company: CompanyId, key: &str) -> Result<DateTime<Utc>, StoreError> {
+    Ok(sqlx::query_scalar!("select created_at from jobs where company_id = $1 and unique_key = $2", company.0, key)
+        .fetch_one(tx)
+        .await?)
+}
+
+/// Work of a company that waits because the company was halted is ready again.
+pub async fn unpark(tx: &mut PgConnection, company: CompanyId) -> Result<(), StoreError> {
+    sqlx::query!(
+        "update jobs set state = 'ready', due_at = now()
+         where company_id = $1 and due_at = 'infinity' and state = 'scheduled'",
+        company.0,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
 }

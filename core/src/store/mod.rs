@@ -10,23 +10,37 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 
+pub mod agents;
 pub mod approvals;
 pub mod error;
 pub mod events;
+pub mod grants;
+pub mod idempotency;
 pub mod jobs;
 pub mod playbooks;
 pub mod runs;
 pub mod sessions;
 pub mod steps;
+pub mod tenancy;
 pub mod tenants;
+pub mod usage;
 
 pub use error::StoreError;
 
-/// What a pool is for; decides how its statements are planned and bounded.
+/// What a pool is for; decides as whom its statements run, and how they are
+/// planned and bounded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PoolKind {
-    /// Requests of people and clients: bounded statements.
+    /// Whoever the address names: migrations, and questions before them.
+    Owner,
+    /// Requests of people and clients, over all tenants: bounded statements.
     Requests,
+    /// The same behind the second wall: sees what belongs to the account that
+    /// a transaction names, see [`tenancy`].
+    Tenants,
+    /// What requests have used of their limits. Its commits need not wait for
+    /// the disk: a crash of the server gives back what was used last.
+    Meter,
     /// The queue's few hot statements, whose plans must not change with the
     /// statistics of a table that is empty now and huge in an hour.
     Queue,
@@ -45,7 +59,7 @@ const QUEUE_ACQUIRE: Duration = Duration::from_secs(10);
 pub fn pool(url: &str, kind: PoolKind, connections_max: u32) -> Result<PgPool, StoreError> {
     let options = connect_options(url, kind)?;
     let acquire = match kind {
-        PoolKind::Requests => REQUEST_ACQUIRE,
+        PoolKind::Owner | PoolKind::Requests | PoolKind::Tenants | PoolKind::Meter => REQUEST_ACQUIRE,
         PoolKind::Queue | PoolKind::Claims => QUEUE_ACQUIRE,
     };
     Ok(PgPoolOptions::new()
@@ -61,7 +75,7 @@ pub fn pool(url: &str, kind: PoolKind, connections_max: u32) -> Result<PgPool, S
 pub fn connect_options(url: &str, kind: PoolKind) -> Result<PgConnectOptions, StoreError> {
     let options: PgConnectOptions = url.parse().map_err(StoreError::from)?;
     let options = options.application_name(match kind {
-        PoolKind::Requests => "capx",
+        PoolKind::Owner | PoolKind::Requests | PoolKind::Tenants | PoolKind::Meter => "capx",
         PoolKind::Queue | PoolKind::Claims => "capx-queue",
     });
     let common =
@@ -84,13 +98,23 @@ pub fn connect_options(url: &str, kind: PoolKind) -> Result<PgConnectOptions, St
         ("enable_bitmapscan", "off"),
         ("enable_mergejoin", "off"),
     ];
+    // Planned anew each time: which filters are set decides which index serves.
+    let anew = [("statement_timeout", "15s"), ("plan_cache_mode", "force_custom_plan")];
+    let no_wait = [("synchronous_commit", "off")];
+    let system = [("role", SYSTEM_ROLE)];
     Ok(match kind {
-        // Planned anew each time: which filters are set decides which index serves.
-        PoolKind::Requests => options.options([("statement_timeout", "15s"), ("plan_cache_mode", "force_custom_plan")]),
-        PoolKind::Queue => options.options(pinned),
-        PoolKind::Claims => options.options(pinned).options([("synchronous_commit", "off")]),
+        PoolKind::Owner => options.options(anew),
+        PoolKind::Requests => options.options(system).options(anew),
+        PoolKind::Tenants => options.options([("role", TENANT_ROLE)]).options(anew),
+        PoolKind::Meter => options.options(system).options(no_wait).options([("statement_timeout", "15s")]),
+        PoolKind::Queue => options.options(system).options(pinned),
+        PoolKind::Claims => options.options(system).options(pinned).options(no_wait),
     })
 }
+
+/// The roles that the migrations make: one sees everything, one a tenant.
+const SYSTEM_ROLE: &str = "capx_system";
+const TENANT_ROLE: &str = "capx_api";
 
 static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
 
@@ -112,9 +136,18 @@ pub enum SchemaState {
 /// Whether the schema is as new as this program.
 pub async fn schema_state(pool: &PgPool) -> Result<SchemaState, StoreError> {
     let known =
-        sqlx::query_scalar::<_, bool>("select to_regclass('_sqlx_migrations') is not null").fetch_one(pool).await?;
-    if !known {
-        return Ok(SchemaState::Behind);
+        sqlx::query_scalar::<_, bool>("select to_regclass('_sqlx_migrations') is not null").fetch_one(pool).await;
+    match known {
+        Ok(true) => {}
+        Ok(false) => return Ok(SchemaState::Behind),
+        // The role that the pool runs as comes by a migration.
+        Err(sqlx::Error::Database(error))
+            if ["22023", "42501"].contains(&error.code().as_deref().unwrap_or_default()) =>
+        {
+            tracing::debug!(%error, "the database does not know this program's role");
+            return Ok(SchemaState::Behind);
+        }
+        Err(error) => return Err(error.into()),
     }
     let applied: HashMap<i64, Vec<u8>> = sqlx::query_as("select version, checksum from _sqlx_migrations where success")
         .fetch_all(pool)

@@ -5,7 +5,7 @@ use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
-use crate::domain::ids::{CompanyId, PlaybookId, VersionId};
+use crate::domain::ids::{AccountId, CompanyId, PlaybookId, VersionId};
 use crate::domain::money::Nanos;
 
 /// A playbook to be, or a new version of one.
@@ -23,6 +23,8 @@ pub struct NewPlaybook<'a> {
     pub yaml: &'a str,
     /// SHA-256 of that.
     pub hash: [u8; 32],
+    /// Its steps.
+    pub step_count: i32,
 }
 
 /// What became of it.
@@ -68,19 +70,7 @@ pub async fn upsert(tx: &mut PgConnection, new: &NewPlaybook<'_>) -> Result<Upse
             return Ok(Upserted { playbook, version: current.version, changed: false });
         }
     }
-    let version = sqlx::query_scalar!(
-        r#"insert into playbook_versions (company_id, id, playbook_id, version, yaml, content_hash)
-           select $1, $2, $3, coalesce(max(version), 0) + 1, $4, $5
-           from playbook_versions where company_id = $1 and playbook_id = $3
-           returning version"#,
-        new.company.0,
-        version_id.0,
-        playbook.0,
-        new.yaml,
-        &new.hash[..],
-    )
-    .fetch_one(&mut *tx)
-    .await?;
+    let version = add_version(tx, playbook, version_id, new).await?;
     if !row.is_new {
         sqlx::query!(
             "update playbooks
@@ -99,9 +89,158 @@ pub async fn upsert(tx: &mut PgConnection, new: &NewPlaybook<'_>) -> Result<Upse
     Ok(Upserted { playbook, version, changed: true })
 }
 
+/// Stores the next version of a playbook, whose row is locked.
+async fn add_version(
+    tx: &mut PgConnection,
+    playbook: PlaybookId,
+    version: VersionId,
+    new: &NewPlaybook<'_>,
+) -> Result<i32, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"insert into playbook_versions (company_id, id, playbook_id, version, yaml, content_hash, step_count)
+           select $1, $2, $3, coalesce(max(version), 0) + 1, $4, $5, $6
+           from playbook_versions where company_id = $1 and playbook_id = $3
+           returning version"#,
+        new.company.0,
+        version.0,
+        playbook.0,
+        new.yaml,
+        &new.hash[..],
+        new.step_count,
+    )
+    .fetch_one(tx)
+    .await?)
+}
+
+/// Changes what is given of a playbook; another text is its next version.
+pub async fn update(
+    tx: &mut PgConnection,
+    playbook: PlaybookId,
+    new: &NewPlaybook<'_>,
+    has_tags: bool,
+    has_text: bool,
+) -> Result<(), StoreError> {
+    let current = sqlx::query_scalar!(
+        "select v.content_hash from playbooks p
+         join playbook_versions v on v.company_id = p.company_id and v.id = p.current_version_id
+         where p.company_id = $1 and p.id = $2 for update of p",
+        new.company.0,
+        playbook.0,
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    let version = (has_text && current != new.hash).then(VersionId::new);
+    if let Some(version) = version {
+        add_version(&mut *tx, playbook, version, new).await?;
+    }
+    sqlx::query!(
+        "update playbooks
+         set current_version_id = coalesce($3, current_version_id), name = $4, description = coalesce($5, description),
+             tags = case when $6 then $7 else tags end, updated_at = now()
+         where company_id = $1 and id = $2",
+        new.company.0,
+        playbook.0,
+        version.map(|v| v.0),
+        new.name,
+        new.description,
+        has_tags,
+        new.tags,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Sets a playbook's status; says when.
+pub async fn set_status(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    playbook: PlaybookId,
+    status: &str,
+) -> Result<DateTime<Utc>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "update playbooks
+         set updated_at = case when status = $3 then updated_at else clock_timestamp() end, status = $3
+         where company_id = $1 and id = $2 returning updated_at",
+        company.0,
+        playbook.0,
+        status,
+    )
+    .fetch_one(tx)
+    .await?)
+}
+
+/// Deletes a playbook that has no runs; false when it has some. Its versions
+/// stay, out of sight: a run that is starting at this moment needs one.
+pub async fn delete(tx: &mut PgConnection, company: CompanyId, playbook: PlaybookId) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "delete from playbooks p
+         where p.company_id = $1 and p.id = $2
+             and not exists (select from runs r where r.playbook_id = $2 and r.company_id = $1)",
+        company.0,
+        playbook.0,
+    )
+    .execute(&mut *tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// A version of a playbook.
+#[derive(Debug, Clone)]
+pub struct VersionRow {
+    /// Its number.
+    pub version: i32,
+    /// Its text.
+    pub yaml: String,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+}
+
+/// A page of a playbook's versions, newest first, before a number.
+pub async fn versions_of(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    playbook: PlaybookId,
+    before: i32,
+    limit: i64,
+) -> Result<Vec<VersionRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        VersionRow,
+        "select version, '' as \"yaml!\", created_at from playbook_versions
+         where company_id = $1 and playbook_id = $2 and version < $3 order by version desc limit $4",
+        company.0,
+        playbook.0,
+        before,
+        limit,
+    )
+    .fetch_all(tx)
+    .await?)
+}
+
+/// One version of a playbook.
+pub async fn version(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    playbook: PlaybookId,
+    number: i32,
+) -> Result<Option<VersionRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        VersionRow,
+        "select version, yaml, created_at from playbook_versions
+         where company_id = $1 and playbook_id = $2 and version = $3",
+        company.0,
+        playbook.0,
+        number,
+    )
+    .fetch_optional(tx)
+    .await?)
+}
+
 /// A playbook with its current version and what its runs have shown.
 #[derive(Debug, Clone)]
 pub struct PlaybookRow {
+    /// Whose.
+    pub company: CompanyId,
     /// Which.
     pub playbook: PlaybookId,
     /// Its name.
@@ -118,9 +257,13 @@ pub struct PlaybookRow {
     pub version: i32,
     /// Its text.
     pub yaml: String,
+    /// Its steps.
+    pub step_count: i32,
     /// When it was made.
     pub created_at: DateTime<Utc>,
-    /// How many runs there were.
+    /// When it last changed.
+    pub updated_at: DateTime<Utc>,
+    /// How many runs there were, where that was asked for, as what follows.
     pub run_count: i64,
     /// When the last began.
     pub last_run_at: Option<DateTime<Utc>>,
@@ -130,9 +273,13 @@ pub struct PlaybookRow {
     pub avg_run_duration_s: i64,
 }
 
-/// What picks playbooks out of a company.
+/// What picks playbooks.
 #[derive(Debug, Clone, Default)]
 pub struct Filter<'a> {
+    /// Of an account.
+    pub account: Option<AccountId>,
+    /// Of one company.
+    pub company: Option<CompanyId>,
     /// One by id.
     pub playbook: Option<PlaybookId>,
     /// One by name.
@@ -145,34 +292,28 @@ pub struct Filter<'a> {
     pub before: Option<Uuid>,
 }
 
-/// A page of a company's playbooks, newest first.
+/// A page of playbooks, newest first.
 pub async fn list(
-    pool: &PgPool,
-    company: CompanyId,
+    executor: impl Executor<'_, Database = Postgres>,
     filter: &Filter<'_>,
     limit: i64,
 ) -> Result<Vec<PlaybookRow>, StoreError> {
     let rows = sqlx::query!(
-        r#"select p.id, p.name, p.description, p.status, p.tags, p.current_version_id, p.created_at,
-                  v.version, v.yaml, s.run_count as "run_count!", s.last_run_at,
-                  s.avg_cost as "avg_cost!", s.avg_duration_s as "avg_duration_s!"
+        r#"select p.company_id, p.id, p.name, p.description, p.status, p.tags, p.current_version_id, p.created_at,
+                  p.updated_at, v.version, v.yaml, v.step_count
            from playbooks p
            join playbook_versions v on v.company_id = p.company_id and v.id = p.current_version_id
-           cross join lateral (
-               select count(*) as run_count, max(started_at) as last_run_at,
-                   coalesce(avg(cost_nanos) filter (where ended_at is not null), 0)::bigint as avg_cost,
-                   coalesce(extract(epoch from avg(ended_at - started_at)), 0)::bigint as avg_duration_s
-               from runs r where r.company_id = p.company_id and r.playbook_id = p.id
-           ) s
-           where p.company_id = $1
-               and ($2::uuid is null or p.id = $2)
-               and ($3::text is null or p.name = $3)
-               and ($4::text is null or p.status = $4)
-               and p.tags @> $5::text[]
-               and ($6::uuid is null or p.id < $6)
+           where ($1::uuid is null or p.company_id = $1)
+               and ($2::uuid is null or p.company_id in (select c.id from companies c where c.account_id = $2))
+               and ($3::uuid is null or p.id = $3)
+               and ($4::text is null or p.name = $4)
+               and ($5::text is null or p.status = $5)
+               and p.tags @> $6::text[]
+               and ($7::uuid is null or p.id < $7)
            order by p.id desc
-           limit $7"#,
-        company.0,
+           limit $8"#,
+        filter.company.map(|c| c.0),
+        filter.account.map(|a| a.0),
         filter.playbook.map(|p| p.0),
         filter.name,
         filter.status,
@@ -180,11 +321,12 @@ pub async fn list(
         filter.before,
         limit,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?;
     Ok(rows
         .into_iter()
         .map(|row| PlaybookRow {
+            company: CompanyId(row.company_id),
             playbook: PlaybookId(row.id),
             name: row.name,
             description: row.description,
@@ -193,29 +335,48 @@ pub async fn list(
             version_id: VersionId(row.current_version_id),
             version: row.version,
             yaml: row.yaml,
+            step_count: row.step_count,
             created_at: row.created_at,
-            run_count: row.run_count,
-            last_run_at: row.last_run_at,
-            avg_run_cost: Nanos(row.avg_cost),
-            avg_run_duration_s: row.avg_duration_s,
+            updated_at: row.updated_at,
+            run_count: 0,
+            last_run_at: None,
+            avg_run_cost: Nanos::ZERO,
+            avg_run_duration_s: 0,
         })
         .collect())
 }
 
-/// What a start of a run needs: the playbook's status and current version.
+/// What a start of a run needs.
+#[derive(Debug)]
+pub struct ForStart {
+    /// The playbook's status.
+    pub status: String,
+    /// Its current version.
+    pub version: VersionId,
+    /// Its company's status.
+    pub company_status: String,
+}
+
+/// What a start of a run needs, in one look.
 pub async fn for_start(
     executor: impl Executor<'_, Database = Postgres>,
     company: CompanyId,
     playbook: PlaybookId,
-) -> Result<Option<(String, VersionId)>, StoreError> {
+) -> Result<Option<ForStart>, StoreError> {
     let row = sqlx::query!(
-        "select status, current_version_id from playbooks where company_id = $1 and id = $2",
+        "select p.status, p.current_version_id, c.status as company_status
+         from playbooks p join companies c on c.id = p.company_id
+         where p.company_id = $1 and p.id = $2",
         company.0,
         playbook.0,
     )
     .fetch_optional(executor)
     .await?;
-    Ok(row.map(|row| (row.status, VersionId(row.current_version_id))))
+    Ok(row.map(|row| ForStart {
+        status: row.status,
+        version: VersionId(row.current_version_id),
+        company_status: row.company_status,
+    }))
 }
 
 /// The texts of some versions.

@@ -131,7 +131,9 @@ pub struct RunRow {
     /// When it ended.
     pub ended_at: Option<DateTime<Utc>>,
     /// Its age or length by the database's clock, in seconds.
-    pub duration_s: i64,
+    pub duration_s: Option<i64>,
+    /// Since when its company is halted, if it is and the run is open.
+    pub halted_since: Option<DateTime<Utc>>,
 }
 
 macro_rules! run_row {
@@ -151,53 +153,126 @@ macro_rules! run_row {
             started_at: row.started_at,
             ended_at: row.ended_at,
             duration_s: row.duration_s,
+            halted_since: row.halted_since,
         }
     }};
 }
 
 /// One run.
-pub async fn get(pool: &PgPool, company: CompanyId, run: RunId) -> Result<Option<RunRow>, StoreError> {
+pub async fn get(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    run: RunId,
+) -> Result<Option<RunRow>, StoreError> {
     let row = sqlx::query!(
-        r#"select id, playbook_id, version_id, status, params, waiting_on, output, error, cost_nanos,
-                  started_at, ended_at,
-                  extract(epoch from coalesce(ended_at, clock_timestamp()) - started_at)::bigint as "duration_s!"
-           from runs where company_id = $1 and id = $2"#,
+        "select r.id, r.playbook_id, r.version_id, r.status, r.params, r.waiting_on, r.output, r.error, r.cost_nanos,
+                  r.started_at, r.ended_at,
+                  extract(epoch from coalesce(r.ended_at, clock_timestamp()) - r.started_at)::bigint as duration_s,
+                  case when r.ended_at is null and c.status in ('paused', 'stopped') then c.updated_at end as halted_since
+           from runs r join companies c on c.id = r.company_id
+           where r.company_id = $1 and r.id = $2",
         company.0,
         run.0,
     )
-    .fetch_optional(pool)
+    .fetch_optional(executor)
     .await?;
     row.map(|row| Ok(run_row!(row))).transpose()
 }
 
-/// A page of a playbook's runs, newest first, before a run.
+/// What picks runs out of a company.
+#[derive(Debug, Clone, Copy)]
+pub struct RunFilter {
+    /// Of this playbook.
+    pub playbook: PlaybookId,
+    /// By status, as it is stored.
+    pub status: Option<RunStatus>,
+    /// Older than this one.
+    pub before: Option<Uuid>,
+}
+
+/// A page of a playbook's runs, newest first. The open runs of a company that is
+/// halted are suspended with it.
 pub async fn list(
-    pool: &PgPool,
+    executor: impl Executor<'_, Database = Postgres>,
     company: CompanyId,
-    playbook: PlaybookId,
-    status: Option<RunStatus>,
-    before: Option<Uuid>,
+    filter: RunFilter,
     limit: i64,
 ) -> Result<Vec<RunRow>, StoreError> {
     let rows = sqlx::query!(
-        r#"select id, playbook_id, version_id, status, params, waiting_on, output, error, cost_nanos,
-                  started_at, ended_at,
-                  extract(epoch from coalesce(ended_at, clock_timestamp()) - started_at)::bigint as "duration_s!"
-           from runs
-           where company_id = $1 and playbook_id = $2
-               and ($3::text is null or status = $3)
-               and ($4::uuid is null or id < $4)
-           order by id desc
-           limit $5"#,
+        "select r.id, r.playbook_id, r.version_id, r.status, r.params, r.waiting_on, r.output, r.error, r.cost_nanos,
+                  r.started_at, r.ended_at,
+                  extract(epoch from coalesce(r.ended_at, clock_timestamp()) - r.started_at)::bigint as duration_s,
+                  case when r.ended_at is null and c.status in ('paused', 'stopped') then c.updated_at end as halted_since
+           from runs r join companies c on c.id = r.company_id
+           where r.company_id = $1 and r.playbook_id = $2
+               and ($3::text is null
+                    or $3 = case when c.status in ('paused', 'stopped') and r.status in ('queued', 'running')
+                                 then 'suspended' else r.status end)
+               and ($4::uuid is null or r.id < $4)
+           order by r.id desc
+           limit $5",
         company.0,
-        playbook.0,
-        status.map(RunStatus::as_str),
-        before,
+        filter.playbook.0,
+        filter.status.map(RunStatus::as_str),
+        filter.before,
         limit,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?;
     rows.into_iter().map(|row| Ok(run_row!(row))).collect()
+}
+
+/// Locks a run by way of its job, which every use case locks first; its status.
+pub async fn lock_with_job(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+) -> Result<Option<RunStatus>, StoreError> {
+    sqlx::query!(
+        "select from jobs where id = (select job_id from runs where company_id = $1 and id = $2) for update",
+        company.0,
+        run.0,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let status =
+        sqlx::query_scalar!("select status from runs where company_id = $1 and id = $2 for update", company.0, run.0)
+            .fetch_optional(tx)
+            .await?;
+    status
+        .map(|status| {
+            RunStatus::from_name(&status).ok_or_else(|| StoreError::Unreadable(format!("run status {status}")))
+        })
+        .transpose()
+}
+
+/// Ends a run that is locked and open, and lets its job go.
+pub async fn end_by_hand(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    status: RunStatus,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "with ended as (
+             update runs set status = $3, waiting_on = null, ended_at = clock_timestamp()
+             where company_id = $1 and id = $2 and status in ('queued', 'running', 'suspended')
+             returning company_id, playbook_id, job_id, cost_nanos, started_at, ended_at
+         ),
+         counted as (
+             insert into run_deltas (company_id, playbook_id, started, ended, cost_nanos, duration_ms)
+             select company_id, playbook_id, 0, 1, cost_nanos,
+                 coalesce(extract(epoch from ended_at - started_at) * 1000, 0)::bigint
+             from ended
+         )
+         delete from jobs where id = (select job_id from ended)",
+        company.0,
+        run.0,
+        status.as_str(),
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
 }
 
 /// A step's row.
@@ -224,14 +299,18 @@ pub struct StepRow {
 }
 
 /// The steps of a run that have begun.
-pub async fn steps(pool: &PgPool, company: CompanyId, run: RunId) -> Result<Vec<StepRow>, StoreError> {
+pub async fn steps(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    run: RunId,
+) -> Result<Vec<StepRow>, StoreError> {
     let rows = sqlx::query!(
         "select step, status, agent_id, attempt, cost_nanos, output, error, started_at, ended_at
          from run_steps where company_id = $1 and run_id = $2 order by step",
         company.0,
         run.0,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?;
     Ok(rows
         .into_iter()
@@ -258,22 +337,26 @@ pub struct JobRow {
     pub step: i32,
     /// `ready`, `scheduled` or `running`.
     pub state: String,
-    /// When it may be taken.
-    pub due_at: DateTime<Utc>,
+    /// When it may be taken; `None` while its company is halted.
+    pub due_at: Option<DateTime<Utc>>,
     /// Tries charged.
     pub attempt: i32,
 }
 
 /// The live job of a run, if it has one.
-pub async fn job(pool: &PgPool, company: CompanyId, run: RunId) -> Result<Option<JobRow>, StoreError> {
+pub async fn job(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    run: RunId,
+) -> Result<Option<JobRow>, StoreError> {
     let row = sqlx::query!(
-        "select j.kind, j.step, j.state, j.due_at, j.attempt
+        "select j.kind, j.step, j.state, nullif(j.due_at, 'infinity') as due_at, j.attempt
          from runs r join jobs j on j.id = r.job_id
          where r.company_id = $1 and r.id = $2",
         company.0,
         run.0,
     )
-    .fetch_optional(pool)
+    .fetch_optional(executor)
     .await?;
     Ok(row.map(|row| JobRow {
         kind: row.kind,
@@ -294,16 +377,4 @@ pub async fn stranded(connection: &mut PgConnection) -> Result<i64, StoreError> 
     )
     .fetch_one(connection)
     .await?)
-}
-
-/// What all the runs of a company have cost.
-pub async fn company_cost(pool: &PgPool, company: CompanyId) -> Result<Nanos, StoreError> {
-    Ok(Nanos(
-        sqlx::query_scalar!(
-            r#"select least(coalesce(sum(cost_nanos), 0), 9223372036854775807)::bigint as "cost!" from runs where company_id = $1"#,
-            company.0,
-        )
-        .fetch_one(pool)
-        .await?,
-    ))
 }

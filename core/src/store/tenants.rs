@@ -1,12 +1,12 @@
-//! Accounts, keys, companies and agents.
+//! Accounts, keys and companies.
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::{Executor, PgPool, Postgres};
+use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
-use crate::domain::ids::{AccountId, AgentId, CompanyId, KeyId};
+use crate::domain::ids::{AccountId, CompanyId, KeyId};
 
 /// Finds an account by name, or makes it.
 pub async fn account(
@@ -69,54 +69,11 @@ pub async fn insert_key(
     Ok(id)
 }
 
-/// What a presented key stands for.
-#[derive(Debug, Clone)]
-pub struct KeyRow {
-    /// The key.
-    pub key: KeyId,
-    /// Whose it is.
-    pub account: AccountId,
-    /// The one company it sees, when it is bound.
-    pub company: Option<CompanyId>,
-    /// Spends credits and has effects.
-    pub live: bool,
-    /// What it may do.
-    pub scopes: Vec<String>,
-    /// The account's tier.
-    pub tier: String,
-}
-
-/// Looks a key up by its hash; a revoked one is not found.
-pub async fn find_key(pool: &PgPool, hash: [u8; 32]) -> Result<Option<KeyRow>, StoreError> {
-    let row = sqlx::query!(
-        "select k.id, k.account_id, k.company_id, k.live, k.scopes, a.tier
-         from api_keys k join accounts a on a.id = k.account_id
-         where k.hash = $1 and k.revoked_at is null",
-        &hash[..],
-    )
-    .fetch_optional(pool)
-    .await?;
-    Ok(row.map(|row| KeyRow {
-        key: KeyId(row.id),
-        account: AccountId(row.account_id),
-        company: row.company_id.map(CompanyId),
-        live: row.live,
-        scopes: row.scopes,
-        tier: row.tier,
-    }))
-}
-
-/// Takes credits from an account; gives what is left.
-pub async fn charge_credits(pool: &PgPool, account: AccountId, credits: i64) -> Result<i64, StoreError> {
-    if credits == 0 {
-        return Ok(sqlx::query_scalar!("select credits from accounts where id = $1", account.0)
-            .fetch_one(pool)
-            .await?);
-    }
+/// Whether there is an active key with this hash.
+pub async fn is_active_key(pool: &PgPool, hash: [u8; 32]) -> Result<bool, StoreError> {
     Ok(sqlx::query_scalar!(
-        "update accounts set credits = credits - $2 where id = $1 returning credits",
-        account.0,
-        credits,
+        r#"select exists (select from api_keys where hash = $1 and revoked_at is null) as "is_active!""#,
+        &hash[..],
     )
     .fetch_one(pool)
     .await?)
@@ -188,28 +145,28 @@ pub struct CompanyRow {
 
 /// One company of an account; a key bound to another company does not see it.
 pub async fn company(
-    pool: &PgPool,
+    executor: impl Executor<'_, Database = Postgres>,
     account: AccountId,
     bound: Option<CompanyId>,
     company: CompanyId,
 ) -> Result<Option<CompanyRow>, StoreError> {
-    Ok(companies_where(pool, account, bound, Some(company), None, None, 1).await?.pop())
+    Ok(companies_where(executor, account, bound, Some(company), None, None, 1).await?.pop())
 }
 
 /// A page of an account's companies, newest first.
 pub async fn companies(
-    pool: &PgPool,
+    executor: impl Executor<'_, Database = Postgres>,
     account: AccountId,
     bound: Option<CompanyId>,
     status: Option<&str>,
     before: Option<Uuid>,
     limit: i64,
 ) -> Result<Vec<CompanyRow>, StoreError> {
-    companies_where(pool, account, bound, None, status, before, limit).await
+    companies_where(executor, account, bound, None, status, before, limit).await
 }
 
 async fn companies_where(
-    pool: &PgPool,
+    executor: impl Executor<'_, Database = Postgres>,
     account: AccountId,
     bound: Option<CompanyId>,
     only: Option<CompanyId>,
@@ -236,7 +193,7 @@ async fn companies_where(
         before,
         limit,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?;
     Ok(rows
         .into_iter()
@@ -253,6 +210,75 @@ async fn companies_where(
             updated_at: row.updated_at,
         })
         .collect())
+}
+
+/// Changes what is given of a company; `config` is merged.
+pub async fn update_company(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    name: Option<&str>,
+    description: Option<&str>,
+    config: Option<&Value>,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "update companies
+         set name = coalesce($2, name), description = coalesce($3, description),
+             config = config || coalesce($4::jsonb, '{}'::jsonb), updated_at = now()
+         where id = $1",
+        company.0,
+        name,
+        description,
+        config,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Locks a company; its status, and since when it has it as far as answers
+/// tell that.
+pub async fn lock_company(
+    tx: &mut PgConnection,
+    company: CompanyId,
+) -> Result<Option<(String, DateTime<Utc>)>, StoreError> {
+    let row = sqlx::query!(
+        r#"select status, case status when 'paused' then coalesce(paused_at, updated_at)
+                                      when 'stopped' then coalesce(stopped_at, updated_at)
+                                      else updated_at end as "since!"
+           from companies where id = $1 for update"#,
+        company.0,
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(row.map(|row| (row.status, row.since)))
+}
+
+/// Sets a company's status, decided under its lock; says when.
+pub async fn set_company_status(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    status: &str,
+) -> Result<DateTime<Utc>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "update companies
+         set status = $2, updated_at = clock_timestamp(),
+             paused_at = case when $2 = 'paused' then clock_timestamp() else paused_at end,
+             stopped_at = case when $2 = 'stopped' then clock_timestamp() end
+         where id = $1 and status <> 'stopped' returning updated_at",
+        company.0,
+        status,
+    )
+    .fetch_one(tx)
+    .await?)
+}
+
+/// Takes a company out of sight, and the keys that were bound to it.
+pub async fn delete_company(tx: &mut PgConnection, company: CompanyId) -> Result<(), StoreError> {
+    sqlx::query!("update api_keys set revoked_at = now() where company_id = $1 and revoked_at is null", company.0)
+        .execute(&mut *tx)
+        .await?;
+    sqlx::query!("delete from companies where id = $1", company.0).execute(tx).await?;
+    Ok(())
 }
 
 /// A company's status, where the caller has no account at hand.
@@ -279,157 +305,6 @@ pub async fn company_provisioned(
     let done = sqlx::query!(
         "update companies set status = 'running', updated_at = now() where id = $1 and status = 'provisioning'",
         company.0,
-    )
-    .execute(executor)
-    .await?;
-    Ok(done.rows_affected() == 1)
-}
-
-/// An agent to be.
-#[derive(Debug, Clone)]
-pub struct NewAgent {
-    /// Its id.
-    pub agent: AgentId,
-    /// Its address within the company.
-    pub role: String,
-    /// `claude`, `gpt`, `custom` or a synonym, as sent.
-    pub adapter: String,
-    /// How it behaves.
-    pub instructions: String,
-    /// Which model.
-    pub model: Option<String>,
-    /// Credits a month.
-    pub budget: Option<i64>,
-    /// As sent.
-    pub config: Value,
-}
-
-/// Stores an agent in `initializing`.
-pub async fn insert_agent(
-    executor: impl Executor<'_, Database = Postgres>,
-    company: CompanyId,
-    new: &NewAgent,
-) -> Result<DateTime<Utc>, StoreError> {
-    Ok(sqlx::query_scalar!(
-        "insert into agents (company_id, id, role, adapter, instructions, model, budget, config, status)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, 'initializing') returning created_at",
-        company.0,
-        new.agent.0,
-        new.role,
-        new.adapter,
-        new.instructions,
-        new.model,
-        new.budget,
-        new.config,
-    )
-    .fetch_one(executor)
-    .await?)
-}
-
-/// An agent.
-#[derive(Debug, Clone)]
-pub struct AgentRow {
-    /// Whose.
-    pub company: CompanyId,
-    /// Which.
-    pub agent: AgentId,
-    /// Its address within the company.
-    pub role: String,
-    /// As sent.
-    pub adapter: String,
-    /// How it behaves.
-    pub instructions: String,
-    /// Which model.
-    pub model: Option<String>,
-    /// Credits a month.
-    pub budget: Option<i64>,
-    /// As sent.
-    pub config: Value,
-    /// `initializing`, `active`, `paused`, `errored` or `removed`.
-    pub status: String,
-    /// Why it is errored.
-    pub error: Option<String>,
-    /// When it was made.
-    pub created_at: DateTime<Utc>,
-    /// When it last changed.
-    pub updated_at: DateTime<Utc>,
-}
-
-macro_rules! agent_row {
-    ($row:expr) => {{
-        let row = $row;
-        AgentRow {
-            company: CompanyId(row.company_id),
-            agent: AgentId(row.id),
-            role: row.role,
-            adapter: row.adapter,
-            instructions: row.instructions,
-            model: row.model,
-            budget: row.budget,
-            config: row.config,
-            status: row.status,
-            error: row.error,
-            created_at: row.created_at,
-            updated_at: row.updated_at,
-        }
-    }};
-}
-
-/// A page of a company's agents, oldest first, after an agent. A role or an
-/// id picks one; removed agents are found by id only.
-pub async fn agents(
-    executor: impl Executor<'_, Database = Postgres>,
-    company: CompanyId,
-    role: Option<&str>,
-    agent: Option<AgentId>,
-    status: Option<&str>,
-    after: Option<Uuid>,
-    limit: i64,
-) -> Result<Vec<AgentRow>, StoreError> {
-    let rows = sqlx::query!(
-        "select company_id, id, role, adapter, instructions, model, budget, config, status, error, created_at, updated_at
-         from agents
-         where company_id = $1
-             and ($2::text is null or role = $2)
-             and ($3::uuid is null or id = $3)
-             and ($3::uuid is not null or status <> 'removed')
-             and ($4::text is null or status = $4)
-             and ($5::uuid is null or id > $5)
-         order by id
-         limit $6",
-        company.0, role, agent.map(|a| a.0), status, after, limit,
-    )
-    .fetch_all(executor)
-    .await?;
-    Ok(rows.into_iter().map(|row| agent_row!(row)).collect())
-}
-
-/// The live agents of some companies.
-pub async fn agents_of(pool: &PgPool, companies: &[Uuid]) -> Result<Vec<AgentRow>, StoreError> {
-    let rows = sqlx::query!(
-        "select company_id, id, role, adapter, instructions, model, budget, config, status, error, created_at, updated_at
-         from agents where company_id = any ($1) and status <> 'removed'",
-        companies,
-    )
-    .fetch_all(pool)
-    .await?;
-    Ok(rows.into_iter().map(|row| agent_row!(row)).collect())
-}
-
-/// Ends the initializing of an agent; false when it was over.
-pub async fn agent_initialized(
-    executor: impl Executor<'_, Database = Postgres>,
-    company: CompanyId,
-    agent: AgentId,
-    error: Option<&str>,
-) -> Result<bool, StoreError> {
-    let done = sqlx::query!(
-        "update agents
-         set status = case when $3::text is null then 'active' else 'errored' end, error = $3, updated_at = now()
-         where company_id = $1 and id = $2 and status = 'initializing'",
-        company.0,
-        agent.0,
-        error,
     )
     .execute(executor)
     .await?;

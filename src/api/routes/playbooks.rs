@@ -1,158 +1,578 @@
-//! Playbooks: create, list, get.
+//! Playbooks: create, check, list, get, change, versions.
 
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use axum::routing::get;
 use capx_core::domain::ids::{CompanyId, PlaybookId};
-use capx_core::domain::playbook::{self, Playbook};
+use capx_core::domain::playbook::{self, Playbook as Model};
 use capx_core::engine::FieldProblem;
-use capx_core::engine::playbooks::{CreatePlaybook, create as create_playbook};
+use capx_core::engine::playbooks as engine;
+use capx_core::engine::playbooks::CreatePlaybook;
 use capx_core::store::playbooks::{self, Filter, PlaybookRow};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use capx_core::store::usage;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sqlx::PgConnection;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::routes;
 
 use super::Routes;
-use crate::api::auth::{Caller, PlaybooksRead, PlaybooksWrite};
-use crate::api::body::{Body, Params, Path, limit};
-use crate::api::reply::{cursor, page, time};
-use crate::api::{ApiError, ApiState, Shared};
+use super::companies::Deleted;
+use crate::api::auth::{Caller, Scope};
+use crate::api::body::{Body, Nothing, Path, Query, Several, limit, one_of};
+use crate::api::reply::{Many, One, Page, Time, cursor, id_cursor, page};
+use crate::api::{ApiError, Shared};
 
 const NAME_CHARS_MAX: usize = 200;
+const DESCRIPTION_CHARS_MAX: usize = 10_000;
 const TAGS_MAX: usize = 20;
 const TAG_CHARS_MAX: usize = 64;
+/// What a filter by status may name.
+const STATUSES: &[&str] = &["active", "paused", "archived"];
 
-pub(in crate::api) fn routes() -> Routes {
-    Routes::new()
-        .route("/companies/{company}/playbooks", get(list).post(create))
-        .route("/companies/{company}/playbooks/{playbook}", get(one))
+pub(in crate::api) fn routes(routes: Routes) -> Routes {
+    routes
+        .with(Scope::PlaybooksWrite, 3, routes!(create))
+        .with(Scope::PlaybooksRead, 1, routes!(list))
+        .with(Scope::PlaybooksRead, 1, routes!(list_of_account))
+        .with(Scope::PlaybooksRead, 1, routes!(validate))
+        .with(Scope::PlaybooksRead, 1, routes!(one))
+        .with(Scope::PlaybooksWrite, 2, routes!(update))
+        .with(Scope::PlaybooksWrite, 1, routes!(delete))
+        .with(Scope::PlaybooksWrite, 2, routes!(pause))
+        .with(Scope::PlaybooksWrite, 2, routes!(resume))
+        .with(Scope::PlaybooksWrite, 2, routes!(archive))
+        .with(Scope::PlaybooksRead, 1, routes!(versions))
+        .with(Scope::PlaybooksRead, 1, routes!(version))
 }
 
-#[derive(Debug, Deserialize)]
+/// A playbook to be, or a new version of one.
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct CreateBody {
+struct CreatePlaybookBody {
+    /// Unique within the company; by default the name in the YAML.
+    #[schema(min_length = 1, max_length = 200)]
     name: Option<String>,
+    /// For people.
+    #[schema(max_length = 10_000)]
     description: Option<String>,
+    /// The definition.
     yaml: String,
+    /// For filters.
     #[serde(default)]
+    #[schema(max_items = 20)]
     tags: Vec<String>,
 }
 
-async fn create(
-    State(state): Shared,
-    caller: Caller<PlaybooksWrite>,
-    Path(company): Path<String>,
-    Body(body): Body<CreateBody>,
-) -> Result<Response, ApiError> {
-    let company = caller.company(&state, &company).await?;
-    let mut problems = Vec::new();
-    if let Some(name) = &body.name
-        && (name.trim().is_empty() || name.chars().count() > NAME_CHARS_MAX)
-    {
-        problems.push(FieldProblem::new("name", format!("must be 1 to {NAME_CHARS_MAX} characters")));
-    }
-    if body.tags.len() > TAGS_MAX || body.tags.iter().any(|tag| tag.is_empty() || tag.chars().count() > TAG_CHARS_MAX) {
-        problems.push(FieldProblem::new("tags", format!("at most {TAGS_MAX}, each 1 to {TAG_CHARS_MAX} characters")));
-    }
-    if !problems.is_empty() {
-        return Err(ApiError::fields(problems));
-    }
-    let request = CreatePlaybook { name: body.name, description: body.description, yaml: body.yaml, tags: body.tags };
-    let created = create_playbook(&state.engine, company.company, &request).await?;
-    let row = find(&state, company.company, created.upserted.playbook).await?;
-    let mut data = json!({
-        "id": row.playbook, "company_id": company.company, "name": row.name, "description": row.description,
-        "status": row.status, "version": created.upserted.version, "step_count": created.playbook.steps.len(),
-        "tags": row.tags, "trigger": created.playbook.trigger.to_json(), "created_at": time(row.created_at),
-    });
-    if !created.warnings.is_empty() {
-        data["warnings"] = created.warnings.into();
-    }
-    let status = if created.upserted.changed { StatusCode::CREATED } else { StatusCode::OK };
-    caller.reply(&state, status, 3, data).await
-}
-
-#[derive(Debug, Deserialize)]
+/// Changes of a playbook; what is left out stays.
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct ListParams {
-    status: Option<String>,
-    tag: Option<String>,
-    limit: Option<i64>,
-    cursor: Option<String>,
+struct UpdatePlaybookBody {
+    /// Unique within the company.
+    #[schema(min_length = 1, max_length = 200)]
+    name: Option<String>,
+    /// For people.
+    #[schema(max_length = 10_000)]
+    description: Option<String>,
+    /// Another definition: a new version. Runs keep the one they began with.
+    yaml: Option<String>,
+    /// For filters; replaces those that it has.
+    #[schema(max_items = 20)]
+    tags: Option<Vec<String>>,
 }
 
-async fn list(
-    State(state): Shared,
-    caller: Caller<PlaybooksRead>,
-    Path(company): Path<String>,
-    Params(params): Params<ListParams>,
-) -> Result<Response, ApiError> {
-    let company = caller.company(&state, &company).await?;
-    let limit = limit(params.limit, 25, 100)?;
-    let statuses = ["active", "paused", "archived"];
-    if let Some(status) = params.status.as_deref()
-        && !statuses.contains(&status)
-    {
-        return Err(ApiError::field("status", format!("must be one of {}", statuses.join(", "))));
-    }
-    let tags: Vec<String> = params.tag.into_iter().collect();
-    let filter = Filter {
-        status: params.status.as_deref(),
-        tags: &tags,
-        before: cursor(params.cursor.as_deref())?,
-        ..Filter::default()
-    };
-    let rows = playbooks::list(&state.engine.pool, company.company, &filter, limit + 1).await?;
-    let page = page(
-        rows,
-        limit,
-        |row| row.playbook.0,
-        |row| {
-            json!({
-                "id": row.playbook, "name": row.name, "status": row.status, "version": row.version,
-                "step_count": read(&row).map_or(0, |p| p.steps.len()), "last_run_at": row.last_run_at.map(time),
-                "run_count": row.run_count, "tags": row.tags,
-            })
-        },
-    );
-    caller.list(&state, page).await
+/// A definition to be checked.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct ValidateBody {
+    /// The definition.
+    yaml: String,
 }
 
-async fn one(
-    State(state): Shared,
-    caller: Caller<PlaybooksRead>,
-    Path((company, playbook)): Path<(String, String)>,
-) -> Result<Response, ApiError> {
-    let company = caller.company(&state, &company).await?;
-    let id = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
-    let row = find(&state, company.company, id).await?;
-    let model = read(&row);
-    let steps: Vec<Value> = model
-        .iter()
-        .flat_map(|model| &model.steps)
-        .map(|step| json!({"id": step.id, "role": step.role, "action": step.action}))
-        .collect();
-    let data = json!({
-        "id": row.playbook, "company_id": company.company, "name": row.name, "description": row.description,
-        "status": row.status, "version": row.version, "yaml": row.yaml, "step_count": steps.len(), "steps": steps,
-        "tags": row.tags,
-        "trigger": model.as_ref().map(|m| m.trigger.to_json()),
-        "rubric": model.as_ref().and_then(|m| m.rubric.clone()),
-        "run_count": row.run_count, "avg_run_cost": row.avg_run_cost.to_usd(),
-        "avg_run_duration": row.avg_run_duration_s, "last_run_at": row.last_run_at.map(time),
-        "created_at": time(row.created_at),
-    });
-    caller.reply(&state, StatusCode::OK, 1, data).await
+/// A definition that is in order.
+#[derive(Debug, Serialize, ToSchema)]
+struct Validated {
+    /// Always true: what is not in order is a 400 with every fault.
+    valid: bool,
+    name: String,
+    step_count: usize,
+    steps: Vec<Step>,
+    #[schema(value_type = Object)]
+    trigger: Value,
+}
+
+/// A step of a definition.
+#[derive(Debug, Serialize, ToSchema)]
+struct Step {
+    id: String,
+    #[schema(required)]
+    role: Option<String>,
+    action: String,
+}
+
+/// A playbook that was made.
+#[derive(Debug, Serialize, ToSchema)]
+struct CreatedPlaybook {
+    /// `pb_…`
+    #[schema(value_type = String)]
+    id: PlaybookId,
+    #[schema(value_type = String)]
+    company_id: CompanyId,
+    name: String,
+    #[schema(required)]
+    description: Option<String>,
+    /// `active`, `paused` or `archived`.
+    status: String,
+    version: i32,
+    step_count: usize,
+    tags: Vec<String>,
+    /// What starts runs, e.g. `{"type": "schedule", "schedule": "0 9 * * MON"}`.
+    #[schema(value_type = Object)]
+    trigger: Value,
+    created_at: Time,
+    /// What will fail at run time unless something changes.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
+}
+
+/// A playbook in a list.
+#[derive(Debug, Serialize, ToSchema)]
+struct PlaybookItem {
+    /// `pb_…`
+    #[schema(value_type = String)]
+    id: PlaybookId,
+    #[schema(value_type = String)]
+    company_id: CompanyId,
+    name: String,
+    /// `active`, `paused` or `archived`.
+    status: String,
+    version: i32,
+    step_count: usize,
+    #[schema(required)]
+    last_run_at: Option<Time>,
+    run_count: i64,
+    tags: Vec<String>,
+}
+
+/// A playbook.
+#[derive(Debug, Serialize, ToSchema)]
+struct Playbook {
+    #[serde(flatten)]
+    item: PlaybookItem,
+    #[schema(required)]
+    description: Option<String>,
+    yaml: String,
+    steps: Vec<Step>,
+    #[schema(required)]
+    trigger: Option<Value>,
+    #[schema(required)]
+    rubric: Option<Value>,
+    /// What a run cost on average, in USD.
+    avg_run_cost: f64,
+    /// How long a run took on average, in seconds.
+    avg_run_duration: i64,
+    created_at: Time,
+    updated_at: Time,
 }
 
 /// A stored playbook was checked when it came; one that no longer loads is
 /// shown without its parts.
-fn read(row: &PlaybookRow) -> Option<Playbook> {
-    playbook::load(&row.yaml).ok()
+fn read(yaml: &str) -> Option<Model> {
+    playbook::load(yaml).ok()
+}
+
+fn steps(model: &Model) -> Vec<Step> {
+    let of = |step: &playbook::Step| Step { id: step.id.clone(), role: step.role.clone(), action: step.action.clone() };
+    model.steps.iter().map(of).collect()
+}
+
+impl PlaybookItem {
+    fn new(row: &PlaybookRow) -> Self {
+        Self {
+            id: row.playbook,
+            company_id: row.company,
+            name: row.name.clone(),
+            status: row.status.clone(),
+            version: row.version,
+            step_count: usize::try_from(row.step_count).unwrap_or(0),
+            last_run_at: row.last_run_at.map(Time),
+            run_count: row.run_count,
+            tags: row.tags.clone(),
+        }
+    }
+}
+
+impl Playbook {
+    fn new(row: PlaybookRow) -> Self {
+        let model = read(&row.yaml);
+        Self {
+            item: PlaybookItem::new(&row),
+            description: row.description,
+            steps: model.as_ref().map(steps).unwrap_or_default(),
+            trigger: model.as_ref().map(|model| model.trigger.to_json()),
+            rubric: model.and_then(|model| model.rubric),
+            yaml: row.yaml,
+            avg_run_cost: row.avg_run_cost.to_usd(),
+            avg_run_duration: row.avg_run_duration_s,
+            created_at: Time(row.created_at),
+            updated_at: Time(row.updated_at),
+        }
+    }
+}
+
+fn problems(name: Option<&str>, description: Option<&str>, tags: &[String]) -> Result<(), ApiError> {
+    let mut problems = Vec::new();
+    if name.is_some_and(|name| name.trim().is_empty() || name.chars().count() > NAME_CHARS_MAX) {
+        problems.push(FieldProblem::new("name", format!("must be 1 to {NAME_CHARS_MAX} characters")));
+    }
+    if description.is_some_and(|text| text.chars().count() > DESCRIPTION_CHARS_MAX) {
+        problems.push(FieldProblem::new("description", format!("must be at most {DESCRIPTION_CHARS_MAX} characters")));
+    }
+    if tags.len() > TAGS_MAX || tags.iter().any(|tag| tag.is_empty() || tag.chars().count() > TAG_CHARS_MAX) {
+        problems.push(FieldProblem::new("tags", format!("at most {TAGS_MAX}, each 1 to {TAG_CHARS_MAX} characters")));
+    }
+    if problems.is_empty() { Ok(()) } else { Err(ApiError::fields(problems)) }
+}
+
+/// Create a playbook
+///
+/// It is checked, and may be run at once. An existing name in the same company
+/// is its next version when the text changed, and nothing new when it did not.
+#[utoipa::path(post, path = "/companies/{company}/playbooks", tag = "Playbooks", request_body = CreatePlaybookBody,
+    params(("company" = String, Path, description = "`co_…`")),
+    responses((status = 201, description = "The playbook, or its new version.", body = One<CreatedPlaybook>),
+        (status = 200, description = "Nothing is new.", body = One<CreatedPlaybook>)))]
+async fn create(
+    State(state): Shared,
+    caller: Caller,
+    Path(company): Path<String>,
+    Body { body, digest }: Body<CreatePlaybookBody>,
+) -> Result<Response, ApiError> {
+    let mut command = caller.command(&state, digest).await?;
+    let company = caller.company_id(command.tx(), &company).await?;
+    problems(body.name.as_deref(), body.description.as_deref(), &body.tags)?;
+    let request = CreatePlaybook { name: body.name, description: body.description, yaml: body.yaml, tags: body.tags };
+    let created = engine::create_in(command.tx(), company, &request).await?;
+    let row = find(command.tx(), company, &created.upserted.playbook.to_string()).await?;
+    let shown = CreatedPlaybook {
+        id: row.playbook,
+        company_id: company,
+        name: row.name,
+        description: row.description,
+        status: row.status,
+        version: created.upserted.version,
+        step_count: created.playbook.steps.len(),
+        tags: row.tags,
+        trigger: created.playbook.trigger.to_json(),
+        created_at: Time(row.created_at),
+        warnings: created.warnings,
+    };
+    let status = if created.upserted.changed { StatusCode::CREATED } else { StatusCode::OK };
+    command.finish(status, shown).await
+}
+
+/// Check a definition
+///
+/// Stores nothing; tells every fault at once.
+#[utoipa::path(post, path = "/playbooks/validate", tag = "Playbooks", request_body = ValidateBody,
+    responses((status = 200, description = "It is in order.", body = One<Validated>)))]
+async fn validate(caller: Caller, Body { body, .. }: Body<ValidateBody>) -> Result<Response, ApiError> {
+    let model = engine::check(&body.yaml)?;
+    caller.figures(Validated {
+        valid: true,
+        step_count: model.steps.len(),
+        steps: steps(&model),
+        trigger: model.trigger.to_json(),
+        name: model.name,
+    })
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct ListQuery {
+    /// `active`, `paused` or `archived`.
+    status: Option<String>,
+    /// Those that have this tag; given several times, those that have all.
+    #[param(value_type = Option<Vec<String>>, style = Form, explode)]
+    tag: Option<Several>,
+    /// Results of a page.
+    #[param(minimum = 1, maximum = 100, default = 25)]
+    limit: Option<i64>,
+    /// `meta.cursor` of the page before.
+    cursor: Option<String>,
+}
+
+async fn listed(
+    tx: &mut PgConnection,
+    caller: &Caller,
+    company: Option<CompanyId>,
+    query: ListQuery,
+) -> Result<Page<PlaybookItem>, ApiError> {
+    let limit = limit(query.limit, 25, 100)?;
+    let tags = query.tag.unwrap_or_default().0;
+    let filter = Filter {
+        account: Some(caller.account),
+        company,
+        status: one_of("status", query.status.as_deref(), STATUSES)?,
+        tags: &tags,
+        before: cursor(query.cursor.as_deref())?,
+        ..Filter::default()
+    };
+    let mut rows = playbooks::list(&mut *tx, &filter, limit + 1).await?;
+    usage::add_run_totals(tx, &mut rows).await?;
+    Ok(page(rows, limit, |row| id_cursor(row.playbook.0), |row| PlaybookItem::new(&row)))
+}
+
+/// List playbooks
+///
+/// Of a company, newest first.
+#[utoipa::path(get, path = "/companies/{company}/playbooks", tag = "Playbooks",
+    params(("company" = String, Path, description = "`co_…`"), ListQuery),
+    responses((status = 200, description = "A page.", body = Many<PlaybookItem>)))]
+async fn list(
+    State(state): Shared,
+    caller: Caller,
+    Path(company): Path<String>,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
+    let mut tx = caller.read(&state).await?;
+    let company = caller.company_id(&mut tx, &company).await?;
+    let page = listed(&mut tx, &caller, Some(company), query).await?;
+    caller.list(page)
+}
+
+/// List available playbooks
+///
+/// Of all companies that the key may see, newest first.
+#[utoipa::path(get, path = "/playbooks", tag = "Playbooks", params(ListQuery),
+    responses((status = 200, description = "A page.", body = Many<PlaybookItem>)))]
+async fn list_of_account(
+    State(state): Shared,
+    caller: Caller,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
+    let mut tx = caller.read(&state).await?;
+    let page = listed(&mut tx, &caller, caller.company, query).await?;
+    caller.list(page)
 }
 
 /// A playbook of a company, or 404.
-pub(super) async fn find(state: &ApiState, company: CompanyId, playbook: PlaybookId) -> Result<PlaybookRow, ApiError> {
-    let filter = Filter { playbook: Some(playbook), ..Filter::default() };
-    playbooks::list(&state.engine.pool, company, &filter, 1).await?.pop().ok_or(ApiError::NotFound("playbook"))
+pub(super) async fn find(tx: &mut PgConnection, company: CompanyId, playbook: &str) -> Result<PlaybookRow, ApiError> {
+    let playbook: PlaybookId = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
+    let filter = Filter { company: Some(company), playbook: Some(playbook), ..Filter::default() };
+    playbooks::list(tx, &filter, 1).await?.pop().ok_or(ApiError::NotFound("playbook"))
+}
+
+/// Get a playbook
+#[utoipa::path(get, path = "/companies/{company}/playbooks/{playbook}", tag = "Playbooks",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
+    responses((status = 200, description = "The playbook.", body = One<Playbook>), (status = 304, description = "Not changed.")))]
+async fn one(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook)): Path<(String, String)>,
+) -> Result<Response, ApiError> {
+    let mut tx = caller.read(&state).await?;
+    let company = caller.company_id(&mut tx, &company).await?;
+    let mut rows = [find(&mut tx, company, &playbook).await?];
+    usage::add_run_totals(&mut tx, &mut rows).await?;
+    let [row] = rows;
+    caller.one(&Playbook::new(row))
+}
+
+/// Update a playbook
+///
+/// A changed `yaml` is a new version; runs keep the one they began with.
+#[utoipa::path(patch, path = "/companies/{company}/playbooks/{playbook}", tag = "Playbooks", request_body = UpdatePlaybookBody,
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
+    responses((status = 200, description = "The playbook.", body = One<Playbook>)))]
+async fn update(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook)): Path<(String, String)>,
+    Body { body, digest }: Body<UpdatePlaybookBody>,
+) -> Result<Response, ApiError> {
+    problems(body.name.as_deref(), body.description.as_deref(), body.tags.as_deref().unwrap_or_default())?;
+    let mut command = caller.command(&state, digest).await?;
+    let company = caller.company_id(command.tx(), &company).await?;
+    let row = find(command.tx(), company, &playbook).await?;
+    let changes = engine::UpdatePlaybook {
+        name: body.name.map(|name| name.trim().to_owned()),
+        description: body.description,
+        yaml: body.yaml,
+        tags: body.tags,
+    };
+    engine::update(command.tx(), company, row.playbook, &changes).await?;
+    let mut rows = [find(command.tx(), company, &playbook).await?];
+    usage::add_run_totals(command.tx(), &mut rows).await?;
+    let [row] = rows;
+    command.finish(StatusCode::OK, Playbook::new(row)).await
+}
+
+/// Delete a playbook
+///
+/// One that has runs is archived instead; a 409 says so.
+#[utoipa::path(delete, path = "/companies/{company}/playbooks/{playbook}", tag = "Playbooks",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
+    responses((status = 200, description = "It is gone.", body = One<Deleted<String>>)))]
+async fn delete(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook)): Path<(String, String)>,
+    Body { digest, .. }: Body<Nothing>,
+) -> Result<Response, ApiError> {
+    let mut command = caller.command(&state, digest).await?;
+    let company = caller.company_id(command.tx(), &company).await?;
+    let id = find(command.tx(), company, &playbook).await?.playbook;
+    engine::delete(command.tx(), company, id).await?;
+    command.finish(StatusCode::OK, Deleted { id, deleted: true }).await
+}
+
+/// A playbook whose status changed.
+#[derive(Debug, Serialize, ToSchema)]
+struct PlaybookStatus {
+    #[schema(value_type = String)]
+    id: PlaybookId,
+    /// `active`, `paused` or `archived`.
+    status: &'static str,
+    updated_at: Time,
+}
+
+async fn set_status(
+    state: &crate::api::ApiState,
+    caller: &Caller,
+    (company, playbook): (String, String),
+    digest: [u8; 32],
+    status: &'static str,
+) -> Result<Response, ApiError> {
+    let mut command = caller.command(state, digest).await?;
+    let company = caller.company_id(command.tx(), &company).await?;
+    let id = find(command.tx(), company, &playbook).await?.playbook;
+    let at = playbooks::set_status(command.tx(), company, id, status).await?;
+    command.finish(StatusCode::OK, PlaybookStatus { id, status, updated_at: Time(at) }).await
+}
+
+/// Pause a playbook
+///
+/// Nothing starts a run of it until it is resumed; runs in flight go on.
+#[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/pause", tag = "Playbooks",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
+    responses((status = 200, description = "It is paused.", body = One<PlaybookStatus>)))]
+async fn pause(
+    State(state): Shared,
+    caller: Caller,
+    Path(path): Path<(String, String)>,
+    Body { digest, .. }: Body<Nothing>,
+) -> Result<Response, ApiError> {
+    set_status(&state, &caller, path, digest, "paused").await
+}
+
+/// Resume a playbook
+///
+/// One that is paused or archived may be run again.
+#[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/resume", tag = "Playbooks",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
+    responses((status = 200, description = "It is active.", body = One<PlaybookStatus>)))]
+async fn resume(
+    State(state): Shared,
+    caller: Caller,
+    Path(path): Path<(String, String)>,
+    Body { digest, .. }: Body<Nothing>,
+) -> Result<Response, ApiError> {
+    set_status(&state, &caller, path, digest, "active").await
+}
+
+/// Archive a playbook
+///
+/// It is kept with its runs, and is not run any more.
+#[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/archive", tag = "Playbooks",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
+    responses((status = 200, description = "It is archived.", body = One<PlaybookStatus>)))]
+async fn archive(
+    State(state): Shared,
+    caller: Caller,
+    Path(path): Path<(String, String)>,
+    Body { digest, .. }: Body<Nothing>,
+) -> Result<Response, ApiError> {
+    set_status(&state, &caller, path, digest, "archived").await
+}
+
+/// A version in a list.
+#[derive(Debug, Serialize, ToSchema)]
+struct VersionItem {
+    version: i32,
+    /// Whether runs that start now take it.
+    current: bool,
+    created_at: Time,
+}
+
+/// A version.
+#[derive(Debug, Serialize, ToSchema)]
+struct Version {
+    #[serde(flatten)]
+    item: VersionItem,
+    yaml: String,
+    steps: Vec<Step>,
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct VersionsQuery {
+    /// Results of a page.
+    #[param(minimum = 1, maximum = 100, default = 25)]
+    limit: Option<i64>,
+    /// `meta.cursor` of the page before.
+    cursor: Option<String>,
+}
+
+/// List a playbook's versions
+///
+/// Newest first.
+#[utoipa::path(get, path = "/companies/{company}/playbooks/{playbook}/versions", tag = "Playbooks",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"), VersionsQuery),
+    responses((status = 200, description = "A page.", body = Many<VersionItem>)))]
+async fn versions(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook)): Path<(String, String)>,
+    Query(query): Query<VersionsQuery>,
+) -> Result<Response, ApiError> {
+    let mut tx = caller.read(&state).await?;
+    let company = caller.company_id(&mut tx, &company).await?;
+    let row = find(&mut tx, company, &playbook).await?;
+    let limit = limit(query.limit, 25, 100)?;
+    let before = match query.cursor.as_deref() {
+        None => i32::MAX,
+        Some(text) => text.parse().ok().filter(|n: &i32| *n > 0).ok_or_else(crate::api::reply::wrong_cursor)?,
+    };
+    let rows = playbooks::versions_of(&mut tx, company, row.playbook, before, limit + 1).await?;
+    let show = |v: playbooks::VersionRow| VersionItem {
+        version: v.version,
+        current: v.version == row.version,
+        created_at: Time(v.created_at),
+    };
+    caller.list(page(rows, limit, |v| v.version.to_string(), show))
+}
+
+/// Get a version of a playbook
+#[utoipa::path(get, path = "/companies/{company}/playbooks/{playbook}/versions/{version}", tag = "Playbooks",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"),
+        ("version" = i32, Path, description = "Its number.")),
+    responses((status = 200, description = "The version.", body = One<Version>), (status = 304, description = "Not changed.")))]
+async fn version(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook, version)): Path<(String, String, String)>,
+) -> Result<Response, ApiError> {
+    let mut tx = caller.read(&state).await?;
+    let company = caller.company_id(&mut tx, &company).await?;
+    let row = find(&mut tx, company, &playbook).await?;
+    let number: i32 = version.parse().map_err(|_| ApiError::NotFound("version"))?;
+    let found = playbooks::version(&mut tx, company, row.playbook, number).await?;
+    let v = found.ok_or(ApiError::NotFound("version"))?;
+    let item = VersionItem { version: v.version, current: v.version == row.version, created_at: Time(v.created_at) };
+    let steps = read(&v.yaml).as_ref().map(steps).unwrap_or_default();
+    caller.one(&Version { item, yaml: v.yaml, steps })
 }

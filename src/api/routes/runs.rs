@@ -1,24 +1,27 @@
-//! Runs: start, list, get, and waiting for one to end.
+//! Runs: start, list, get, wait for the end, cancel.
 
 use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use axum::routing::{get, post};
-use capx_core::domain::ids::{CompanyId, PlaybookId, RunId};
+use capx_core::domain::ids::{AgentId, ApprovalId, CompanyId, PlaybookId, RunId};
 use capx_core::domain::playbook::Playbook;
 use capx_core::domain::run::{RunStatus, StepStatus};
-use capx_core::engine::start::{Started, start_run};
+use capx_core::engine::cancel::cancel_run;
+use capx_core::engine::start::{self, Started};
 use capx_core::store::approvals::{self, Filter};
-use capx_core::store::runs::{self, JobRow, RunRow, StepRow};
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use capx_core::store::runs::{self, JobRow, RunFilter, RunRow, StepRow};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use sqlx::PgConnection;
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::routes;
 
 use super::Routes;
-use crate::api::auth::{Caller, PlaybooksRead, PlaybooksWrite};
-use crate::api::body::{Body, Params, Path, limit};
-use crate::api::reply::{cursor, page, time};
+use crate::api::auth::{Caller, Scope};
+use crate::api::body::{Body, Nothing, Path, Query, limit};
+use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, ApiState, Shared};
 
 /// The longest that an answer is held for the end of a run.
@@ -26,28 +29,63 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 /// Between two looks at a run that is waited for.
 const WAIT_POLL: Duration = Duration::from_millis(100);
 
-pub(in crate::api) fn routes() -> Routes {
-    Routes::new()
-        .route("/companies/{company}/playbooks/{playbook}/run", post(start))
-        .route("/companies/{company}/playbooks/{playbook}/runs", get(list))
-        .route("/companies/{company}/playbooks/{playbook}/runs/{run}", get(one))
+pub(in crate::api) fn routes(routes: Routes) -> Routes {
+    routes
+        .with(Scope::PlaybooksWrite, 2, routes!(start))
+        .with(Scope::PlaybooksWrite, 2, routes!(start_of_account))
+        .with(Scope::PlaybooksRead, 1, routes!(list))
+        .with(Scope::PlaybooksRead, 1, routes!(list_of_account))
+        .with(Scope::PlaybooksRead, 1, routes!(one))
+        .with(Scope::PlaybooksWrite, 2, routes!(cancel))
 }
 
-#[derive(Debug, Deserialize)]
+/// What a run is started with.
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct StartBody {
+struct StartRunBody {
+    /// Over the playbook's defaults.
     params: Option<Map<String, Value>>,
     /// The guide's word for the same.
     inputs: Option<Map<String, Value>>,
 }
 
-#[derive(Debug, Deserialize)]
+/// What a run is started with, and of which playbook.
+#[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-struct WaitParams {
+struct StartAnyRunBody {
+    /// `pb_…`
+    playbook_id: Option<String>,
+    /// Its name instead, together with `company_id` where the key sees more
+    /// than one company.
+    playbook: Option<String>,
+    /// `co_…`
+    company_id: Option<String>,
+    /// Over the playbook's defaults.
+    params: Option<Map<String, Value>>,
+    /// The guide's word for the same.
+    inputs: Option<Map<String, Value>>,
+}
+
+fn one_of_both(
+    params: Option<Map<String, Value>>,
+    inputs: Option<Map<String, Value>>,
+) -> Result<Map<String, Value>, ApiError> {
+    match (params, inputs) {
+        (Some(_), Some(_)) => Err(ApiError::field("inputs", "means the same as `params`; send one of them")),
+        (params, inputs) => Ok(params.or(inputs).unwrap_or_default()),
+    }
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct WaitQuery {
+    /// Seconds to hold the answer for the run's end.
+    #[param(minimum = 0, maximum = 60)]
     wait: Option<u64>,
 }
 
-impl WaitParams {
+impl WaitQuery {
     fn patience(&self) -> Result<Duration, ApiError> {
         let wait = Duration::from_secs(self.wait.unwrap_or(0));
         if wait > WAIT_MAX {
@@ -57,177 +95,420 @@ impl WaitParams {
     }
 }
 
-async fn start(
-    State(state): Shared,
-    caller: Caller<PlaybooksWrite>,
-    Path((company, playbook)): Path<(String, String)>,
-    Params(wait): Params<WaitParams>,
-    Body(body): Body<StartBody>,
-) -> Result<Response, ApiError> {
-    let company = caller.company(&state, &company).await?.company;
-    let playbook: PlaybookId = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
-    let patience = wait.patience()?;
-    let params = match (body.params, body.inputs) {
-        (Some(_), Some(_)) => return Err(ApiError::field("inputs", "means the same as `params`; send one of them")),
-        (params, inputs) => params.or(inputs).unwrap_or_default(),
-    };
-    let started = start_run(&state.engine, company, playbook, params, "manual").await?;
-    let data = if patience.is_zero() {
-        brief(playbook, &started)
-    } else {
-        // The run is committed: an error now would make the client start
-        // another one.
-        let shown = show(&state, &caller, company, playbook, started.run, patience).await;
-        shown.unwrap_or_else(|_| brief(playbook, &started))
-    };
-    caller.reply(&state, StatusCode::CREATED, 2, data).await
+/// A run in a list.
+#[derive(Debug, Serialize, ToSchema)]
+struct RunItem {
+    /// `run_…`
+    #[schema(value_type = String)]
+    run_id: RunId,
+    #[schema(value_type = String)]
+    playbook_id: PlaybookId,
+    /// `queued`, `running`, `suspended`, `completed`, `failed` or `cancelled`.
+    status: &'static str,
+    /// What it has cost, in USD.
+    cost: f64,
+    /// The same.
+    total_cost: f64,
+    /// How long it took or has taken, in seconds.
+    #[schema(required)]
+    duration: Option<i64>,
+    #[schema(required)]
+    started_at: Option<Time>,
+    #[schema(required)]
+    completed_at: Option<Time>,
+}
+
+/// A run.
+#[derive(Debug, Serialize, ToSchema)]
+struct Run {
+    #[serde(flatten)]
+    item: RunItem,
+    /// Its parameters, defaults filled in.
+    #[schema(value_type = Object)]
+    params: Value,
+    /// Where it was just started, they are left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    steps: Option<Vec<RunStep>>,
+    /// What a suspended run waits for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    waiting_on: Option<Vec<Waiting>>,
+    /// The run's output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    output: Option<Value>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<Value>,
+}
+
+/// What a run waits for.
+#[derive(Debug, Serialize, ToSchema)]
+struct Waiting {
+    /// `approval` or `company`.
+    r#type: &'static str,
+    /// Of what it waits for.
+    id: String,
+    since: Time,
+    /// When the wait ends by itself.
+    #[schema(required)]
+    expires_at: Option<Time>,
+}
+
+/// A step of a run.
+#[derive(Debug, Serialize, ToSchema)]
+struct RunStep {
+    /// From 0.
+    index: usize,
+    id: String,
+    #[schema(required)]
+    role: Option<String>,
+    #[schema(required, value_type = Option<String>)]
+    agent_id: Option<AgentId>,
+    action: String,
+    /// `pending`, `running`, `waiting`, `pending_approval`, `completed`,
+    /// `failed`, `skipped` or `cancelled`.
+    status: &'static str,
+    /// In USD.
+    cost: f64,
+    /// In seconds.
+    #[schema(required)]
+    duration: Option<i64>,
+    /// Tries so far.
+    attempts: i32,
+    #[schema(required)]
+    output: Option<Value>,
+    /// What went wrong last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<Value>,
+    /// When the next try is due.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next_attempt_at: Option<Time>,
+}
+
+impl RunItem {
+    fn new(row: &RunRow) -> Self {
+        Self {
+            run_id: row.run,
+            playbook_id: row.playbook,
+            status: shown_status(row).as_str(),
+            cost: row.cost.to_usd(),
+            total_cost: row.cost.to_usd(),
+            duration: row.duration_s,
+            started_at: row.started_at.map(Time),
+            completed_at: row.ended_at.map(Time),
+        }
+    }
+}
+
+/// A run of a company that is halted waits for the company.
+fn shown_status(row: &RunRow) -> RunStatus {
+    match row.status {
+        RunStatus::Queued | RunStatus::Running if row.halted_since.is_some() => RunStatus::Suspended,
+        status => status,
+    }
 }
 
 /// What was started, whatever it has come to in the meantime.
-fn brief(playbook: PlaybookId, started: &Started) -> Value {
-    json!({
-        "run_id": started.run, "playbook_id": playbook, "status": started.status, "params": started.params,
-        "started_at": time(started.at),
-    })
+fn brief(playbook: PlaybookId, started: Started) -> Run {
+    let item = RunItem {
+        run_id: started.run,
+        playbook_id: playbook,
+        status: started.status.as_str(),
+        cost: 0.0,
+        total_cost: 0.0,
+        duration: Some(0),
+        started_at: Some(Time(started.at)),
+        completed_at: None,
+    };
+    Run { item, params: started.params, steps: None, waiting_on: None, output: None, error: None }
 }
 
-#[derive(Debug, Deserialize)]
+/// Run a playbook
+///
+/// Answers at once, or with `wait` when the run has ended.
+#[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/run", tag = "Runs", request_body = StartRunBody,
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"), WaitQuery),
+    responses((status = 201, description = "The run.", body = One<Run>)))]
+async fn start(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook)): Path<(String, String)>,
+    Query(wait): Query<WaitQuery>,
+    Body { body, digest }: Body<StartRunBody>,
+) -> Result<Response, ApiError> {
+    let patience = wait.patience()?;
+    let params = one_of_both(body.params, body.inputs)?;
+    let company: CompanyId = company.parse().map_err(|_| ApiError::NotFound("company"))?;
+    let playbook: PlaybookId = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
+    started(&state, &caller, digest, (company, playbook), params, patience).await
+}
+
+async fn started(
+    state: &ApiState,
+    caller: &Caller,
+    digest: [u8; 32],
+    (company, playbook): (CompanyId, PlaybookId),
+    params: Map<String, Value>,
+    patience: Duration,
+) -> Result<Response, ApiError> {
+    let mut command = caller.command(state, digest).await?;
+    let prepared = start::decide(&state.engine, command.tx(), company, playbook, params, "manual").await?;
+    if caller.is_idempotent() {
+        // The start, and beside it the answer: a repeat is told of this run.
+        let run = start::start_in(command.tx(), prepared).await?;
+        command.wake();
+        return command.finish(StatusCode::CREATED, brief(playbook, run)).await;
+    }
+    drop(command);
+    // Together with those of other requests.
+    let run = start::start_decided(&state.engine, prepared).await?;
+    if patience.is_zero() {
+        return caller.created(brief(playbook, run));
+    }
+    // The run is committed: an error now would make the client start another.
+    match shown(state, caller, (company, playbook, run.run), patience).await {
+        Ok(shown) => caller.created(shown),
+        Err(_) => caller.created(brief(playbook, run)),
+    }
+}
+
+/// Run any playbook
+///
+/// The same by the playbook's id, or by its name in a company.
+#[utoipa::path(post, path = "/playbooks/run", tag = "Runs", request_body = StartAnyRunBody, params(WaitQuery),
+    responses((status = 201, description = "The run.", body = One<Run>)))]
+async fn start_of_account(
+    State(state): Shared,
+    caller: Caller,
+    Query(wait): Query<WaitQuery>,
+    Body { body, digest }: Body<StartAnyRunBody>,
+) -> Result<Response, ApiError> {
+    let patience = wait.patience()?;
+    let params = one_of_both(body.params, body.inputs)?;
+    let company: Option<CompanyId> = match body.company_id.as_deref() {
+        Some(id) => Some(id.parse().map_err(|_| ApiError::NotFound("company"))?),
+        None => None,
+    };
+    let (id, name) = match (&body.playbook_id, &body.playbook) {
+        (Some(id), None) => (Some(id.parse().map_err(|_| ApiError::NotFound("playbook"))?), None),
+        (None, Some(name)) => (None, Some(name.as_str())),
+        (None, None) => {
+            return Err(ApiError::field("playbook_id", "is required, or the playbook's name as `playbook`"));
+        }
+        _ => return Err(ApiError::field("playbook", "and `playbook_id` name the same thing; send one of them")),
+    };
+    let mut tx = caller.read(&state).await?;
+    let found = find_any(&mut tx, &caller, company, id, name).await?;
+    drop(tx);
+    started(&state, &caller, digest, found, params, patience).await
+}
+
+async fn find_any(
+    tx: &mut PgConnection,
+    caller: &Caller,
+    company: Option<CompanyId>,
+    id: Option<PlaybookId>,
+    name: Option<&str>,
+) -> Result<(CompanyId, PlaybookId), ApiError> {
+    use capx_core::store::playbooks::{self, Filter};
+    let filter = Filter {
+        account: Some(caller.account),
+        company: company.or(caller.company),
+        playbook: id,
+        name,
+        ..Filter::default()
+    };
+    let mut found = playbooks::list(tx, &filter, 2).await?;
+    if found.len() > 1 {
+        return Err(ApiError::field("company_id", "is required: several companies have a playbook of this name"));
+    }
+    let row = found.pop().ok_or(ApiError::NotFound("playbook"))?;
+    if company.is_some_and(|company| company != row.company) || caller.company.is_some_and(|bound| bound != row.company)
+    {
+        return Err(ApiError::NotFound("playbook"));
+    }
+    Ok((row.company, row.playbook))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
-struct ListParams {
+#[into_params(parameter_in = Query)]
+struct ListQuery {
+    /// `queued`, `running`, `suspended`, `completed`, `failed` or `cancelled`.
     status: Option<String>,
+    /// Results of a page.
+    #[param(minimum = 1, maximum = 100, default = 25)]
     limit: Option<i64>,
+    /// `meta.cursor` of the page before.
     cursor: Option<String>,
 }
 
-async fn list(
-    State(state): Shared,
-    caller: Caller<PlaybooksRead>,
-    Path((company, playbook)): Path<(String, String)>,
-    Params(params): Params<ListParams>,
+async fn listed(
+    tx: &mut PgConnection,
+    caller: &Caller,
+    company: CompanyId,
+    playbook: PlaybookId,
+    query: ListQuery,
 ) -> Result<Response, ApiError> {
-    let company = caller.company(&state, &company).await?.company;
-    let playbook: PlaybookId = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
-    super::playbooks::find(&state, company, playbook).await?;
-    let limit = limit(params.limit, 25, 100)?;
-    let status = match params.status.as_deref() {
+    let limit = limit(query.limit, 25, 100)?;
+    let status = match query.status.as_deref() {
         None => None,
         Some(name) => Some(RunStatus::from_name(name).ok_or_else(|| {
             let names: Vec<_> = RunStatus::ALL.iter().map(|s| s.as_str()).collect();
             ApiError::field("status", format!("must be one of {}", names.join(", ")))
         })?),
     };
-    let before = cursor(params.cursor.as_deref())?;
-    let rows = runs::list(&state.engine.pool, company, playbook, status, before, limit + 1).await?;
-    let page = page(rows, limit, |row| row.run.0, |row| summary(&row));
-    caller.list(&state, page).await
+    let filter = RunFilter { playbook, status, before: cursor(query.cursor.as_deref())? };
+    let rows = runs::list(tx, company, filter, limit + 1).await?;
+    caller.list(page(rows, limit, |row| id_cursor(row.run.0), |row| RunItem::new(&row)))
 }
 
-/// What every form of a run shows.
-fn summary(row: &RunRow) -> Value {
-    json!({
-        "run_id": row.run, "playbook_id": row.playbook, "status": row.status, "cost": row.cost.to_usd(),
-        "total_cost": row.cost.to_usd(), "duration": row.duration_s, "started_at": row.started_at.map(time),
-        "completed_at": row.ended_at.map(time),
-    })
+/// List a playbook's runs
+///
+/// Newest first.
+#[utoipa::path(get, path = "/companies/{company}/playbooks/{playbook}/runs", tag = "Runs",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"), ListQuery),
+    responses((status = 200, description = "A page.", body = Many<RunItem>)))]
+async fn list(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook)): Path<(String, String)>,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
+    let mut tx = caller.read(&state).await?;
+    let company = caller.company_id(&mut tx, &company).await?;
+    let playbook = super::playbooks::find(&mut tx, company, &playbook).await?.playbook;
+    listed(&mut tx, &caller, company, playbook, query).await
 }
 
+/// List any playbook's runs
+///
+/// The same by the playbook's id alone.
+#[utoipa::path(get, path = "/playbooks/{playbook}/runs", tag = "Runs",
+    params(("playbook" = String, Path, description = "`pb_…`"), ListQuery),
+    responses((status = 200, description = "A page.", body = Many<RunItem>)))]
+async fn list_of_account(
+    State(state): Shared,
+    caller: Caller,
+    Path(playbook): Path<String>,
+    Query(query): Query<ListQuery>,
+) -> Result<Response, ApiError> {
+    let id: PlaybookId = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
+    let mut tx = caller.read(&state).await?;
+    let (company, playbook) = find_any(&mut tx, &caller, None, Some(id), None).await?;
+    listed(&mut tx, &caller, company, playbook, query).await
+}
+
+/// Get a run
+///
+/// With its steps; with `wait` when it has ended or the time is up.
+#[utoipa::path(get, path = "/companies/{company}/playbooks/{playbook}/runs/{run}", tag = "Runs",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"),
+        ("run" = String, Path, description = "`run_…`"), WaitQuery),
+    responses((status = 200, description = "The run.", body = One<Run>), (status = 304, description = "Not changed.")))]
 async fn one(
     State(state): Shared,
-    caller: Caller<PlaybooksRead>,
+    caller: Caller,
     Path((company, playbook, run)): Path<(String, String, String)>,
-    Params(wait): Params<WaitParams>,
+    Query(wait): Query<WaitQuery>,
 ) -> Result<Response, ApiError> {
-    let company = caller.company(&state, &company).await?.company;
-    let playbook: PlaybookId = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
-    let run: RunId = run.parse().map_err(|_| ApiError::NotFound("run"))?;
-    let data = show(&state, &caller, company, playbook, run, wait.patience()?).await?;
-    caller.reply(&state, StatusCode::OK, 1, data).await
+    let ids = ids(&company, &playbook, &run)?;
+    caller.one(&shown(&state, &caller, ids, wait.patience()?).await?)
 }
 
-/// A run with its steps, once it has ended or the time is up.
-async fn show<S>(
-    state: &ApiState,
-    caller: &Caller<S>,
-    company: CompanyId,
-    playbook: PlaybookId,
-    run: RunId,
-    patience: Duration,
-) -> Result<Value, ApiError> {
-    let pool = &state.engine.pool;
+type Ids = (CompanyId, PlaybookId, RunId);
+
+fn ids(company: &str, playbook: &str, run: &str) -> Result<Ids, ApiError> {
+    Ok((
+        company.parse().map_err(|_| ApiError::NotFound("company"))?,
+        playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?,
+        run.parse().map_err(|_| ApiError::NotFound("run"))?,
+    ))
+}
+
+async fn find(tx: &mut PgConnection, caller: &Caller, (company, playbook, run): Ids) -> Result<RunRow, ApiError> {
+    caller.company_id(tx, &company.to_string()).await?;
+    let row = runs::get(tx, company, run).await?;
+    row.filter(|row| row.playbook == playbook).ok_or(ApiError::NotFound("run"))
+}
+
+/// A run with its steps, once it has ended or the time is up. No transaction is
+/// open in between.
+async fn shown(state: &ApiState, caller: &Caller, ids: Ids, patience: Duration) -> Result<Run, ApiError> {
     let until = tokio::time::Instant::now() + patience;
-    let row = loop {
-        let row = runs::get(pool, company, run)
-            .await?
-            .filter(|row| row.playbook == playbook)
-            .ok_or(ApiError::NotFound("run"))?;
+    loop {
+        let mut tx = caller.read(state).await?;
+        let row = find(&mut tx, caller, ids).await?;
         let held = !row.status.is_terminal() && tokio::time::Instant::now() < until && !state.stopping.is_cancelled();
         if !held {
-            break row;
+            return show(state, &mut tx, caller, ids.0, row).await;
         }
+        drop(tx);
         tokio::time::sleep(WAIT_POLL).await;
-    };
-    let plans = state.engine.plans.get(pool, &[(company.0, row.version.0)]).await?;
-    let steps = runs::steps(pool, company, run).await?;
-    let job = runs::job(pool, company, run).await?;
-    let mut data = summary(&row);
-    data["params"] = row.params.clone();
-    if let Some(plan) = plans.get(&row.version.0) {
-        data["steps"] = step_list(plan, &row, &steps, job.as_ref());
     }
-    if row.status == RunStatus::Suspended {
-        data["waiting_on"] = waiting_on(state, caller, company, run).await?;
-    }
-    if let Some(output) = row.output {
-        data["output"] = output;
-    }
-    if let Some(error) = row.error {
-        data["error"] = error;
-    }
-    Ok(data)
 }
 
-async fn waiting_on<S>(
+async fn show(
     state: &ApiState,
-    caller: &Caller<S>,
+    tx: &mut PgConnection,
+    caller: &Caller,
     company: CompanyId,
-    run: RunId,
-) -> Result<Value, ApiError> {
-    let filter = Filter { company: Some(company), run: Some(run), status: Some("pending"), ..Filter::default() };
-    let gates = approvals::list(&state.engine.pool, caller.account, filter, 100).await?;
-    Ok(gates
-        .into_iter()
-        .map(|gate| {
-            json!({
-                "type": "approval", "id": gate.approval, "since": time(gate.proposed_at),
-                "expires_at": time(gate.expires_at),
-            })
-        })
-        .collect())
+    row: RunRow,
+) -> Result<Run, ApiError> {
+    let steps = runs::steps(&mut *tx, company, row.run).await?;
+    let job = runs::job(&mut *tx, company, row.run).await?;
+    let waiting_on = match shown_status(&row) {
+        RunStatus::Suspended => Some(waiting_on(tx, caller, company, &row).await?),
+        _ => None,
+    };
+    let plans = state.engine.plans.get(&state.engine.pool, &[(company.0, row.version.0)]).await?;
+    let steps = plans.get(&row.version.0).map(|plan| step_list(plan, &row, &steps, job.as_ref()));
+    let item = RunItem::new(&row);
+    Ok(Run { item, params: row.params, steps, waiting_on, output: row.output, error: row.error })
+}
+
+async fn waiting_on(
+    tx: &mut PgConnection,
+    caller: &Caller,
+    company: CompanyId,
+    run: &RunRow,
+) -> Result<Vec<Waiting>, ApiError> {
+    let filter = Filter { company: Some(company), run: Some(run.run), status: Some("pending"), ..Filter::default() };
+    let gates = approvals::list(tx, caller.account, filter, 100).await?;
+    let gate = |id: ApprovalId, since, until| Waiting {
+        r#type: "approval",
+        id: id.to_string(),
+        since: Time(since),
+        expires_at: Some(Time(until)),
+    };
+    let mut waiting: Vec<_> =
+        gates.into_iter().map(|row| gate(row.approval, row.proposed_at, row.expires_at)).collect();
+    if let Some(since) = run.halted_since {
+        waiting.push(Waiting { r#type: "company", id: company.to_string(), since: Time(since), expires_at: None });
+    }
+    Ok(waiting)
 }
 
 /// The playbook's steps with what has become of each.
-fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], job: Option<&JobRow>) -> Value {
-    plan.steps
-        .iter()
-        .enumerate()
+fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], job: Option<&JobRow>) -> Vec<RunStep> {
+    let steps = plan.steps.iter().enumerate();
+    steps
         .map(|(index, step)| {
             let row = rows.iter().find(|row| usize::try_from(row.step) == Ok(index));
             let job = job.filter(|job| job.kind == "step" && usize::try_from(job.step) == Ok(index));
-            let status = step_status(run.status, row, job);
-            let duration = row.and_then(|r| Some((r.ended_at? - r.started_at?).num_seconds().max(0)));
-            let mut data = json!({
-                "index": index, "id": step.id, "role": step.role, "agent_id": row.and_then(|r| r.agent),
-                "action": step.action, "status": status, "cost": row.map_or(0.0, |r| r.cost.to_usd()),
-                "duration": duration, "attempts": job.map_or_else(|| row.map_or(0, |r| r.attempt), |j| j.attempt),
-                "output": row.and_then(|r| r.output.clone()),
-            });
-            if let Some(error) = row.and_then(|r| r.error.clone()) {
-                data["error"] = error;
+            RunStep {
+                index,
+                id: step.id.clone(),
+                role: step.role.clone(),
+                agent_id: row.and_then(|row| row.agent),
+                action: step.action.clone(),
+                status: step_status(run.status, row, job),
+                cost: row.map_or(0.0, |row| row.cost.to_usd()),
+                duration: row.and_then(|row| Some((row.ended_at? - row.started_at?).num_seconds().max(0))),
+                attempts: job.map_or_else(|| row.map_or(0, |row| row.attempt), |job| job.attempt),
+                output: row.and_then(|row| row.output.clone()),
+                error: row.and_then(|row| row.error.clone()),
+                next_attempt_at: job.filter(|job| job.state == "scheduled").and_then(|job| job.due_at).map(Time),
             }
-            if let Some(job) = job.filter(|job| job.state == "scheduled") {
-                data["next_attempt_at"] = time(job.due_at).into();
-            }
-            data
         })
         .collect()
 }
@@ -246,4 +527,27 @@ fn step_status(run: RunStatus, row: Option<&StepRow>, job: Option<&JobRow>) -> &
         _ => StepStatus::Pending,
     }
     .as_str()
+}
+
+/// Cancel a run
+///
+/// One that has ended stays as it is: a 409 says how it ended. An attempt that
+/// is under way may still have an effect; its result is not taken.
+#[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/runs/{run}/cancel", tag = "Runs",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"),
+        ("run" = String, Path, description = "`run_…`")),
+    responses((status = 200, description = "It is cancelled.", body = One<Run>)))]
+async fn cancel(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook, run)): Path<(String, String, String)>,
+    Body { digest, .. }: Body<Nothing>,
+) -> Result<Response, ApiError> {
+    let ids = ids(&company, &playbook, &run)?;
+    let mut command = caller.command(&state, digest).await?;
+    let row = find(command.tx(), &caller, ids).await?;
+    cancel_run(command.tx(), ids.0, row.run, &caller.key.to_string()).await?;
+    let row = find(command.tx(), &caller, ids).await?;
+    let shown = show(&state, command.tx(), &caller, ids.0, row).await?;
+    command.finish(StatusCode::OK, shown).await
 }

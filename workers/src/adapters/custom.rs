@@ -6,7 +6,7 @@ use std::time::Duration;
 use capx_core::domain::duration;
 use capx_core::domain::money::{COST_USD_MAX, Nanos};
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
-use capx_core::store::tenants::AgentRow;
+use capx_core::store::agents::AgentRow;
 use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};

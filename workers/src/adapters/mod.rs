@@ -1,7 +1,7 @@
 //! Who does a step that is no tool: the role's agent, through its adapter.
 
 use capx_core::domain::outcome::{Failure, Outcome};
-use capx_core::store::tenants::AgentRow;
+use capx_core::store::agents::AgentRow;
 
 use crate::handlers::{Hands, StepCall};
 

@@ -5,7 +5,7 @@
 //! action to its output.
 
 use capx_core::domain::outcome::Outcome;
-use capx_core::store::tenants::AgentRow;
+use capx_core::store::agents::AgentRow;
 use serde_json::{Value, json};
 
 use crate::handlers::StepCall;

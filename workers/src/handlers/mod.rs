@@ -10,8 +10,8 @@ use capx_core::domain::outcome::{Failure, Outcome};
 use capx_core::domain::playbook::Step;
 use capx_core::domain::playbook::load::TOOLS;
 use capx_core::engine::claim::StepWork;
+use capx_core::store::agents::AgentRow;
 use capx_core::store::jobs::ClaimedJob;
-use capx_core::store::tenants::AgentRow;
 use serde_json::{Map, Value};
 
 use crate::adapters::{self, Providers};

@@ -72,7 +72,7 @@ run as (
         ended_at = case when d.run_status in ('completed', 'failed') then clock_timestamp() end
     from (select * from moved union all select * from gone) d
     where r.id = any (array[d.run_id]) and r.company_id is not distinct from d.company_id and r.status = 'running'
-    returning d.*, r.event_seq - d.event_count as seq
+    returning d.*, r.event_seq - d.event_count as seq, r.playbook_id, r.cost_nanos as run_cost_nanos, r.started_at, r.ended_at
 ),
 checkpoint as (
     insert into run_steps as s (
@@ -104,5 +104,24 @@ event as (
     select company_id, event_2_id, run_id, seq + 2, event_2, data_2::jsonb from run where event_2_id is not null
     union all
     select company_id, event_3_id, run_id, seq + 3, event_3, data_3::jsonb from run where event_3_id is not null
+),
+counted as (
+    insert into run_deltas (company_id, playbook_id, started, ended, cost_nanos, duration_ms)
+    select company_id, playbook_id, 0, count(*), sum(run_cost_nanos),
+        sum(coalesce(extract(epoch from ended_at - started_at) * 1000, 0))::bigint
+    from run
+    where run_status in ('completed', 'failed')
+    group by company_id, playbook_id
+),
+spent as (
+    insert into ledger (company_id, category, nanos, agent_id, run_id, step)
+    select company_id, case when agent_id is null then 'tools' else 'inference' end, cost_nanos, agent_id, run_id, step
+    from run
+    where cost_nanos > 0
+    returning company_id, at, category, nanos, agent_id
+),
+cost as (
+    insert into cost_deltas (company_id, at, agent_id, category, nanos)
+    select company_id, at, coalesce(agent_id, '00000000-0000-0000-0000-000000000000'), category, nanos from spent
 )
 select place as "place!" from run

@@ -32,6 +32,10 @@ event as (
     select company_id, event_2_id, run_id, 2, event_2, data_2::jsonb from d where event_2_id is not null
     union all
     select company_id, event_3_id, run_id, 3, event_3, data_3::jsonb from d where event_3_id is not null
+),
+counted as (
+    insert into run_deltas (company_id, playbook_id, started, ended, cost_nanos, duration_ms, last_run_at)
+    select company_id, playbook_id, count(*), 0, 0, 0, clock_timestamp() from d group by company_id, playbook_id
 )
 insert into runs (
     company_id, id, playbook_id, version_id, job_id, status, trigger, params, waiting_on, event_seq, started_at

@@ -1,0 +1,85 @@
+//! Agents are paused, go on, are removed and woken.
+
+use chrono::{DateTime, Utc};
+use serde_json::json;
+use sqlx::PgConnection;
+
+use super::EngineError;
+use crate::domain::company::works;
+use crate::domain::event::{AGENT_STATE_CHANGED, Event};
+use crate::domain::ids::{AgentId, CompanyId};
+use crate::store::agents::{self, AgentRow};
+use crate::store::jobs::{NewJob, kind, queue};
+use crate::store::{events, jobs};
+
+/// What is asked of an agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// It begins nothing until it is resumed.
+    Pause,
+    /// It goes on.
+    Resume,
+    /// It is gone; what it did stays.
+    Remove,
+}
+
+impl Change {
+    fn target(self) -> &'static str {
+        match self {
+            Self::Pause => "paused",
+            Self::Resume => "active",
+            Self::Remove => "removed",
+        }
+    }
+}
+
+/// Changes an agent's status; says since when it has it. The same again changes
+/// nothing.
+pub async fn change(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    agent: AgentId,
+    change: Change,
+) -> Result<DateTime<Utc>, EngineError> {
+    let (status, since) = agents::lock_agent(tx, company, agent).await?.ok_or(EngineError::NotFound("agent"))?;
+    let target = change.target();
+    if status == target {
+        return Ok(since);
+    }
+    if status == "removed" {
+        return Err(EngineError::Conflict("the agent was removed; what it did can still be read".into()));
+    }
+    if status == "initializing" && change != Change::Remove {
+        return Err(EngineError::Conflict("the agent is initializing; try again in a moment".into()));
+    }
+    let at = agents::set_agent_status(tx, company, agent, target).await?;
+    let happened =
+        Event::new(AGENT_STATE_CHANGED, json!({"agent_id": agent, "from": status, "to": target, "error": null}));
+    events::append(&mut *tx, company, &[happened]).await?;
+    Ok(at)
+}
+
+/// Lets an agent beat at once; says when that beat was asked for. While one is
+/// due or under way, nothing is added.
+pub async fn wake(tx: &mut PgConnection, company_status: &str, agent: &AgentRow) -> Result<DateTime<Utc>, EngineError> {
+    if !works(company_status) {
+        return Err(EngineError::Conflict(format!("the company is {company_status}; resume it to wake its agents")));
+    }
+    // One that initializes beats as soon as it is ready.
+    if !["active", "initializing"].contains(&agent.status.as_str()) {
+        return Err(EngineError::Conflict(match agent.status.as_str() {
+            "errored" => format!(
+                "the agent is errored ({}); mend that and resume it",
+                agent.error.as_deref().unwrap_or("no reason")
+            ),
+            status => format!("the agent is {status}; resume it first"),
+        }));
+    }
+    let beat = NewJob {
+        ref_id: Some(agent.agent.0),
+        unique_key: Some(format!("heartbeat:{}", agent.agent)),
+        ..NewJob::new(queue::STEPS, kind::HEARTBEAT, agent.company)
+    };
+    jobs::enqueue(&mut *tx, &beat).await?;
+    Ok(jobs::live_since(tx, agent.company, &format!("heartbeat:{}", agent.agent)).await?)
+}

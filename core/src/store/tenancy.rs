@@ -1,0 +1,31 @@
+//! The second wall between tenants: a transaction that says whom it serves.
+//!
+//! Every query names its tenant; that is the first wall. Behind it the
+//! database's row-level security shows a transaction only what belongs to the
+//! account that it names, so that a query which forgets finds nothing.
+
+use sqlx::{AssertSqlSafe, PgPool, Postgres, Transaction};
+
+use super::StoreError;
+use crate::domain::ids::{AccountId, CompanyId};
+
+/// Whom a request serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tenant {
+    /// The account.
+    pub account: AccountId,
+    /// Its one company that the caller's key is bound to, if it is.
+    pub company: Option<CompanyId>,
+}
+
+/// Begins a transaction of a tenant over a pool of [`super::PoolKind::Tenants`];
+/// beginning and naming are one round trip.
+pub async fn begin(pool: &PgPool, tenant: Tenant) -> Result<Transaction<'static, Postgres>, StoreError> {
+    let company = tenant.company.map(|company| company.0.to_string()).unwrap_or_default();
+    // Ids of our own making, and text of no other kind.
+    let sql = format!(
+        "begin; select set_config('capx.account', '{}', true), set_config('capx.company', '{company}', true)",
+        tenant.account.0
+    );
+    pool.begin_with(AssertSqlSafe(sql)).await.map_err(StoreError::from)
+}

@@ -1,0 +1,168 @@
+//! The document of the API, made from the handlers: what a route adds to it is
+//! added where it is registered, so that document and behaviour are one.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::openapi::extensions::ExtensionsBuilder;
+use utoipa::openapi::header::HeaderBuilder;
+use utoipa::openapi::path::{Operation, ParameterBuilder, ParameterIn};
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme};
+use utoipa::openapi::{
+    Content, KnownFormat, ObjectBuilder, OpenApi, Ref, RefOr, Required, ResponseBuilder, SchemaFormat, Type,
+};
+use utoipa::{PartialSchema, ToSchema};
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
+
+use super::auth::{Access, Scope, admit};
+use super::{ApiState, Shared};
+
+const SCHEME: &str = "bearer";
+const ERROR: &str = "Error";
+const ERROR_SCHEMA: &str = "Failure";
+
+/// Routes of the API, each with the scope that it asks for: without one there
+/// is no way to register it.
+pub(super) struct Routes {
+    router: OpenApiRouter<Arc<ApiState>>,
+    state: Arc<ApiState>,
+}
+
+impl Routes {
+    pub(super) fn new(state: Arc<ApiState>) -> Self {
+        Self { router: OpenApiRouter::with_openapi(document()), state }
+    }
+
+    /// A route, what it asks for and what it costs.
+    pub(super) fn with(mut self, scope: Scope, credits: i64, route: UtoipaMethodRouter<Arc<ApiState>>) -> Self {
+        let (schemas, mut paths, methods) = route;
+        for item in paths.paths.values_mut() {
+            for (operation, changes) in
+                [(&mut item.get, false), (&mut item.post, true), (&mut item.patch, true), (&mut item.delete, true)]
+            {
+                if let Some(operation) = operation {
+                    describe(operation, scope, credits, changes);
+                }
+            }
+        }
+        let access = (Arc::clone(&self.state), Access { scope, credits });
+        let methods = methods.route_layer(axum::middleware::from_fn_with_state(access, admit));
+        self.router = self.router.routes((schemas, paths, methods));
+        self
+    }
+
+    /// The routes under `/v1`, and their document.
+    pub(super) fn finish(self) -> (axum::Router<Arc<ApiState>>, OpenApi) {
+        OpenApiRouter::new().nest("/v1", self.router).split_for_parts()
+    }
+}
+
+/// What all operations share.
+fn describe(operation: &mut Operation, scope: Scope, credits: i64, changes: bool) {
+    operation.security = Some(vec![SecurityRequirement::new(SCHEME, [scope.as_str()])]);
+    let facts = ExtensionsBuilder::new().add("x-scope", scope.as_str()).add("x-credits", credits).build();
+    operation.extensions.get_or_insert_with(Default::default).merge(facts);
+    if changes {
+        let description = "Of your choice, unique for each request: the same request with the same key is carried out once, and answered the same for 24 hours.";
+        let schema = ObjectBuilder::new().schema_type(Type::String).min_length(Some(1)).max_length(Some(255)).build();
+        let header = ParameterBuilder::new()
+            .name("Idempotency-Key")
+            .parameter_in(ParameterIn::Header)
+            .required(Required::False)
+            .description(Some(description))
+            .schema(Some(schema))
+            .build();
+        operation.parameters.get_or_insert_default().push(RefOr::T(header));
+    }
+    let mut statuses = vec!["400", "401", "403", "404", "408", "414", "429", "500", "503"];
+    if changes {
+        statuses.extend(["409", "413", "415", "422"]);
+    }
+    for status in statuses {
+        let error = RefOr::Ref(Ref::from_response_name(ERROR));
+        operation.responses.responses.entry(status.to_owned()).or_insert(error);
+    }
+}
+
+/// Why a request failed.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Failure)]
+pub struct Failure {
+    /// Always false.
+    success: bool,
+    error: Fault,
+    meta: FailureMeta,
+}
+
+/// What was wrong.
+#[derive(Debug, Serialize, ToSchema)]
+struct Fault {
+    /// For machines, e.g. `invalid_request`.
+    code: String,
+    /// For people: what is wrong, and what to do.
+    message: String,
+    /// Where to read more.
+    docs: String,
+    /// Each wrong field, where that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fields: Option<Vec<FieldFault>>,
+}
+
+/// A wrong field.
+#[derive(Debug, Serialize, ToSchema)]
+struct FieldFault {
+    /// Dotted path, e.g. `agents.0.role`.
+    field: String,
+    /// What is wrong with it, and what to write instead.
+    message: String,
+}
+
+/// What goes with a failure.
+#[derive(Debug, Serialize, ToSchema)]
+struct FailureMeta {
+    /// The `X-Request-Id` of the answer.
+    request_id: String,
+}
+
+/// What every operation's document rests on.
+fn document() -> OpenApi {
+    let mut document = utoipa::openapi::OpenApiBuilder::new()
+        .info(
+            utoipa::openapi::InfoBuilder::new()
+                .title("capx")
+                .version(env!("CARGO_PKG_VERSION"))
+                .description(Some(include_str!("openapi.md")))
+                .license(Some(
+                    utoipa::openapi::LicenseBuilder::new().name("Apache-2.0").identifier(Some("Apache-2.0")).build(),
+                )),
+        )
+        .build();
+    let components = document.components.get_or_insert_default();
+    let http =
+        HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("capx_sk_live_… or capx_sk_test_…").build();
+    components.security_schemes.insert(SCHEME.into(), RefOr::T(SecurityScheme::Http(http)));
+    let mut schemas = vec![(ERROR_SCHEMA.to_owned(), Failure::schema())];
+    Failure::schemas(&mut schemas);
+    components.schemas.extend(schemas);
+    let number = || {
+        ObjectBuilder::new()
+            .schema_type(Type::Integer)
+            .format(Some(SchemaFormat::KnownFormat(KnownFormat::Int64)))
+            .build()
+    };
+    let error = ResponseBuilder::new()
+        .description("What was wrong. 429 and 503 say in `Retry-After` when to try again.")
+        .content("application/json", Content::new(Some(Ref::from_schema_name(ERROR_SCHEMA))))
+        .header("Retry-After", HeaderBuilder::new().schema(Some(number())).description(Some("Seconds.")).build())
+        .build();
+    components.responses.insert(ERROR.into(), RefOr::T(error));
+    document
+}
+
+/// The document, as it is served.
+pub(super) async fn serve(State(state): Shared) -> Response {
+    ([(CONTENT_TYPE, "application/json")], Arc::clone(&state.document).to_string()).into_response()
+}
