@@ -133,8 +133,8 @@ fn finish(state: ApiState, routes: Router<Arc<ApiState>>) -> Router {
     routes
         .fallback(error::no_such_route)
         .method_not_allowed_fallback(error::no_such_method)
-        .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), auth::tell_strangers))
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), request::pass))
+        .layer(axum::middleware::from_fn_with_state(Arc::clone(&state), auth::tell_strangers))
         .with_state(state)
 }
 

@@ -27,6 +27,7 @@ use serde_json::{Map, Value, json};
 use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
+use crate::contract;
 use crate::proxy::Proxy;
 
 /// The longest that any test waits for a condition.
@@ -229,6 +230,7 @@ impl Db {
         let stop = CancellationToken::new();
         let state = serve::api_state(&self.url, metrics, stop.clone()).unwrap();
         let state = ApiState { limits, ..state };
+        contract::know(&capx::api::document(&state).to_json().unwrap());
         let listener = serve::listen("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
         let served = tokio::spawn(serve::api(listener, state));
@@ -284,8 +286,13 @@ impl Api {
         let response = request.send().await.unwrap();
         let status = response.status().as_u16();
         assert!(response.headers().contains_key("x-request-id"), "{method} {path}");
+        for header in ["x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset"] {
+            assert!(response.headers().contains_key(header), "{method} {path}: no {header}");
+        }
         let text = response.text().await.unwrap();
-        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+        let answer = serde_json::from_str(&text).unwrap_or(Value::String(text));
+        contract::check(method, path, status, &answer);
+        (status, answer)
     }
 
     pub async fn get(&self, path: &str) -> (u16, Value) {

@@ -29,6 +29,8 @@ pub const COMPANY_CREATED: &str = "company.created";
 pub const COMPANY_STATUS_CHANGED: &str = "company.status_changed";
 /// An agent's status changed.
 pub const AGENT_STATE_CHANGED: &str = "agent.state_changed";
+/// An agent beat.
+pub const HEARTBEAT_FIRED: &str = "heartbeat.fired";
 /// A run began.
 pub const PLAYBOOK_STARTED: &str = "playbook.started";
 /// A run waits; `data.waiting_on` says for what.

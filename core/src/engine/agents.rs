@@ -4,12 +4,12 @@ use chrono::{DateTime, Utc};
 use serde_json::json;
 use sqlx::PgConnection;
 
-use super::EngineError;
+use super::{Engine, EngineError};
 use crate::domain::company::works;
-use crate::domain::event::{AGENT_STATE_CHANGED, Event};
+use crate::domain::event::{AGENT_STATE_CHANGED, Event, HEARTBEAT_FIRED};
 use crate::domain::ids::{AgentId, CompanyId};
 use crate::store::agents::{self, AgentRow};
-use crate::store::jobs::{NewJob, kind, queue};
+use crate::store::jobs::{ClaimedJob, NewJob, Settle, kind, queue};
 use crate::store::{events, jobs};
 
 /// What is asked of an agent.
@@ -82,4 +82,21 @@ pub async fn wake(tx: &mut PgConnection, company_status: &str, agent: &AgentRow)
     };
     jobs::enqueue(&mut *tx, &beat).await?;
     Ok(jobs::live_since(tx, agent.company, &format!("heartbeat:{}", agent.agent)).await?)
+}
+
+/// A beat, and the end of its job, in one transaction. An agent that is not
+/// active, or whose company is halted, does not beat.
+pub async fn beat(engine: &Engine, job: &ClaimedJob, agent: AgentId) -> Result<(), EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    let done = Settle { lease: job.lease, again_after: None, charged: true };
+    if jobs::settle(&mut *tx, &[done]).await?.is_empty() {
+        // The lease is gone: whoever has the job now beats.
+        return Ok(());
+    }
+    if agents::beat(&mut tx, job.company, agent).await? {
+        let fired = Event::new(HEARTBEAT_FIRED, json!({"agent_id": agent, "actions": 0, "items": 0, "cost": 0.0}));
+        events::append(&mut *tx, job.company, &[fired]).await?;
+    }
+    tx.commit().await?;
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use serde_json::json;
 use sqlx::PgConnection;
 
-use super::EngineError;
+use super::{Engine, EngineError};
 use crate::domain::event::{APPROVAL_RESOLVED, Event, PLAYBOOK_CANCELLED};
 use crate::domain::ids::{CompanyId, RunId};
 use crate::domain::run::RunStatus;
@@ -29,4 +29,15 @@ pub async fn cancel_run(tx: &mut PgConnection, company: CompanyId, run: RunId, b
     events::append_to_run(&mut *tx, company, run, &cancelled).await?;
     runs::end_by_hand(tx, company, run, RunStatus::Cancelled).await?;
     Ok(())
+}
+
+/// Ends a run whose company was stopped for good.
+pub async fn end_stopped(engine: &Engine, company: CompanyId, run: RunId) -> Result<(), EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    match cancel_run(&mut tx, company, run, "system").await {
+        Ok(()) => Ok(tx.commit().await?),
+        // It has ended by itself.
+        Err(EngineError::Conflict(_) | EngineError::NotFound(_)) => Ok(()),
+        Err(error) => Err(error),
+    }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::{Engine, EngineError};
+use crate::domain::company::works as works_on;
 use crate::domain::ids::{CompanyId, PlaybookId, RunId};
 use crate::domain::plan::RunContext;
 use crate::failpoint;
@@ -33,6 +34,15 @@ pub enum Work {
     GateTimeout,
     /// A company's agents get ready.
     Provision,
+    /// A step of a company that is halted: nothing begins.
+    Halted {
+        /// For good: the run is over.
+        stopped: bool,
+    },
+    /// An agent beats.
+    Heartbeat,
+    /// What a deleted company held goes away.
+    Purge,
     /// Nothing, durably.
     Noop,
     /// What it was for is over: the job only needs to go.
@@ -206,7 +216,7 @@ pub async fn claim(
 /// when it cannot.
 pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claimed>, (EngineError, Vec<ClaimedJob>)> {
     let steps: Vec<&ClaimedJob> = claimed.iter().filter(|job| job.kind == kind::STEP).collect();
-    let mut works = HashMap::new();
+    let mut works: HashMap<i64, Work> = HashMap::new();
     if !steps.is_empty() {
         works = match load_steps(engine, &steps).await {
             Ok(works) => works,
@@ -217,9 +227,11 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
         .into_iter()
         .map(|job| {
             let work = match job.kind.as_str() {
-                kind::STEP => works.remove(&job.lease.job).map_or(Work::Stale, |work| Work::Step(Box::new(work))),
+                kind::STEP => works.remove(&job.lease.job).unwrap_or(Work::Stale),
                 kind::GATE_TIMEOUT => Work::GateTimeout,
                 kind::PROVISION => Work::Provision,
+                kind::HEARTBEAT => Work::Heartbeat,
+                kind::PURGE => Work::Purge,
                 kind::NOOP => Work::Noop,
                 _ => Work::Unknown,
             };
@@ -228,11 +240,14 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
         .collect())
 }
 
-async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<i64, StepWork>, EngineError> {
+async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<i64, Work>, EngineError> {
     failpoint::reach("load.before").await;
     let (companies, run_ids): (Vec<Uuid>, Vec<Uuid>) =
         claimed.iter().filter_map(|job| Some((job.company.0, job.ref_id?))).unzip();
     let runs = steps::load_runs(&engine.pool, &companies, &run_ids).await?;
+    let (runs, halted): (Vec<_>, Vec<_>) = runs.into_iter().partition(|run| works_on(&run.company_status));
+    let halted: HashMap<Uuid, bool> =
+        halted.into_iter().map(|run| (run.run.0, run.company_status == "stopped")).collect();
     let wanted: Vec<(Uuid, Uuid)> = runs.iter().map(|run| (run.company.0, run.version)).collect();
     let plans = engine.plans.get(&engine.pool, &wanted).await?;
     let mut contexts: HashMap<Uuid, RunContext> = runs
@@ -257,14 +272,18 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
     Ok(claimed
         .iter()
         .filter_map(|job| {
-            let context = contexts.remove(&job.ref_id?)?;
+            let run = job.ref_id?;
+            if let Some(stopped) = halted.get(&run) {
+                return Some((job.lease.job, Work::Halted { stopped: *stopped }));
+            }
+            let context = contexts.remove(&run)?;
             let work = StepWork {
                 agents: agents.get(&context.company).map_or_else(|| Arc::clone(&none), Arc::clone),
                 context,
                 chain: 0,
                 chain_began: now,
             };
-            Some((job.lease.job, work))
+            Some((job.lease.job, Work::Step(Box::new(work))))
         })
         .collect())
 }

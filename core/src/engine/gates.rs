@@ -106,7 +106,7 @@ pub async fn decide(
     let gate = find(tx, account, bound, id).await?;
     if gate.status == "pending" {
         let decision = Decision {
-            step: step_of(engine, gate.company, gate.run, gate.step).await?,
+            step: step_of(engine, tx, gate.company, gate.run, gate.step).await?,
             gate,
             lease: None,
             by,
@@ -172,9 +172,15 @@ async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, E
 }
 
 /// The step that a gate stands before, by the version the run is pinned to.
-async fn step_of(engine: &Engine, company: CompanyId, run: RunId, step: i32) -> Result<Option<Step>, EngineError> {
-    let Some(row) = runs::get(&engine.pool, company, run).await? else { return Ok(None) };
-    let plans = engine.plans.get(&engine.pool, &[(company.0, row.version.0)]).await?;
+async fn step_of(
+    engine: &Engine,
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    step: i32,
+) -> Result<Option<Step>, EngineError> {
+    let Some(row) = runs::get(&mut *tx, company, run).await? else { return Ok(None) };
+    let plans = engine.plans.get(tx, &[(company.0, row.version.0)]).await?;
     let index = usize::try_from(step).unwrap_or(usize::MAX);
     Ok(plans.get(&row.version.0).and_then(|plan| plan.steps.get(index)).cloned())
 }
@@ -202,8 +208,10 @@ async fn expire_once(
 ) -> Result<bool, EngineError> {
     let Some(id) = approvals::pending_of(&engine.pool, company, run, step).await? else { return Ok(false) };
     let Some(account) = tenants::account_of(&engine.pool, company).await? else { return Ok(false) };
-    let gate = find(&mut *engine.pool.acquire().await?, account, Some(company), id).await?;
-    let step = step_of(engine, company, run, step).await?;
+    let mut connection = engine.pool.acquire().await?;
+    let gate = find(&mut connection, account, Some(company), id).await?;
+    let step = step_of(engine, &mut connection, company, run, step).await?;
+    drop(connection);
     let on_timeout = step.as_ref().and_then(|step| step.approval.as_ref()).map(|approval| approval.on_timeout);
     let (status, words) = match on_timeout {
         Some(OnTimeout::Approve) => ("approved", "nobody decided in time; the step is approved by its own rule"),

@@ -23,6 +23,7 @@ pub mod playbooks;
 pub mod start;
 pub mod sweep;
 pub mod tenants;
+pub mod upkeep;
 pub mod wake;
 
 pub use plans::Plans;

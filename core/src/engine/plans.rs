@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use sqlx::PgPool;
+use sqlx::{Executor, Postgres};
 use uuid::Uuid;
 
 use crate::domain::playbook::{self, Playbook};
@@ -24,7 +24,7 @@ impl Plans {
     /// hold up a worker's.
     pub async fn get(
         &self,
-        pool: &PgPool,
+        executor: impl Executor<'_, Database = Postgres>,
         wanted: &[(Uuid, Uuid)],
     ) -> Result<HashMap<Uuid, Arc<Playbook>>, StoreError> {
         let mut found = HashMap::new();
@@ -45,7 +45,7 @@ impl Plans {
             return Ok(found);
         }
         let (companies, versions): (Vec<_>, Vec<_>) = missing.into_iter().unzip();
-        for (version, yaml) in playbooks::versions(pool, &companies, &versions).await? {
+        for (version, yaml) in playbooks::versions(executor, &companies, &versions).await? {
             let plan = Arc::new(playbook::load(&yaml).unwrap_or_else(|problems| {
                 let first = problems.first().map(ToString::to_string).unwrap_or_default();
                 tracing::error!(version.id = %version, problem = first, "a stored playbook does not load any more");

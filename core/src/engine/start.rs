@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value, json};
-use sqlx::{Connection, PgConnection, PgPool};
+use sqlx::{Connection, Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::batch::Batcher;
@@ -86,7 +86,8 @@ pub async fn decide(
     params: Map<String, Value>,
     trigger: &'static str,
 ) -> Result<Prepared, EngineError> {
-    let found = playbooks::for_start(connection, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
+    let found =
+        playbooks::for_start(&mut *connection, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
     if found.status != "active" {
         return Err(EngineError::Conflict(format!("the playbook is {}; only an active one runs", found.status)));
     }
@@ -97,7 +98,7 @@ pub async fn decide(
             if found.company_status == "paused" { "resume it" } else { "make another one" }
         )));
     }
-    let plan = plan_of(engine, company, found.version).await?;
+    let plan = plan_of(engine, connection, company, found.version).await?;
     if let Some(reason) = &plan.unreadable {
         return Err(EngineError::Conflict(format!("{reason}; send a corrected version")));
     }
@@ -116,7 +117,7 @@ pub async fn start_many(
 ) -> Result<Vec<RunId>, EngineError> {
     let version =
         playbooks::for_start(&engine.pool, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?.version;
-    let plan = plan_of(engine, company, version).await?;
+    let plan = plan_of(engine, &engine.pool, company, version).await?;
     let params = checked_params(&plan, params)?;
     let all: Vec<Prepared> =
         (0..count).map(|_| prepare(company, playbook, version, Arc::clone(&plan), params.clone(), "manual")).collect();
@@ -124,10 +125,15 @@ pub async fn start_many(
     Ok(all.iter().map(|new| new.run.run).collect())
 }
 
-async fn plan_of(engine: &Engine, company: CompanyId, version: VersionId) -> Result<Arc<Playbook>, EngineError> {
+async fn plan_of(
+    engine: &Engine,
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    version: VersionId,
+) -> Result<Arc<Playbook>, EngineError> {
     engine
         .plans
-        .get(&engine.pool, &[(company.0, version.0)])
+        .get(executor, &[(company.0, version.0)])
         .await?
         .remove(&version.0)
         .ok_or_else(|| EngineError::Store(StoreError::Unreadable(format!("no version {version}"))))

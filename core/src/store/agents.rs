@@ -264,3 +264,18 @@ pub async fn set_agent_status(
     .fetch_one(tx)
     .await?)
 }
+
+/// Counts a beat of an agent that is active in a company that works; false for
+/// any other.
+pub async fn beat(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update agents a set heartbeat_count = heartbeat_count + 1, last_heartbeat_at = clock_timestamp()
+         where a.company_id = $1 and a.id = $2 and a.status = 'active'
+             and exists (select from companies c where c.id = $1 and c.status = 'running')",
+        company.0,
+        agent.0,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}

@@ -56,6 +56,17 @@ pub async fn append_to_run(
     Ok(())
 }
 
+/// Sets a mark for ranges of times, unless there is a young one.
+pub async fn mark(pool: &PgPool) -> Result<(), StoreError> {
+    sqlx::query!(
+        "insert into event_marks
+         select where not exists (select from event_marks where at > clock_timestamp() - interval '1 minute')",
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
 /// One stored event.
 #[derive(Debug, Clone)]
 pub struct EventRow {

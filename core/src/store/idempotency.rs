@@ -1,6 +1,6 @@
 //! Answers that are given again to a request that comes again.
 
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgPool};
 
 use super::StoreError;
 use crate::domain::ids::KeyId;
@@ -83,6 +83,17 @@ pub async fn store(
         body,
     )
     .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Answers that nobody may ask for any more, a bounded number of them.
+pub async fn prune(pool: &PgPool) -> Result<(), StoreError> {
+    sqlx::query!(
+        "delete from idempotency_keys where ctid = any (array(
+             select ctid from idempotency_keys where created_at < now() - interval '25 hours' order by created_at limit 1000))",
+    )
+    .execute(pool)
     .await?;
     Ok(())
 }

@@ -357,7 +357,7 @@ pub async fn look(pool: &PgPool, queues: &[String]) -> Result<Outlook, StoreErro
                select from unnest($1::text[]) as q (queue)
                where exists (select from jobs j where j.state = 'ready' and j.queue = q.queue)
            ) as "ready!",
-           (select extract(epoch from due_at - now())::float8
+           (select (extract(epoch from due_at) - extract(epoch from now()))::float8
             from jobs where state = 'scheduled' order by due_at limit 1) as next_due_s,
            exists (
                select from worker_sessions
@@ -388,6 +388,9 @@ pub async fn promote(pool: &PgPool) -> Result<u64, StoreError> {
     .await?;
     Ok(done.rows_affected())
 }
+
+/// Again only when somebody says so: [`unpark`].
+pub const PARKED: Duration = Duration::MAX;
 
 /// What to do with a job that is not a step, under its lease.
 #[derive(Debug, Clone, Copy)]
@@ -437,7 +440,10 @@ pub async fn settle(
            again as (
                update jobs j
                set state = case when d.delay_ms > 0 then 'scheduled' else 'ready' end,
-                   due_at = now() + d.delay_ms * interval '1 millisecond',
+                   due_at = case
+                       when d.delay_ms = 9223372036854775807 then 'infinity'
+                       else now() + d.delay_ms * interval '1 millisecond'
+                   end,
                    lease_epoch = j.lease_epoch + 1,
                    attempt = case when d.charged then j.attempt else greatest(j.attempt - 1, 0) end,
                    session_id = null,
@@ -543,14 +549,43 @@ pub async fn live_since(tx: &mut PgConnection, company: CompanyId, key: &str) ->
         .await?)
 }
 
-/// Work of a company that waits because the company was halted is ready again.
-pub async fn unpark(tx: &mut PgConnection, company: CompanyId) -> Result<(), StoreError> {
-    sqlx::query!(
+/// How many parked jobs one statement makes ready.
+pub const UNPARK_MAX: i64 = 1_000;
+
+/// Work of a company that waits because the company was halted is ready again;
+/// says how much of it.
+pub async fn unpark(executor: impl Executor<'_, Database = Postgres>, company: CompanyId) -> Result<u64, StoreError> {
+    let done = sqlx::query!(
         "update jobs set state = 'ready', due_at = now()
-         where company_id = $1 and due_at = 'infinity' and state = 'scheduled'",
+         where id = any (array(
+             select id from jobs where company_id = $1 and due_at = 'infinity' limit $2 for update skip locked))",
         company.0,
+        UNPARK_MAX,
     )
-    .execute(tx)
+    .execute(executor)
     .await?;
-    Ok(())
+    Ok(done.rows_affected())
+}
+
+/// Companies that are not paused and yet have parked work: more than one
+/// statement took back, or parked by whoever had not heard yet.
+pub async fn parked_in_vain(pool: &PgPool) -> Result<Vec<CompanyId>, StoreError> {
+    let companies = sqlx::query_scalar!(
+        r#"with recursive parked as (
+               (select company_id from jobs where due_at = 'infinity' order by company_id limit 1)
+               union all
+               select following.company_id
+               from parked
+               cross join lateral (
+                   select j.company_id from jobs j
+                   where j.due_at = 'infinity' and j.company_id > parked.company_id
+                   order by j.company_id limit 1
+               ) following
+           )
+           select p.company_id as "company!" from parked p
+           where not exists (select from companies c where c.id = p.company_id and c.status = 'paused')"#,
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(companies.into_iter().map(CompanyId).collect())
 }

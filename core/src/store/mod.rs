@@ -18,6 +18,7 @@ pub mod grants;
 pub mod idempotency;
 pub mod jobs;
 pub mod playbooks;
+pub mod purge;
 pub mod runs;
 pub mod sessions;
 pub mod steps;

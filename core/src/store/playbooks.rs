@@ -1,7 +1,7 @@
 //! Playbooks and their immutable versions.
 
 use chrono::{DateTime, Utc};
-use sqlx::{Executor, PgConnection, PgPool, Postgres};
+use sqlx::{Executor, PgConnection, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
@@ -380,7 +380,11 @@ pub async fn for_start(
 }
 
 /// The texts of some versions.
-pub async fn versions(pool: &PgPool, companies: &[Uuid], versions: &[Uuid]) -> Result<Vec<(Uuid, String)>, StoreError> {
+pub async fn versions(
+    executor: impl Executor<'_, Database = Postgres>,
+    companies: &[Uuid],
+    versions: &[Uuid],
+) -> Result<Vec<(Uuid, String)>, StoreError> {
     let rows = sqlx::query!(
         "select v.id, v.yaml
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
@@ -390,7 +394,7 @@ pub async fn versions(pool: &PgPool, companies: &[Uuid], versions: &[Uuid]) -> R
         companies,
         versions,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?;
     Ok(rows.into_iter().map(|row| (row.id, row.yaml)).collect())
 }

@@ -25,16 +25,19 @@ pub struct LoadedRun {
     pub version: Uuid,
     /// What it was started with.
     pub params: serde_json::Value,
+    /// Its company's status.
+    pub company_status: String,
 }
 
 /// Loads the runs that are to go on; one that is not running is left out.
 pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Result<Vec<LoadedRun>, StoreError> {
     let rows = sqlx::query!(
-        "select r.company_id, r.id, r.playbook_id, r.version_id, r.params
+        "select r.company_id, r.id, r.playbook_id, r.version_id, r.params, c.status as company_status
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          cross join lateral (
              select * from runs r where r.company_id = k.company_id and r.id = k.id offset 0
          ) r
+         cross join lateral (select c.status from companies c where c.id = k.company_id offset 0) c
          where r.status = 'running'",
         companies,
         runs,
@@ -49,6 +52,7 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
             playbook: row.playbook_id,
             version: row.version_id,
             params: row.params,
+            company_status: row.company_status,
         })
         .collect())
 }

@@ -1,7 +1,7 @@
 //! What was spent and how often playbooks ran: from roll-ups and the deltas
 //! that are not folded into them yet.
 
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgPool};
 
 use super::StoreError;
 use super::agents::AgentRow;
@@ -81,4 +81,68 @@ pub async fn add_run_totals(tx: &mut PgConnection, playbooks: &mut [PlaybookRow]
         }
     }
     Ok(())
+}
+
+/// How many deltas one statement folds.
+pub const FOLD_MAX: i64 = 5_000;
+
+/// Folds what runs have added into the sums; says how much.
+pub async fn fold_runs(pool: &PgPool) -> Result<u64, StoreError> {
+    let folded = sqlx::query_scalar!(
+        r#"with taken as (
+             delete from run_deltas where id = any (array(
+                 select id from run_deltas order by id limit $1 for update skip locked))
+             returning company_id, playbook_id, started, ended, cost_nanos, duration_ms, last_run_at
+         ),
+         folded as (
+             insert into run_totals as t (company_id, playbook_id, started, ended, cost_nanos, duration_ms, last_run_at)
+             select company_id, playbook_id, sum(started), sum(ended), sum(cost_nanos), sum(duration_ms), max(last_run_at)
+             from taken
+             group by company_id, playbook_id
+             order by company_id, playbook_id
+             on conflict (company_id, playbook_id) do update
+             set started = t.started + excluded.started,
+                 ended = t.ended + excluded.ended,
+                 cost_nanos = t.cost_nanos + excluded.cost_nanos,
+                 duration_ms = t.duration_ms + excluded.duration_ms,
+                 last_run_at = greatest(t.last_run_at, excluded.last_run_at)
+         )
+         select count(*) as "count!" from taken"#,
+        FOLD_MAX,
+    )
+    .fetch_one(pool)
+    .await?;
+    Ok(u64::try_from(folded).unwrap_or(0))
+}
+
+/// Folds what was spent into the sums; says how much.
+pub async fn fold_costs(pool: &PgPool) -> Result<u64, StoreError> {
+    let folded = sqlx::query_scalar!(
+        r#"with taken as (
+             delete from cost_deltas where id = any (array(
+                 select id from cost_deltas order by id limit $1 for update skip locked))
+             returning company_id, at, agent_id, category, nanos
+         ),
+         quarters as (
+             insert into cost_rollups as r (company_id, quarter, agent_id, category, nanos)
+             select company_id, date_bin('15 minutes', at, 'epoch'), agent_id, category, sum(nanos)
+             from taken
+             group by 1, 2, 3, 4
+             order by 1, 2, 3, 4
+             on conflict (company_id, quarter, agent_id, category) do update set nanos = r.nanos + excluded.nanos
+         ),
+         totals as (
+             insert into cost_totals as t (company_id, agent_id, category, nanos)
+             select company_id, agent_id, category, sum(nanos)
+             from taken
+             group by 1, 2, 3
+             order by 1, 2, 3
+             on conflict (company_id, agent_id, category) do update set nanos = t.nanos + excluded.nanos
+         )
+         select count(*) as "count!" from taken"#,
+        FOLD_MAX,
+    )
+    .fetch_one(pool)
+    .await?;
+    Ok(u64::try_from(folded).unwrap_or(0))
 }

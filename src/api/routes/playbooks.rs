@@ -97,7 +97,6 @@ struct Validated {
     name: String,
     step_count: usize,
     steps: Vec<Step>,
-    #[schema(value_type = Object)]
     trigger: Value,
 }
 
@@ -126,8 +125,8 @@ struct CreatedPlaybook {
     version: i32,
     step_count: usize,
     tags: Vec<String>,
-    /// What starts runs, e.g. `{"type": "schedule", "schedule": "0 9 * * MON"}`.
-    #[schema(value_type = Object)]
+    /// What starts runs, e.g. `{"type": "schedule", "schedule": "0 9 * * MON"}`;
+    /// null for one that is only run by hand.
     trigger: Value,
     created_at: Time,
     /// What will fail at run time unless something changes.

@@ -457,10 +457,10 @@ async fn show(
     let steps = runs::steps(&mut *tx, company, row.run).await?;
     let job = runs::job(&mut *tx, company, row.run).await?;
     let waiting_on = match shown_status(&row) {
-        RunStatus::Suspended => Some(waiting_on(tx, caller, company, &row).await?),
+        RunStatus::Suspended => Some(waiting_on(&mut *tx, caller, company, &row).await?),
         _ => None,
     };
-    let plans = state.engine.plans.get(&state.engine.pool, &[(company.0, row.version.0)]).await?;
+    let plans = state.engine.plans.get(&mut *tx, &[(company.0, row.version.0)]).await?;
     let steps = plans.get(&row.version.0).map(|plan| step_list(plan, &row, &steps, job.as_ref()));
     let item = RunItem::new(&row);
     Ok(Run { item, params: row.params, steps, waiting_on, output: row.output, error: row.error })

@@ -5,13 +5,14 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use capx_core::domain::ids::RunId;
+use capx_core::domain::ids::{AgentId, RunId};
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
 use capx_core::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 use capx_core::engine::advance::{self, Finished};
 use capx_core::engine::claim::{Claimed, StepWork, Work};
-use capx_core::engine::{gates, tenants};
+use capx_core::engine::{agents, cancel, gates, tenants};
 use capx_core::failpoint;
+use capx_core::store;
 use capx_core::store::jobs::{self, ClaimedJob};
 use futures_util::FutureExt;
 
@@ -57,6 +58,12 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
             tracing::warn!(job.id = job.lease.job, job.kind = job.kind, "a kind of a newer version is left to others");
             PlainOutcome::Again { delay: UNKNOWN_DELAY, charged: false }
         }
+        Work::Halted { stopped: false } => PlainOutcome::Again { delay: jobs::PARKED, charged: false },
+        Work::Halted { stopped: true } => {
+            shared.watchdog.answer("the end of a run", Box::pin(end_stopped(shared, &job))).await
+        }
+        Work::Heartbeat => shared.watchdog.answer("a beat", Box::pin(heartbeat(shared, &job))).await,
+        Work::Purge => shared.watchdog.answer("a purge", Box::pin(purge(shared, &job))).await,
         Work::GateTimeout => shared.watchdog.answer("a gate's end", Box::pin(gate_timeout(shared, &job))).await,
         Work::Provision => shared.watchdog.answer("a provisioning", Box::pin(provision(shared, &job))).await,
     };
@@ -165,6 +172,41 @@ async fn provision(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
         Ok(()) => PlainOutcome::Done,
         Err(error) => {
             tracing::warn!(%error, company.id = %job.company, "a provisioning waits");
+            PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
+        }
+    }
+}
+
+async fn end_stopped(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
+    let Some(run) = job.ref_id else { return PlainOutcome::Done };
+    match cancel::end_stopped(&shared.engine, job.company, RunId(run)).await {
+        // The job went with the run.
+        Ok(()) => PlainOutcome::Nothing,
+        Err(error) => {
+            tracing::warn!(%error, run.id = %RunId(run), "the end of a stopped company's run waits");
+            PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
+        }
+    }
+}
+
+async fn heartbeat(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
+    let Some(agent) = job.ref_id else { return PlainOutcome::Done };
+    match agents::beat(&shared.engine, job, AgentId(agent)).await {
+        // Its transaction has settled the job.
+        Ok(()) => PlainOutcome::Nothing,
+        Err(error) => {
+            tracing::warn!(%error, agent.id = %AgentId(agent), "a beat waits");
+            PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
+        }
+    }
+}
+
+async fn purge(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
+    match store::purge::some(&shared.engine.pool, job.company, job.lease.job).await {
+        Ok(true) => PlainOutcome::Again { delay: Duration::ZERO, charged: false },
+        Ok(false) => PlainOutcome::Done,
+        Err(error) => {
+            tracing::warn!(%error, company.id = %job.company, "a purge waits");
             PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
         }
     }

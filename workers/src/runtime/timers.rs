@@ -4,7 +4,7 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use capx_core::engine::sweep;
+use capx_core::engine::{sweep, upkeep};
 use capx_core::failpoint;
 use capx_core::store::{jobs, sessions};
 use tokio_util::sync::CancellationToken;
@@ -90,6 +90,9 @@ async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
             }
             Ok(_) => {}
             Err(error) => tracing::debug!(%error, "a sweep failed"),
+        }
+        if let Err(error) = shared.watchdog.answer("an upkeep", upkeep::round(&shared.engine)).await {
+            tracing::debug!(%error, "an upkeep failed");
         }
         rounds += 1;
         if rounds.is_multiple_of(1_000)

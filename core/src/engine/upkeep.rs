@@ -1,0 +1,22 @@
+//! What any worker does for all from time to time, besides the sweep: sums are
+//! folded, marks are set, what is old goes, what was parked in vain goes on.
+
+use super::{Engine, EngineError};
+use crate::store::{events, idempotency, jobs, usage};
+
+/// One round. Each part is one guarded statement, so that workers who do it at
+/// once share the work.
+pub async fn round(engine: &Engine) -> Result<(), EngineError> {
+    while usage::fold_runs(&engine.pool).await? == usage::FOLD_MAX as u64 {}
+    while usage::fold_costs(&engine.pool).await? == usage::FOLD_MAX as u64 {}
+    events::mark(&engine.pool).await?;
+    idempotency::prune(&engine.pool).await?;
+    let mut unparked = 0;
+    for company in jobs::parked_in_vain(&engine.pool).await? {
+        unparked += jobs::unpark(&engine.pool, company).await?;
+    }
+    if unparked > 0 {
+        engine.waker.wake();
+    }
+    Ok(())
+}

@@ -1,0 +1,44 @@
+//! What a deleted company held goes away, a bounded part at a time.
+
+use sqlx::{AssertSqlSafe, PgPool};
+
+use super::StoreError;
+use crate::domain::ids::CompanyId;
+
+/// Everything that a company holds, but for the ledger, which is kept for ever.
+const TABLES: &[&str] = &[
+    "jobs",
+    "run_steps",
+    "runs",
+    "events",
+    "approvals",
+    "dead_letters",
+    "tasks",
+    "playbook_versions",
+    "playbooks",
+    "agents",
+    "cost_deltas",
+    "cost_rollups",
+    "cost_totals",
+    "run_deltas",
+    "run_totals",
+];
+/// Rows of one statement.
+const PURGE_MAX: u64 = 5_000;
+
+/// Deletes a part of what is left, but not the job that asks for it; false when
+/// nothing is.
+pub async fn some(pool: &PgPool, company: CompanyId, job: i64) -> Result<bool, StoreError> {
+    for table in TABLES {
+        let but = if *table == "jobs" { "and id <> $2" } else { "and $2::bigint is not null" };
+        let sql = format!(
+            "delete from {table} where ctid = any (array(
+                 select ctid from {table} where company_id = $1 {but} limit {PURGE_MAX}))"
+        );
+        let done = sqlx::query(AssertSqlSafe(sql)).bind(company.0).bind(job).execute(pool).await?;
+        if done.rows_affected() > 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
