@@ -17,3 +17,4 @@ mod queue;
 mod rooms;
 mod runs;
 mod schedules;
+mod tenancy;
