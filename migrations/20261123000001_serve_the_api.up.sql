@@ -52,6 +52,7 @@ create table tasks (
     metadata jsonb not null default '{}',
     -- The person's word, the agent's, and what went wrong.
     feedback text,
+    approved_at timestamptz,
     result jsonb,
     error jsonb,
     run_id uuid,
@@ -163,7 +164,7 @@ create index playbooks_by_id on playbooks (id);
 -- which are most of the log, are found in its order and cost nothing more.
 create index events_rare on events (company_id, split_part(event, '.', 1), xid, id)
     where split_part(event, '.', 1) not in ('step', 'playbook', 'rubric');
-create index events_agent on events (company_id, (data ->> 'agent_id'), xid, id) where data ? 'agent_id';
+create index events_agent on events (company_id, (data ->> 'agent_id'), xid, id) where (data ->> 'agent_id') is not null;
 
 -- From time to time the bounds of the transactions that are open: what was
 -- written after a mark is not below its oldest, what was written before is below

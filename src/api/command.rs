@@ -73,11 +73,29 @@ impl Command<'_> {
 
     /// Commits the change together with its answer.
     pub async fn finish(self, status: StatusCode, data: impl Serialize) -> Result<Response, ApiError> {
+        let body = self.caller.body(data)?;
+        self.commit(status, body, None).await
+    }
+
+    /// The same where the answer holds a secret that must not be stored: a
+    /// request that comes again is told the rest.
+    pub async fn finish_with_secret(
+        self,
+        status: StatusCode,
+        shown: impl Serialize,
+        kept: impl Serialize,
+    ) -> Result<Response, ApiError> {
+        let body = self.caller.body(shown)?;
+        let kept = self.caller.body_again(kept)?;
+        self.commit(status, body, Some(kept)).await
+    }
+
+    async fn commit(self, status: StatusCode, body: String, kept: Option<String>) -> Result<Response, ApiError> {
         let Self { state, caller, mut tx, request_hash, wakes } = self;
-        let body = caller.body(data)?;
         let stored = async {
             if let Some(place) = caller.place() {
-                idempotency::store(&mut tx, place, request_hash, status.as_u16(), &body).await?;
+                idempotency::store(&mut tx, place, request_hash, status.as_u16(), kept.as_ref().unwrap_or(&body))
+                    .await?;
             }
             if failpoint::reach("command.before_commit").await {
                 return Err(StoreError::Unavailable(sqlx::Error::PoolClosed));

@@ -26,6 +26,7 @@ pub mod error;
 mod health;
 mod openapi;
 pub mod peer;
+mod period;
 pub mod reply;
 mod request;
 mod routes;
@@ -94,23 +95,29 @@ pub struct ApiState {
 
 /// Every route, with what every request passes.
 pub fn router(mut state: ApiState) -> Router {
-    let (_, document) = v1(&state).finish();
-    state.document = document.to_json().unwrap_or_default().into();
+    state.document = document(&state).to_string().into();
     let (v1, _) = v1(&state).finish();
     let docs = SwaggerUi::new("/docs").config(Config::from("/v1/openapi.json"));
     let routes = health_routes().merge(v1).route("/v1/openapi.json", get(openapi::serve)).merge(docs);
     finish(state, routes)
 }
 
-/// The OpenAPI document of the API.
-pub fn document(state: &ApiState) -> utoipa::openapi::OpenApi {
-    v1(state).finish().1
+/// The OpenAPI document of the API, the same in every process.
+pub fn document(state: &ApiState) -> serde_json::Value {
+    let mut document = serde_json::to_value(v1(state).finish().1).unwrap_or_default();
+    // Extensions have no order of their own.
+    document.sort_all_objects();
+    document
 }
 
 fn v1(state: &ApiState) -> openapi::Routes {
     let routes = openapi::Routes::new(Arc::new(state.clone()));
     let routes = routes::companies::routes(routes);
     let routes = routes::agents::routes(routes);
+    let routes = routes::tasks::routes(routes);
+    let routes = routes::activity::routes(routes);
+    let routes = routes::costs::routes(routes);
+    let routes = routes::keys::routes(routes);
     let routes = routes::playbooks::routes(routes);
     let routes = routes::runs::routes(routes);
     routes::approvals::routes(routes)

@@ -123,6 +123,13 @@ impl Caller {
         text(&One { success: true, data, meta: self.meta() })
     }
 
+    /// The same of a request that is charged already.
+    pub(super) fn body_again(&self, data: impl Serialize) -> Result<String, ApiError> {
+        let credits_used = if self.permit.key.live { self.credits } else { 0 };
+        let meta = Meta { credits_used, credits_remaining: self.permit.charge(0), request_id: current_id() };
+        text(&One { success: true, data, meta })
+    }
+
     /// An answer about one thing that is read, with its ETag.
     pub fn one(&self, data: &impl Serialize) -> Result<Response, ApiError> {
         let tag = digest::hex(&digest::sha256(text(data)?)[..12]);

@@ -230,7 +230,7 @@ impl Db {
         let stop = CancellationToken::new();
         let state = serve::api_state(&self.url, metrics, stop.clone()).unwrap();
         let state = ApiState { limits, ..state };
-        contract::know(&capx::api::document(&state).to_json().unwrap());
+        contract::know(&capx::api::document(&state).to_string());
         let listener = serve::listen("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
         let served = tokio::spawn(serve::api(listener, state));

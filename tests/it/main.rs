@@ -17,4 +17,5 @@ mod queue;
 mod rooms;
 mod runs;
 mod schedules;
+mod seeds;
 mod tenancy;

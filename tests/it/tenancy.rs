@@ -309,6 +309,8 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
     let (_, run) = api.post(&format!("{base}/playbooks/{pb}/run"), json!({})).await;
     let (_, list) = api.get("/v1/approvals").await;
     let (_, agents) = api.get(&format!("{base}/agents")).await;
+    let (_, task) = api.post(&format!("{base}/tasks"), json!({"title": "t"})).await;
+    let (_, key) = api.post("/v1/keys", json!({"name": "k"})).await;
     let ids = [
         ("{company}", co.as_str()),
         ("{playbook}", pb),
@@ -316,6 +318,8 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
         ("{approval}", list["data"][0]["id"].as_str().unwrap()),
         ("{agent}", agents["data"][0]["id"].as_str().unwrap()),
         ("{version}", "1"),
+        ("{task}", task["data"]["id"].as_str().unwrap()),
+        ("{key}", key["data"]["id"].as_str().unwrap()),
     ];
     let (_, document) = api.get("/v1/openapi.json").await;
     let stranger = api.with(&account(&db, "stranger", "enterprise").await.1);
@@ -332,6 +336,8 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "select count(*) from playbooks where status = 'active'",
             "select count(*) from runs where status = 'suspended'",
             "select count(*) from approvals where status = 'pending'",
+            "select count(*) from tasks where status = 'pending'",
+            "select count(*) from api_keys where name = 'k' and revoked_at is null",
         ] {
             counts.push(db.count(sql).await);
         }
@@ -343,6 +349,8 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
         match name.rsplit('/').next().unwrap() {
             "AgentBody" => json!({"role": "x", "adapter": "claude", "instructions": "x"}),
             "CreatePlaybookBody" => json!({"yaml": YAML}),
+            "CreateTaskBody" => json!({"title": "x"}),
+            "DirectiveBody" => json!({"objective": "x"}),
             "RejectBody" => json!({"feedback": "no"}),
             _ => json!({}),
         }

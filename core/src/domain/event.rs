@@ -49,25 +49,116 @@ pub const STEP_STARTED: &str = "step.started";
 pub const STEP_COMPLETED: &str = "step.completed";
 /// A try of a step failed; `data.will_retry` says whether it was the last.
 pub const STEP_FAILED: &str = "step.failed";
+/// A task was made.
+pub const TASK_CREATED: &str = "task.created";
+/// A task was changed by hand.
+pub const TASK_UPDATED: &str = "task.updated";
+/// A person let a task be done.
+pub const TASK_APPROVED: &str = "task.approved";
+/// A person refused a task.
+pub const TASK_REJECTED: &str = "task.rejected";
+/// A task was called off.
+pub const TASK_CANCELLED: &str = "task.cancelled";
+/// A task is to be tried again.
+pub const TASK_RETRIED: &str = "task.retried";
 /// A gate waits for a person.
 pub const APPROVAL_REQUESTED: &str = "approval.requested";
 /// A gate was decided or ran out.
 pub const APPROVAL_RESOLVED: &str = "approval.resolved";
 
+/// The activity types, each with the first parts of the dotted names that are
+/// filed under it.
+pub const ACTIVITY_TYPES: &[(&str, &[&str])] = &[
+    ("heartbeat", &["heartbeat"]),
+    ("task", &["task"]),
+    ("playbook", &["playbook", "step", "rubric"]),
+    ("error", &["error"]),
+    ("governance", &["approval", "governance", "agent", "company"]),
+    ("cost", &["costs"]),
+    ("tool_use", &["tool"]),
+];
+
+/// The first part of a dotted name.
+fn kind(name: &str) -> &str {
+    name.split('.').next().unwrap_or_default()
+}
+
 /// The activity type that a dotted name is filed under.
 pub fn activity_type(name: &str) -> &'static str {
-    match name.split('.').next().unwrap_or_default() {
-        "heartbeat" => "heartbeat",
-        "task" => "task",
-        "approval" | "governance" => "governance",
-        "costs" => "cost",
-        "agent" | "company" => "governance",
-        "error" => "error",
-        _ => "playbook",
-    }
+    let filed = ACTIVITY_TYPES.iter().find(|(_, kinds)| kinds.contains(&kind(name)));
+    filed.map_or("playbook", |(activity, _)| activity)
 }
 
 /// The activity action: the dotted name without its first part.
 pub fn activity_action(name: &str) -> &str {
     name.split_once('.').map_or(name, |(_, action)| action)
+}
+
+/// What an event is about, as type and id. `company` and `run` are those that
+/// it is stored with.
+pub fn resource(name: &str, data: &Value, company: &str, run: Option<&str>) -> (&'static str, String) {
+    let given = |field: &str| data.get(field).and_then(Value::as_str).map(str::to_owned);
+    let about = match kind(name) {
+        "task" => given("task_id").map(|id| ("task", id)),
+        "approval" => given("approval_id").map(|id| ("approval", id)),
+        "agent" | "heartbeat" => given("agent_id").map(|id| ("agent", id)),
+        _ => None,
+    };
+    about.or_else(|| run.map(|id| ("run", id.to_owned()))).unwrap_or_else(|| ("company", company.to_owned()))
+}
+
+/// An event in a sentence.
+pub fn summary(name: &str, data: &Value) -> String {
+    let text = |field: &str| data.get(field).and_then(Value::as_str).unwrap_or_default();
+    let why = data.pointer("/error/message").and_then(Value::as_str).unwrap_or_default();
+    match name {
+        COMPANY_CREATED => format!("Created company: {}", text("name")),
+        COMPANY_STATUS_CHANGED => format!("Company is {}", text("to")),
+        AGENT_STATE_CHANGED => format!("Agent is {}", text("to")),
+        HEARTBEAT_FIRED => "Heartbeat".to_owned(),
+        PLAYBOOK_STARTED => format!("Started playbook: {}", text("playbook")),
+        PLAYBOOK_SUSPENDED => "Run waits".to_owned(),
+        PLAYBOOK_RESUMED => "Run goes on".to_owned(),
+        PLAYBOOK_COMPLETED => "Run completed".to_owned(),
+        PLAYBOOK_FAILED => format!("Run failed: {why}"),
+        PLAYBOOK_CANCELLED => "Run cancelled".to_owned(),
+        STEP_STARTED => format!("Started step: {}", text("step")),
+        STEP_COMPLETED => format!("Completed step: {}", text("step")),
+        STEP_FAILED => format!("Step failed: {}", text("step")),
+        TASK_CREATED => format!("Created task: {}", text("title")),
+        TASK_UPDATED => format!("Changed task: {}", text("title")),
+        TASK_APPROVED => format!("Approved task: {}", text("title")),
+        TASK_REJECTED => format!("Rejected task: {}", text("title")),
+        TASK_CANCELLED => format!("Cancelled task: {}", text("title")),
+        TASK_RETRIED => format!("Retried task: {}", text("title")),
+        APPROVAL_REQUESTED => "Approval requested".to_owned(),
+        APPROVAL_RESOLVED => format!("Approval {}", text("decision")),
+        other => other.replace(['.', '_'], " "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn every_name_is_filed_once() {
+        let mut kinds: Vec<&str> = ACTIVITY_TYPES.iter().flat_map(|(_, kinds)| kinds.iter().copied()).collect();
+        let all = kinds.len();
+        kinds.sort_unstable();
+        kinds.dedup();
+        assert_eq!(kinds.len(), all);
+        assert_eq!(activity_type(TASK_CREATED), "task");
+        assert_eq!(activity_type(STEP_FAILED), "playbook");
+        assert_eq!(activity_type(APPROVAL_REQUESTED), "governance");
+        assert_eq!((activity_action(TASK_CREATED), activity_action("x")), ("created", "x"));
+    }
+
+    #[test]
+    fn an_event_is_about_the_narrowest_thing_it_names() {
+        assert_eq!(resource(TASK_CREATED, &json!({"task_id": "tsk_1"}), "co_1", None), ("task", "tsk_1".into()));
+        assert_eq!(resource(STEP_COMPLETED, &json!({}), "co_1", Some("run_1")), ("run", "run_1".into()));
+        assert_eq!(resource(COMPANY_CREATED, &json!({}), "co_1", None), ("company", "co_1".into()));
+    }
 }

@@ -117,6 +117,8 @@ typed_id!(/// One entry of the activity log.
     EventId, "evt");
 typed_id!(/// A gate that waits for a person.
     ApprovalId, "apr");
+typed_id!(/// A piece of work for an agent.
+    TaskId, "tsk");
 typed_id!(/// A job that gave up.
     DeadLetterId, "dl");
 typed_id!(/// One request to the API.

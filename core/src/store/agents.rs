@@ -279,3 +279,20 @@ pub async fn beat(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> 
     .await?;
     Ok(done.rows_affected() == 1)
 }
+
+/// The roles of some agents, removed ones too.
+pub async fn roles(
+    tx: &mut PgConnection,
+    agents: &[(CompanyId, AgentId)],
+) -> Result<Vec<(AgentId, String)>, StoreError> {
+    let rows = sqlx::query!(
+        "select a.id, a.role
+         from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
+         join agents a on a.company_id = k.company_id and a.id = k.id",
+        &agents.iter().map(|(company, _)| company.0).collect::<Vec<_>>(),
+        &agents.iter().map(|(_, agent)| agent.0).collect::<Vec<_>>(),
+    )
+    .fetch_all(tx)
+    .await?;
+    Ok(rows.into_iter().map(|row| (AgentId(row.id), row.role)).collect())
+}

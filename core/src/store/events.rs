@@ -3,12 +3,12 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::{Executor, PgPool, Postgres};
+use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
 use crate::domain::event::Event;
-use crate::domain::ids::{CompanyId, EventId, RunId};
+use crate::domain::ids::{AgentId, CompanyId, EventId, RunId};
 
 /// Appends events of a company that belong to no run.
 pub async fn append(
@@ -115,47 +115,287 @@ pub async fn of_run(
         .collect())
 }
 
-/// Where a company's log is read from: below it, everything has been told.
-pub type Cursor = (String, Uuid);
+/// A place in the log: what is below it has been told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    /// The transaction that wrote the event.
+    pub xid: u64,
+    /// The event.
+    pub id: Uuid,
+}
 
-/// The events of a company after a cursor, oldest first, with each one's own
-/// cursor. Only what no open transaction can still come before is shown, so
-/// that a reader who goes by the cursor never skips an event (hazard H4).
-pub async fn of_company(
-    pool: &PgPool,
-    company: CompanyId,
-    after: Option<&Cursor>,
-    limit: i64,
-) -> Result<Vec<(Cursor, EventRow)>, StoreError> {
-    let (xid, id) = match after {
-        Some((xid, id)) => (Some(xid.as_str()), Some(*id)),
-        None => (None, None),
+/// An event of a company's log.
+#[derive(Debug, Clone)]
+pub struct FeedRow {
+    /// Whose.
+    pub company: CompanyId,
+    /// Where it stands.
+    pub place: Place,
+    /// The event.
+    pub event: EventRow,
+}
+
+/// What picks events.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct FeedFilter<'a> {
+    /// Of these companies, at most a few hundred.
+    pub companies: &'a [Uuid],
+    /// Whose dotted name begins with one of these; all without.
+    pub kinds: Option<&'a [String]>,
+    /// None of those kinds is about steps, runs or rubrics.
+    pub rare: bool,
+    /// About this agent.
+    pub agent: Option<AgentId>,
+    /// At this time or later.
+    pub since: Option<DateTime<Utc>>,
+    /// Before this time.
+    pub before: Option<DateTime<Utc>>,
+    /// Behind this place, in the direction of the page.
+    pub after: Option<Place>,
+}
+
+macro_rules! feed_rows {
+    ($rows:expr) => {
+        $rows
+            .into_iter()
+            .map(|row| {
+                let xid = row.xid.parse().map_err(|_| StoreError::Unreadable("a transaction id".into()))?;
+                let event = EventRow {
+                    id: EventId(row.id),
+                    run: row.run_id.map(RunId),
+                    seq: row.seq,
+                    event: row.event,
+                    data: row.data,
+                    at: row.at,
+                };
+                let place = Place { xid, id: event.id.0 };
+                Ok(FeedRow { company: CompanyId(row.company_id), place, event })
+            })
+            .collect()
     };
+}
+
+/// A page of the log, oldest or newest first. Only what no open transaction can
+/// still come before is shown, so that a reader who goes by places never skips
+/// an event (hazard H4). A time is turned into transactions by the marks, so
+/// that a range of times is a range of the index.
+pub async fn feed(
+    tx: &mut PgConnection,
+    filter: FeedFilter<'_>,
+    newest_first: bool,
+    limit: i64,
+) -> Result<Vec<FeedRow>, StoreError> {
+    let xid = filter.after.map(|place| place.xid.to_string());
+    let id = filter.after.map(|place| place.id);
+    let agent = filter.agent.map(|agent| agent.to_string());
+    if newest_first {
+        let rows = sqlx::query!(
+            r#"select e.company_id, e.xid::text as "xid!", e.id, e.run_id, e.seq, e.event, e.data, e.at
+               from (
+                   select e.* from unnest($1::uuid[]) as c (company_id)
+                   cross join lateral (
+                       select e.* from events e
+                       where e.company_id = c.company_id
+                           and e.xid < pg_snapshot_xmin(pg_current_snapshot())
+                           and ($2::text is null or (e.xid, e.id) < ($2::text::xid8, $3::uuid))
+                           and ($4::text[] is null or split_part(e.event, '.', 1) = any ($4))
+                           and (not $5::boolean or split_part(e.event, '.', 1) not in ('step', 'playbook', 'rubric'))
+                           and ($6::text is null or e.data ->> 'agent_id' = $6)
+                           and ($7::timestamptz is null or e.at >= $7)
+                           and ($8::timestamptz is null or e.at < $8)
+                           and e.xid >= coalesce((select oldest from event_marks where at <= $7 order by at desc limit 1), '0')
+                           and e.xid < coalesce((select newest from event_marks where at >= $8 order by at limit 1), '9223372036854775807')
+                       order by e.xid desc, e.id desc
+                       limit $9
+                   ) e
+                   order by e.xid desc, e.id desc
+                   limit $9
+               ) e
+               order by e.xid desc, e.id desc"#,
+            filter.companies,
+            xid,
+            id,
+            filter.kinds,
+            filter.rare,
+            agent,
+            filter.since,
+            filter.before,
+            limit,
+        )
+        .fetch_all(tx)
+        .await?;
+        return feed_rows!(rows);
+    }
     let rows = sqlx::query!(
-        r#"select xid::text as "xid!", id, run_id, seq, event, data, at from events
-           where company_id = $1
-               and xid < pg_snapshot_xmin(pg_current_snapshot())
-               and ($2::text is null or (xid, id) > ($2::text::xid8, $3::uuid))
-           order by xid, id limit $4"#,
-        company.0,
+        r#"select e.company_id, e.xid::text as "xid!", e.id, e.run_id, e.seq, e.event, e.data, e.at
+           from (
+               select e.* from unnest($1::uuid[]) as c (company_id)
+               cross join lateral (
+                   select e.* from events e
+                   where e.company_id = c.company_id
+                       and e.xid < pg_snapshot_xmin(pg_current_snapshot())
+                       and ($2::text is null or (e.xid, e.id) > ($2::text::xid8, $3::uuid))
+                       and ($4::text[] is null or split_part(e.event, '.', 1) = any ($4))
+                       and (not $5::boolean or split_part(e.event, '.', 1) not in ('step', 'playbook', 'rubric'))
+                       and ($6::text is null or e.data ->> 'agent_id' = $6)
+                       and ($7::timestamptz is null or e.at >= $7)
+                       and ($8::timestamptz is null or e.at < $8)
+                       and e.xid >= coalesce((select oldest from event_marks where at <= $7 order by at desc limit 1), '0')
+                       and e.xid < coalesce((select newest from event_marks where at >= $8 order by at limit 1), '9223372036854775807')
+                   order by e.xid, e.id
+                   limit $9
+               ) e
+               order by e.xid, e.id
+               limit $9
+           ) e
+           order by e.xid, e.id"#,
+        filter.companies,
         xid,
         id,
+        filter.kinds,
+        filter.rare,
+        agent,
+        filter.since,
+        filter.before,
+        limit,
+    )
+    .fetch_all(tx)
+    .await?;
+    feed_rows!(rows)
+}
+
+/// How often an agent has beaten from a time until before another.
+pub async fn heartbeats(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    agent: AgentId,
+    since: DateTime<Utc>,
+    end: DateTime<Utc>,
+) -> Result<i64, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"select count(*) as "count!" from events e
+           where e.company_id = $1 and e.data ->> 'agent_id' = $2 and e.event = 'heartbeat.fired'
+               and e.at >= $3 and e.at < $4
+               and e.xid >= coalesce((select oldest from event_marks where at <= $3 order by at desc limit 1), '0')
+               and e.xid < coalesce((select newest from event_marks where at >= $4 order by at limit 1), '9223372036854775807')"#,
+        company.0,
+        agent.to_string(),
+        since,
+        end,
+    )
+    .fetch_one(tx)
+    .await?)
+}
+
+/// Events of some companies, and of all companies of some accounts, that came
+/// after the place where each of them has got to; with them the transaction
+/// below which nothing can come any more.
+pub async fn tail(
+    pool: &PgPool,
+    companies: &[(Uuid, Place)],
+    accounts: &[(Uuid, Place)],
+    limit: i64,
+) -> Result<(u64, Vec<Tailed>), StoreError> {
+    let columns = |topics: &[(Uuid, Place)]| {
+        let ids: Vec<Uuid> = topics.iter().map(|(id, _)| *id).collect();
+        let xids: Vec<String> = topics.iter().map(|(_, place)| place.xid.to_string()).collect();
+        let events: Vec<Uuid> = topics.iter().map(|(_, place)| place.id).collect();
+        (ids, xids, events)
+    };
+    let (company_ids, company_xids, company_events) = columns(companies);
+    let (account_ids, account_xids, account_events) = columns(accounts);
+    let rows = sqlx::query!(
+        r#"with mark as materialized (select pg_snapshot_xmin(pg_current_snapshot()) as xid)
+           select m.xid::text as "mark!", e.topic, e.company_id as "company_id?", e.xid::text, e.id as "id?", e.run_id, e.seq,
+               e.event as "event?", e.data as "data?", e.at as "at?"
+           from mark m
+           left join lateral (
+               select t.id as topic, e.company_id, e.xid, e.id, e.run_id, e.seq, e.event, e.data, e.at
+               from unnest($1::uuid[], $2::text[], $3::uuid[]) as t (id, xid, event_id)
+               cross join lateral (
+                   select * from events e
+                   where e.company_id = t.id and (e.xid, e.id) > (t.xid::xid8, t.event_id) and e.xid < m.xid
+                   order by e.xid, e.id limit $7
+               ) e
+               union all
+               select t.id, e.company_id, e.xid, e.id, e.run_id, e.seq, e.event, e.data, e.at
+               from unnest($4::uuid[], $5::text[], $6::uuid[]) as t (id, xid, event_id)
+               cross join lateral (
+                   select e.*
+                   from companies c
+                   cross join lateral (
+                       select * from events e
+                       where e.company_id = c.id and (e.xid, e.id) > (t.xid::xid8, t.event_id) and e.xid < m.xid
+                       order by e.xid, e.id limit $7
+                   ) e
+                   where c.account_id = t.id
+                   order by e.xid, e.id limit $7
+               ) e
+           ) e on true
+           order by e.topic, e.xid, e.id"#,
+        &company_ids,
+        &company_xids,
+        &company_events,
+        &account_ids,
+        &account_xids,
+        &account_events,
         limit,
     )
     .fetch_all(pool)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| {
-            let event = EventRow {
-                id: EventId(row.id),
-                run: row.run_id.map(RunId),
-                seq: row.seq,
-                event: row.event,
-                data: row.data,
-                at: row.at,
-            };
-            ((row.xid, row.id), event)
-        })
-        .collect())
+    let xid = |text: &str| text.parse::<u64>().map_err(|_| StoreError::Unreadable("a transaction id".into()));
+    let mark = rows.first().map_or(Ok(0), |row| xid(&row.mark))?;
+    let mut tailed = Vec::with_capacity(rows.len());
+    for row in rows {
+        let (Some(topic), Some(company), Some(place), Some(id)) = (row.topic, row.company_id, row.xid, row.id) else {
+            continue;
+        };
+        let (Some(event), Some(data), Some(at)) = (row.event, row.data, row.at) else { continue };
+        let place = Place { xid: xid(&place)?, id };
+        let event = EventRow { id: EventId(id), run: row.run_id.map(RunId), seq: row.seq, event, data, at };
+        tailed.push(Tailed { topic, row: FeedRow { company: CompanyId(company), place, event } });
+    }
+    Ok((mark, tailed))
+}
+
+/// An event, and whom it was asked for.
+#[derive(Debug, Clone)]
+pub struct Tailed {
+    /// The company or the account.
+    pub topic: Uuid,
+    /// The event.
+    pub row: FeedRow,
+}
+
+/// The transaction below which nothing can come any more: where a reader begins
+/// who wants what happens next.
+pub async fn mark_of_now(tx: &mut PgConnection) -> Result<Place, StoreError> {
+    let xid =
+        sqlx::query_scalar!(r#"select pg_snapshot_xmin(pg_current_snapshot())::text as "xid!""#).fetch_one(tx).await?;
+    let xid = xid.parse().map_err(|_| StoreError::Unreadable("a transaction id".into()))?;
+    Ok(Place { xid, id: Uuid::nil() })
+}
+
+/// Where an event of some companies stands, by its id: looked for around the
+/// time that its id names, within the marks.
+pub async fn place_of(tx: &mut PgConnection, companies: &[Uuid], event: EventId) -> Result<Option<Place>, StoreError> {
+    let around = event.0.get_timestamp().and_then(|t| DateTime::from_timestamp(i64::try_from(t.to_unix().0).ok()?, 0));
+    let Some(around) = around else { return Ok(None) };
+    let found = sqlx::query_scalar!(
+        r#"select e.xid::text as "xid!"
+           from unnest($1::uuid[]) as c (company_id)
+           join events e on e.company_id = c.company_id
+           where e.id = $2
+               and e.xid >= coalesce((select oldest from event_marks where at <= $3::timestamptz - interval '5 minutes' order by at desc limit 1), '0')
+               and e.xid < coalesce((select newest from event_marks where at >= $3::timestamptz + interval '5 minutes' order by at limit 1), '9223372036854775807')
+           limit 1"#,
+        companies,
+        event.0,
+        around,
+    )
+    .fetch_optional(tx)
+    .await?;
+    let Some(xid) = found else { return Ok(None) };
+    let xid = xid.parse().map_err(|_| StoreError::Unreadable("a transaction id".into()))?;
+    Ok(Some(Place { xid, id: event.0 }))
 }

@@ -22,6 +22,7 @@ pub mod purge;
 pub mod runs;
 pub mod sessions;
 pub mod steps;
+pub mod tasks;
 pub mod tenancy;
 pub mod tenants;
 pub mod usage;

@@ -212,6 +212,23 @@ async fn companies_where(
         .collect())
 }
 
+/// The ids of an account's companies, newest first, at most `limit`.
+pub async fn company_ids(
+    tx: &mut PgConnection,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    limit: i64,
+) -> Result<Vec<Uuid>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "select id from companies where account_id = $1 and ($2::uuid is null or id = $2) order by id desc limit $3",
+        account.0,
+        bound.map(|company| company.0),
+        limit,
+    )
+    .fetch_all(tx)
+    .await?)
+}
+
 /// Changes what is given of a company; `config` is merged.
 pub async fn update_company(
     tx: &mut PgConnection,
@@ -326,12 +343,16 @@ pub struct ListedKey {
     pub scopes: Vec<String>,
     /// Whether it was revoked.
     pub revoked: bool,
+    /// The one company it sees, when it is bound.
+    pub company: Option<CompanyId>,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
 }
 
 /// The keys, newest first, at most a thousand.
 pub async fn list_keys(pool: &PgPool) -> Result<Vec<ListedKey>, StoreError> {
     let rows = sqlx::query!(
-        r#"select k.id, k.name, a.name as account, k.hint, k.scopes, k.revoked_at is not null as "revoked!"
+        r#"select k.id, k.name, a.name as account, k.hint, k.scopes, k.revoked_at is not null as "revoked!", k.company_id, k.created_at
            from api_keys k join accounts a on a.id = k.account_id
            order by k.id desc limit 1000"#,
     )
@@ -346,8 +367,77 @@ pub async fn list_keys(pool: &PgPool) -> Result<Vec<ListedKey>, StoreError> {
             hint: row.hint,
             scopes: row.scopes,
             revoked: row.revoked,
+            company: row.company_id.map(CompanyId),
+            created_at: row.created_at,
         })
         .collect())
+}
+
+/// A page of an account's keys, newest first; of one company's where the caller
+/// is bound to it.
+pub async fn keys_of(
+    tx: &mut PgConnection,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    before: Option<Uuid>,
+    limit: i64,
+) -> Result<Vec<ListedKey>, StoreError> {
+    let rows = sqlx::query!(
+        r#"select k.id, k.name, a.name as account, k.hint, k.scopes, k.revoked_at is not null as "revoked!", k.company_id,
+               k.created_at
+           from api_keys k join accounts a on a.id = k.account_id
+           where k.account_id = $1 and ($2::uuid is null or k.company_id = $2) and ($3::uuid is null or k.id < $3)
+           order by k.id desc limit $4"#,
+        account.0,
+        bound.map(|company| company.0),
+        before,
+        limit,
+    )
+    .fetch_all(tx)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| ListedKey {
+            key: KeyId(row.id),
+            name: row.name,
+            account: row.account,
+            hint: row.hint,
+            scopes: row.scopes,
+            revoked: row.revoked,
+            company: row.company_id.map(CompanyId),
+            created_at: row.created_at,
+        })
+        .collect())
+}
+
+/// How many active keys are bound to a company.
+pub async fn active_keys(tx: &mut PgConnection, company: CompanyId) -> Result<i64, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"select count(*) as "count!" from api_keys where company_id = $1 and revoked_at is null"#,
+        company.0,
+    )
+    .fetch_one(tx)
+    .await?)
+}
+
+/// Revokes a key of an account; false when it has no such key. One that is
+/// revoked stays so.
+pub async fn revoke_key_of(
+    tx: &mut PgConnection,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    key: KeyId,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update api_keys set revoked_at = coalesce(revoked_at, now())
+         where id = $1 and account_id = $2 and ($3::uuid is null or company_id = $3)",
+        key.0,
+        account.0,
+        bound.map(|company| company.0),
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
 }
 
 /// Revokes a key; false when there is no such active one.

@@ -1,12 +1,14 @@
 //! What was spent and how often playbooks ran: from roll-ups and the deltas
 //! that are not folded into them yet.
 
+use chrono::{DateTime, NaiveDate, Utc};
 use sqlx::{PgConnection, PgPool};
+use uuid::Uuid;
 
 use super::StoreError;
 use super::agents::AgentRow;
 use super::playbooks::PlaybookRow;
-use crate::domain::ids::CompanyId;
+use crate::domain::ids::{AgentId, CompanyId};
 use crate::domain::money::Nanos;
 
 /// All that a company has spent.
@@ -145,4 +147,121 @@ pub async fn fold_costs(pool: &PgPool) -> Result<u64, StoreError> {
     .fetch_one(pool)
     .await?;
     Ok(u64::try_from(folded).unwrap_or(0))
+}
+
+/// What was spent on one thing.
+#[derive(Debug, Clone)]
+pub struct Spent {
+    /// Whose.
+    pub company: CompanyId,
+    /// By whom; nobody for tools that a playbook uses directly.
+    pub agent: Option<AgentId>,
+    /// On what.
+    pub category: String,
+    /// How much.
+    pub nanos: Nanos,
+}
+
+/// What some companies have spent from a time until before another: whole
+/// quarters of an hour from the sums and the deltas that are not folded yet,
+/// the edges from the ledger itself.
+pub async fn spent(
+    tx: &mut PgConnection,
+    companies: &[Uuid],
+    agent: Option<AgentId>,
+    since: DateTime<Utc>,
+    end: DateTime<Utc>,
+) -> Result<Vec<Spent>, StoreError> {
+    let rows = sqlx::query!(
+        r#"with bounds as (
+               select date_bin('15 minutes', $3::timestamptz + interval '15 minutes' - interval '1 microsecond', 'epoch') as first,
+                   greatest(date_bin('15 minutes', $4::timestamptz, 'epoch'),
+                            date_bin('15 minutes', $3::timestamptz + interval '15 minutes' - interval '1 microsecond', 'epoch')) as last
+           ),
+           parts as (
+               select r.company_id, r.agent_id, r.category, r.nanos
+               from unnest($1::uuid[]) as c (company_id)
+               cross join bounds b
+               join cost_rollups r on r.company_id = c.company_id and r.quarter >= b.first and r.quarter < b.last
+               union all
+               select d.company_id, d.agent_id, d.category, d.nanos
+               from unnest($1::uuid[]) as c (company_id)
+               cross join bounds b
+               join cost_deltas d on d.company_id = c.company_id and d.at >= b.first and d.at < b.last
+               union all
+               select l.company_id, coalesce(l.agent_id, '00000000-0000-0000-0000-000000000000'), l.category, l.nanos
+               from unnest($1::uuid[]) as c (company_id)
+               cross join bounds b
+               join ledger l on l.company_id = c.company_id
+                   and (l.at >= $3 and l.at < least(b.first, $4) or l.at >= b.last and l.at < $4)
+           )
+           select company_id as "company_id!", agent_id as "agent_id!", category as "category!", sum(nanos)::bigint as "nanos!"
+           from parts
+           where $2::uuid is null or agent_id = $2
+           group by company_id, agent_id, category
+           order by company_id, agent_id, category"#,
+        companies,
+        agent.map(|agent| agent.0),
+        since,
+        end,
+    )
+    .fetch_all(tx)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Spent {
+            company: CompanyId(row.company_id),
+            agent: (!row.agent_id.is_nil()).then_some(AgentId(row.agent_id)),
+            category: row.category,
+            nanos: Nanos(row.nanos),
+        })
+        .collect())
+}
+
+/// What was spent on a calendar day of a time zone, by category.
+#[derive(Debug, Clone)]
+pub struct SpentOnDay {
+    /// The day.
+    pub day: NaiveDate,
+    /// On what.
+    pub category: String,
+    /// How much.
+    pub nanos: Nanos,
+}
+
+/// What a company has spent on each calendar day of a time zone, from a time
+/// until before another, both of them a day's beginning there.
+pub async fn spent_daily(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    since: DateTime<Utc>,
+    end: DateTime<Utc>,
+    zone: &str,
+) -> Result<Vec<SpentOnDay>, StoreError> {
+    let rows = sqlx::query!(
+        r#"select (s.at at time zone $4)::date as "day!", s.category as "category!", sum(s.nanos)::bigint as "nanos!"
+           from (
+               select quarter as at, category, nanos from cost_rollups
+               where company_id = $1 and quarter >= $2 and quarter < $3
+               union all
+               select at, category, nanos from cost_deltas where company_id = $1 and at >= $2 and at < $3
+           ) s
+           group by 1, 2
+           order by 1, 2"#,
+        company.0,
+        since,
+        end,
+        zone,
+    )
+    .fetch_all(tx)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| SpentOnDay { day: row.day, category: row.category, nanos: Nanos(row.nanos) })
+        .collect())
+}
+
+/// The database's time: what "today" means.
+pub async fn now(tx: &mut PgConnection) -> Result<DateTime<Utc>, StoreError> {
+    Ok(sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(tx).await?)
 }

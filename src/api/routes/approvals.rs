@@ -188,6 +188,13 @@ pub(super) struct ApproveBody {
     pub note: Option<String>,
 }
 
+impl ApproveBody {
+    /// The note, checked.
+    pub fn note(self) -> Result<Option<String>, ApiError> {
+        bounded("note", self.note)
+    }
+}
+
 /// What is said with a rejection.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -243,7 +250,7 @@ async fn approve(
     Path(approval): Path<String>,
     Body { body, digest }: Body<ApproveBody>,
 ) -> Result<Response, ApiError> {
-    let verdict = Verdict::Approve { note: bounded("note", body.note)? };
+    let verdict = Verdict::Approve { note: body.note()? };
     decided(&state, &caller, &approval, digest, &verdict).await
 }
 

@@ -1,10 +1,14 @@
 //! One file a resource.
 
+pub(super) mod activity;
 pub(super) mod agents;
 pub(super) mod approvals;
 pub(super) mod companies;
+pub(super) mod costs;
+pub(super) mod keys;
 pub(super) mod playbooks;
 pub(super) mod runs;
+pub(super) mod tasks;
 mod templates;
 
 use super::openapi::Routes;

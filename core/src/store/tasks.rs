@@ -1,0 +1,249 @@
+//! Tasks.
+
+use chrono::{DateTime, Utc};
+use serde_json::Value;
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use super::StoreError;
+use crate::domain::ids::{AgentId, CompanyId, RunId, TaskId};
+use crate::domain::money::Nanos;
+
+/// A task to be.
+#[derive(Debug)]
+pub struct NewTask<'a> {
+    /// Its id.
+    pub task: TaskId,
+    /// Whose.
+    pub company: CompanyId,
+    /// Who is to do it.
+    pub agent: Option<AgentId>,
+    /// In short.
+    pub title: &'a str,
+    /// In full.
+    pub description: Option<&'a str>,
+    /// `pending` or `pending_approval`.
+    pub status: &'a str,
+    /// How urgent.
+    pub priority: &'a str,
+    /// The client's own.
+    pub metadata: &'a Value,
+}
+
+/// A task.
+#[derive(Debug, Clone)]
+pub struct TaskRow {
+    /// Whose.
+    pub company_id: Uuid,
+    /// Which.
+    pub id: Uuid,
+    /// Who is to do it.
+    pub agent_id: Option<Uuid>,
+    /// In short.
+    pub title: String,
+    /// In full.
+    pub description: Option<String>,
+    /// Its status.
+    pub status: String,
+    /// How urgent.
+    pub priority: String,
+    /// The client's own.
+    pub metadata: Value,
+    /// What a person said when refusing it.
+    pub feedback: Option<String>,
+    /// When a person let it be done.
+    pub approved_at: Option<DateTime<Utc>>,
+    /// What came of it.
+    pub result: Option<Value>,
+    /// What went wrong.
+    pub error: Option<Value>,
+    /// The run that it came from.
+    pub run_id: Option<Uuid>,
+    /// What it has cost.
+    pub cost_nanos: i64,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+    /// When it last changed.
+    pub updated_at: DateTime<Utc>,
+    /// When it ended.
+    pub ended_at: Option<DateTime<Utc>>,
+}
+
+impl TaskRow {
+    /// Which.
+    pub fn task(&self) -> TaskId {
+        TaskId(self.id)
+    }
+
+    /// The run that it came from.
+    pub fn run(&self) -> Option<RunId> {
+        self.run_id.map(RunId)
+    }
+
+    /// What it has cost.
+    pub fn cost(&self) -> Nanos {
+        Nanos(self.cost_nanos)
+    }
+}
+
+/// Stores a task.
+pub async fn insert(tx: &mut PgConnection, new: &NewTask<'_>) -> Result<(), StoreError> {
+    sqlx::query!(
+        "insert into tasks (company_id, id, agent_id, title, description, status, priority, metadata)
+         values ($1, $2, $3, $4, $5, $6, $7, $8)",
+        new.company.0,
+        new.task.0,
+        new.agent.map(|agent| agent.0),
+        new.title,
+        new.description,
+        new.status,
+        new.priority,
+        new.metadata,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Whoever has least to do among a company's agents that work.
+pub async fn least_busy_agent(tx: &mut PgConnection, company: CompanyId) -> Result<Option<AgentId>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "select a.id from agents a
+         where a.company_id = $1 and a.status in ('active', 'initializing')
+         order by (select count(*) from tasks t
+                   where t.company_id = $1 and t.agent_id = a.id
+                       and t.status in ('pending', 'pending_approval', 'in_progress')), a.id
+         limit 1",
+        company.0,
+    )
+    .fetch_optional(tx)
+    .await?
+    .map(AgentId))
+}
+
+/// One task; locked, for a change.
+pub async fn lock(tx: &mut PgConnection, company: CompanyId, task: TaskId) -> Result<Option<TaskRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        TaskRow,
+        "select company_id, id, agent_id, title, description, status, priority, metadata, feedback, approved_at, result,
+                error, run_id, cost_nanos, created_at, updated_at, ended_at
+         from tasks where company_id = $1 and id = $2 for update",
+        company.0,
+        task.0,
+    )
+    .fetch_optional(tx)
+    .await?)
+}
+
+/// What picks tasks out of a company.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TaskFilter<'a> {
+    /// One.
+    pub task: Option<TaskId>,
+    /// By status.
+    pub status: Option<&'a str>,
+    /// Whose work.
+    pub agent: Option<AgentId>,
+    /// How urgent.
+    pub priority: Option<&'a str>,
+    /// Made at this time or later.
+    pub since: Option<DateTime<Utc>>,
+    /// Older than this one.
+    pub before: Option<Uuid>,
+}
+
+/// A page of a company's tasks, newest first.
+pub async fn list(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    filter: TaskFilter<'_>,
+    limit: i64,
+) -> Result<Vec<TaskRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        TaskRow,
+        "select company_id, id, agent_id, title, description, status, priority, metadata, feedback, approved_at, result,
+                error, run_id, cost_nanos, created_at, updated_at, ended_at
+         from tasks
+         where company_id = $1
+             and ($2::uuid is null or id = $2)
+             and ($3::text is null or status = $3)
+             and ($4::uuid is null or agent_id = $4)
+             and ($5::text is null or priority = $5)
+             and ($6::timestamptz is null or created_at >= $6)
+             and ($7::uuid is null or id < $7)
+         order by id desc
+         limit $8",
+        company.0,
+        filter.task.map(|task| task.0),
+        filter.status,
+        filter.agent.map(|agent| agent.0),
+        filter.priority,
+        filter.since,
+        filter.before,
+        limit,
+    )
+    .fetch_all(tx)
+    .await?)
+}
+
+/// Sets a task's status, decided under its lock.
+pub async fn set_status(
+    tx: &mut PgConnection,
+    row: &TaskRow,
+    status: &str,
+    approved: bool,
+    feedback: Option<&str>,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "update tasks
+         set status = $3, feedback = coalesce($5, feedback), updated_at = clock_timestamp(),
+             approved_at = case when $4 then clock_timestamp() else approved_at end,
+             ended_at = case when $3 in ('completed', 'rejected', 'failed', 'cancelled') then clock_timestamp() end
+         where company_id = $1 and id = $2 and status = $6",
+        row.company_id,
+        row.id,
+        status,
+        approved,
+        feedback,
+        row.status,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Changes of a task; what is left out stays.
+#[derive(Debug, Default)]
+pub struct TaskChanges<'a> {
+    /// In short.
+    pub title: Option<&'a str>,
+    /// In full.
+    pub description: Option<&'a str>,
+    /// Who is to do it.
+    pub agent: Option<AgentId>,
+    /// How urgent.
+    pub priority: Option<&'a str>,
+    /// Merged.
+    pub metadata: Option<Value>,
+}
+
+/// Changes what is given of a task that is locked.
+pub async fn update(tx: &mut PgConnection, row: &TaskRow, changes: &TaskChanges<'_>) -> Result<(), StoreError> {
+    sqlx::query!(
+        "update tasks
+         set title = coalesce($3, title), description = coalesce($4, description), agent_id = coalesce($5, agent_id),
+             priority = coalesce($6, priority), metadata = metadata || coalesce($7::jsonb, '{}'::jsonb),
+             updated_at = clock_timestamp()
+         where company_id = $1 and id = $2",
+        row.company_id,
+        row.id,
+        changes.title,
+        changes.description,
+        changes.agent.map(|agent| agent.0),
+        changes.priority,
+        changes.metadata,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
