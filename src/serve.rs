@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::admission::Admission;
 use crate::api::peer::TrustedProxies;
+use crate::api::stream::hub::Hub;
 use crate::api::{self, ApiState, Limits, server};
 
 /// Where runs keep their files when nothing else is said.
@@ -177,6 +178,7 @@ pub fn connections(workers: u32) -> u32 {
 /// What the API needs of a database.
 pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationToken) -> anyhow::Result<ApiState> {
     let pool = store::pool(url, PoolKind::Requests, SYSTEM_CONNECTIONS)?;
+    let hub = Hub::start(pool.clone());
     let engine = Engine::new(pool).with_waker(Waker::start(url)).with_group_commit();
     let proxies = std::env::var("CAPX_TRUSTED_PROXIES").unwrap_or_default();
     Ok(ApiState {
@@ -184,6 +186,7 @@ pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationTok
         tenants: store::pool(url, PoolKind::Tenants, API_CONNECTIONS)?,
         admission: Admission::start(store::pool(url, PoolKind::Meter, METER_CONNECTIONS)?),
         proxies: TrustedProxies::parse(&proxies).map_err(anyhow::Error::msg)?,
+        hub,
         document: Arc::from(""),
         metrics,
         stopping,
@@ -214,7 +217,8 @@ pub async fn health(url: &str, bind: &str, stop: &CancellationToken) -> anyhow::
     let state = ApiState {
         engine: Engine::new(pool.clone()),
         tenants: pool.clone(),
-        admission: Admission::shut(pool),
+        admission: Admission::shut(pool.clone()),
+        hub: Hub::silent(pool),
         proxies: TrustedProxies::default(),
         document: Arc::from(""),
         metrics: metrics()?,

@@ -5,7 +5,8 @@
 //! request passes (an id, a task of its own, a log line), [`admission`] the
 //! limits of accounts, [`auth`] who calls, [`body`], [`reply`] and [`error`]
 //! how requests are read and answers told, [`command`] how something is
-//! changed, [`openapi`] the document, [`routes`] one file a resource.
+//! changed, [`stream`] server-sent events, [`openapi`] the document, [`routes`]
+//! one file a resource.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,11 +32,13 @@ pub mod reply;
 mod request;
 mod routes;
 pub mod server;
+pub mod stream;
 
 pub use error::ApiError;
 
 use admission::Admission;
 use peer::TrustedProxies;
+use stream::hub::Hub;
 
 /// The largest body of a request, in bytes.
 pub const BODY_BYTES_MAX: usize = 1024 * 1024;
@@ -79,6 +82,8 @@ pub struct ApiState {
     pub tenants: PgPool,
     /// Keys, limits and credits.
     pub admission: Admission,
+    /// The reader of the log for streams.
+    pub hub: Hub,
     /// Whom to believe where a request comes from.
     pub proxies: TrustedProxies,
     /// The OpenAPI document, as JSON.

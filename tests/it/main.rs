@@ -18,4 +18,5 @@ mod rooms;
 mod runs;
 mod schedules;
 mod seeds;
+mod streams;
 mod tenancy;

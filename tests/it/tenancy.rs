@@ -19,7 +19,7 @@ fn body() -> Value {
 
 impl Api {
     /// The same client with another key.
-    fn with(&self, key: &str) -> Api {
+    pub fn with(&self, key: &str) -> Api {
         Api {
             base: self.base.clone(),
             key: key.to_owned(),

@@ -86,7 +86,7 @@ pub struct EventRow {
 
 /// The events of a run after a number, in order.
 pub async fn of_run(
-    pool: &PgPool,
+    executor: impl Executor<'_, Database = Postgres>,
     company: CompanyId,
     run: RunId,
     after: i64,
@@ -100,7 +100,7 @@ pub async fn of_run(
         after,
         limit,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?;
     Ok(rows
         .into_iter()
@@ -398,4 +398,22 @@ pub async fn place_of(tx: &mut PgConnection, companies: &[Uuid], event: EventId)
     let Some(xid) = found else { return Ok(None) };
     let xid = xid.parse().map_err(|_| StoreError::Unreadable("a transaction id".into()))?;
     Ok(Some(Place { xid, id: event.0 }))
+}
+
+/// The number of an event within its run.
+pub async fn number_of(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    event: EventId,
+) -> Result<Option<i64>, StoreError> {
+    let seq = sqlx::query_scalar!(
+        "select seq from events where company_id = $1 and run_id = $2 and id = $3",
+        company.0,
+        run.0,
+        event.0,
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(seq.flatten())
 }

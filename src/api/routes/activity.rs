@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use axum::extract::State;
+use axum::http::HeaderMap;
 use axum::response::Response;
 use capx_core::domain::event::{ACTIVITY_TYPES, activity_action, activity_type, resource, summary};
 use capx_core::domain::ids::{AgentId, CompanyId, EventId};
@@ -22,6 +23,8 @@ use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Path, Query, limit};
 use crate::api::period;
 use crate::api::reply::{Many, Page, Time, page, wrong_cursor};
+use crate::api::stream::hub::Topic;
+use crate::api::stream::{self, Filter};
 use crate::api::{ApiError, Shared};
 
 /// Companies that one answer looks through, the newest.
@@ -30,11 +33,12 @@ const COMPANIES_MAX: i64 = 500;
 const COMMON: &[&str] = &["step", "playbook", "rubric"];
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
-    routes.with(Scope::ActivityRead, 1, routes!(of_company)).with(Scope::AgentsRead, 1, routes!(of_agent)).with(
-        Scope::ActivityRead,
-        1,
-        routes!(of_account),
-    )
+    routes
+        .with(Scope::ActivityRead, 1, routes!(of_company))
+        .with(Scope::AgentsRead, 1, routes!(of_agent))
+        .with(Scope::ActivityRead, 1, routes!(of_account))
+        .with(Scope::ActivityRead, 1, routes!(stream_of_account))
+        .with(Scope::AgentsRead, 1, routes!(logs))
 }
 
 /// Something that happened.
@@ -83,12 +87,19 @@ struct Resource {
     id: String,
 }
 
-fn agent_of(row: &FeedRow) -> Option<AgentId> {
+/// The agent that an event is about.
+pub(in crate::api) fn agent_of(row: &FeedRow) -> Option<AgentId> {
     row.event.data.get("agent_id")?.as_str()?.parse().ok()
 }
 
 impl Activity {
-    fn new(row: FeedRow, roles: &HashMap<AgentId, String>) -> Self {
+    /// Its activity type.
+    pub fn kind(&self) -> &'static str {
+        self.r#type
+    }
+
+    /// An event as answers show it.
+    pub fn new(row: FeedRow, roles: &HashMap<AgentId, String>) -> Self {
         let agent = agent_of(&row);
         let role = agent.and_then(|agent| roles.get(&agent).cloned());
         let event = row.event;
@@ -122,6 +133,10 @@ struct FeedQuery {
     since: Option<String>,
     /// Events up to this time (ISO 8601).
     until: Option<String>,
+    /// Server-sent events instead of a page: what happens next, or what
+    /// happened behind `Last-Event-ID`, `cursor` or `since`.
+    #[param(default = false)]
+    stream: Option<bool>,
     /// Results of a page.
     #[param(minimum = 1, maximum = 200, default = 50)]
     limit: Option<i64>,
@@ -205,15 +220,16 @@ async fn read(tx: &mut PgConnection, feed: Feed<'_>) -> Result<Page<Activity>, A
 
 /// A company's activity
 ///
-/// Oldest first.
+/// Oldest first; with `stream=true` as server-sent events.
 #[utoipa::path(get, path = "/companies/{company}/activity", tag = "Activity",
     params(("company" = String, Path, description = "`co_…`"), FeedQuery),
-    responses((status = 200, description = "A page.", body = Many<Activity>)))]
+    responses((status = 200, description = "A page.", content((Many<Activity> = "application/json"), (String = "text/event-stream")))))]
 async fn of_company(
     State(state): Shared,
     caller: Caller,
     Path(company): Path<String>,
     Query(query): Query<FeedQuery>,
+    headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let mut tx = caller.read(&state).await?;
     let company = caller.company_id(&mut tx, &company).await?;
@@ -221,6 +237,11 @@ async fn of_company(
         Some(agent) => Some(agents::find(&mut tx, company, agent).await?.agent),
         None => None,
     };
+    if query.stream == Some(true) {
+        drop(tx);
+        let filter = Filter { agent, ..filter(Topic::Company(company), &query)? };
+        return stream::open(&state, caller, filter, &headers, query.cursor.as_deref()).await;
+    }
     let feed = Feed { companies: vec![company.0], agent, query: &query, newest_first: false, limits: (50, 200) };
     let page = read(&mut tx, feed).await?;
     caller.list(page)
@@ -242,7 +263,7 @@ async fn of_agent(
     let company = caller.company_id(&mut tx, &company).await?;
     let agent = agents::find(&mut tx, company, &agent).await?.agent;
     let AgentFeedQuery { r#type, since, until, limit, cursor } = query;
-    let query = FeedQuery { r#type, agent_id: None, since, until, limit, cursor };
+    let query = FeedQuery { r#type, agent_id: None, since, until, stream: None, limit, cursor };
     let feed =
         Feed { companies: vec![company.0], agent: Some(agent), query: &query, newest_first: true, limits: (25, 100) };
     let page = read(&mut tx, feed).await?;
@@ -268,6 +289,65 @@ async fn of_account(
     let feed = Feed { companies, agent, query: &query, newest_first: true, limits: (50, 200) };
     let page = read(&mut tx, feed).await?;
     caller.list(page)
+}
+
+/// What a stream shows, as far as its query says.
+fn filter(topic: Topic, query: &FeedQuery) -> Result<Filter, ApiError> {
+    kinds(query.r#type.as_deref())?;
+    if query.until.is_some() {
+        return Err(ApiError::field("until", "is for pages: a stream has no end"));
+    }
+    let mut known = ACTIVITY_TYPES.iter().map(|(activity, _)| *activity);
+    Ok(Filter {
+        kind: query.r#type.as_deref().and_then(|name| known.find(|activity| *activity == name)),
+        since: period::since("since", query.since.as_deref())?,
+        ..Filter::all(topic)
+    })
+}
+
+/// Stream all activity
+///
+/// Server-sent events of the companies that the key may see: what happens next,
+/// or what happened behind `Last-Event-ID`, `cursor` or `since`.
+#[utoipa::path(get, path = "/activity/stream", tag = "Activity", params(FeedQuery),
+    responses((status = 200, description = "The stream.", body = String, content_type = "text/event-stream")))]
+async fn stream_of_account(
+    State(state): Shared,
+    caller: Caller,
+    Query(query): Query<FeedQuery>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let agent = match query.agent_id.as_deref() {
+        Some(agent) => Some(agent.parse().map_err(|_| ApiError::NotFound("agent"))?),
+        None => None,
+    };
+    let topic = caller.company.map_or(Topic::Account(caller.account), Topic::Company);
+    let filter = Filter { agent, ..filter(topic, &query)? };
+    stream::open(&state, caller, filter, &headers, query.cursor.as_deref()).await
+}
+
+/// Stream an agent's log
+///
+/// Server-sent events about it: what happens next, or what happened behind
+/// `Last-Event-ID`, `cursor` or `since`.
+#[utoipa::path(get, path = "/companies/{company}/agents/{agent}/logs", tag = "Activity",
+    params(("company" = String, Path, description = "`co_…`"), ("agent" = String, Path, description = "`ag_…` or a role"), AgentFeedQuery),
+    responses((status = 200, description = "The stream.", body = String, content_type = "text/event-stream")))]
+async fn logs(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, agent)): Path<(String, String)>,
+    Query(query): Query<AgentFeedQuery>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let mut tx = caller.read(&state).await?;
+    let company = caller.company_id(&mut tx, &company).await?;
+    let agent = agents::find(&mut tx, company, &agent).await?.agent;
+    drop(tx);
+    let AgentFeedQuery { r#type, since, until, limit, cursor } = query;
+    let query = FeedQuery { r#type, agent_id: None, since, until, stream: Some(true), limit, cursor };
+    let filter = Filter { agent: Some(agent), ..filter(Topic::Company(company), &query)? };
+    stream::open(&state, caller, filter, &headers, query.cursor.as_deref()).await
 }
 
 #[cfg(test)]

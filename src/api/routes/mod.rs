@@ -1,6 +1,6 @@
 //! One file a resource.
 
-pub(super) mod activity;
+pub(in crate::api) mod activity;
 pub(super) mod agents;
 pub(super) mod approvals;
 pub(super) mod companies;

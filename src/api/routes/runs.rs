@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use capx_core::domain::ids::{AgentId, ApprovalId, CompanyId, PlaybookId, RunId};
 use capx_core::domain::playbook::Playbook;
@@ -37,6 +37,7 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::PlaybooksRead, 1, routes!(list_of_account))
         .with(Scope::PlaybooksRead, 1, routes!(one))
         .with(Scope::PlaybooksWrite, 2, routes!(cancel))
+        .with(Scope::PlaybooksRead, 1, routes!(stream))
 }
 
 /// What a run is started with.
@@ -550,4 +551,25 @@ async fn cancel(
     let row = find(command.tx(), &caller, ids).await?;
     let shown = show(&state, command.tx(), &caller, ids.0, row).await?;
     command.finish(StatusCode::OK, shown).await
+}
+
+/// Stream a run's events
+///
+/// Server-sent events from its first on, or from behind `Last-Event-ID`; the
+/// stream ends with the run.
+#[utoipa::path(get, path = "/companies/{company}/playbooks/{playbook}/runs/{run}/events", tag = "Runs",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"),
+        ("run" = String, Path, description = "`run_…`")),
+    responses((status = 200, description = "The stream.", body = String, content_type = "text/event-stream")))]
+async fn stream(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook, run)): Path<(String, String, String)>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let ids = ids(&company, &playbook, &run)?;
+    let mut tx = caller.read(&state).await?;
+    find(&mut tx, &caller, ids).await?;
+    drop(tx);
+    crate::api::stream::open_run(&state, caller, ids.0, ids.2, &headers).await
 }
