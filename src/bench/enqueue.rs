@@ -24,7 +24,7 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
 async fn single(bench: &Bench) -> anyhow::Result<f64> {
     bench.reset().await?;
     let each = bench.amount(50_000) / TASKS;
-    let enqueuer = Enqueuer::start(bench.pool.clone(), bench.engine.waker.clone());
+    let enqueuer = Enqueuer::start(bench.engine.pool.clone(), bench.engine.waker.clone());
     let company = bench.company;
     let began = Instant::now();
     let tasks: Vec<_> = (0..TASKS)
@@ -50,7 +50,7 @@ async fn bulk(bench: &Bench) -> anyhow::Result<f64> {
     let (companies, refs) = (vec![bench.company.0; BULK], vec![None; BULK]);
     let began = Instant::now();
     for _ in 0..count / BULK {
-        jobs::enqueue_bulk(&bench.pool, queue::BENCH, kind::NOOP, Duration::ZERO, &companies, &refs).await?;
+        jobs::enqueue_bulk(&bench.engine.pool, queue::BENCH, kind::NOOP, Duration::ZERO, &companies, &refs).await?;
     }
     Ok(count as f64 / began.elapsed().as_secs_f64())
 }

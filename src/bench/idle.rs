@@ -24,6 +24,7 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     fresh.autovacuum(false).await?;
     let measured = measure(&fresh, report).await;
     fresh.autovacuum(true).await?;
+    fresh.engine.pool.close().await;
     fresh.pool.close().await;
     sqlx::raw_sql(sqlx::AssertSqlSafe(drop)).execute(&bench.pool).await?;
     measured

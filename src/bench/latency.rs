@@ -22,7 +22,7 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     let running = Running::start(worker);
     bench.await_workers(1).await?;
     let bar = report.progress("latency", samples as u64);
-    let enqueuer = Enqueuer::start(bench.pool.clone(), bench.engine.waker.clone());
+    let enqueuer = Enqueuer::start(bench.engine.pool.clone(), bench.engine.waker.clone());
     let job = NewJob::new(queue::BENCH, kind::NOOP, bench.company);
     let mut took = Vec::with_capacity(samples);
     let mut enqueue_took = Vec::with_capacity(samples);

@@ -151,7 +151,7 @@ impl Bench {
                 (url, Some(scratch))
             }
         };
-        let pool = store::pool(&url, PoolKind::Queue, 16)?;
+        let pool = store::pool(&url, PoolKind::Owner, 4)?;
         store::migrate(&pool).await.context("cannot migrate the database")?;
         let others: bool =
             sqlx::query_scalar("select exists (select from accounts where name <> 'bench')").fetch_one(&pool).await?;
@@ -164,7 +164,7 @@ impl Bench {
         }
         let company = scratch_company(&pool).await?;
         Ok(Self {
-            engine: Engine::new(pool.clone()).with_waker(Waker::start(&url)),
+            engine: Engine::new(store::pool(&url, PoolKind::Queue, 16)?).with_waker(Waker::start(&url)),
             url,
             pool,
             company,
@@ -188,11 +188,11 @@ impl Bench {
 
     /// The same bench over another database of the server.
     pub(crate) async fn at(&self, url: &str) -> anyhow::Result<Self> {
-        let pool = store::pool(url, PoolKind::Queue, 4)?;
+        let pool = store::pool(url, PoolKind::Owner, 2)?;
         store::migrate(&pool).await?;
         let company = scratch_company(&pool).await?;
         Ok(Self {
-            engine: Engine::new(pool.clone()).with_waker(Waker::start(url)),
+            engine: Engine::new(store::pool(url, PoolKind::Queue, 4)?).with_waker(Waker::start(url)),
             url: url.to_owned(),
             pool,
             company,
@@ -212,7 +212,7 @@ impl Bench {
     /// Clears the queue and lets the server settle, so that one benchmark
     /// does not pay for another's.
     pub(crate) async fn reset(&self) -> anyhow::Result<()> {
-        sqlx::raw_sql("truncate jobs, runs, run_steps, events, approvals, dead_letters, worker_sessions")
+        sqlx::raw_sql("truncate jobs, runs, run_steps, events, approvals, dead_letters, worker_sessions, run_deltas")
             .execute(&self.pool)
             .await?;
         sqlx::raw_sql("vacuum analyze jobs").execute(&self.pool).await?;

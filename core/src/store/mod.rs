@@ -105,7 +105,8 @@ pub fn connect_options(url: &str, kind: PoolKind) -> Result<PgConnectOptions, St
     let no_wait = [("synchronous_commit", "off")];
     let system = [("role", SYSTEM_ROLE)];
     Ok(match kind {
-        PoolKind::Owner => options.options(anew),
+        // A migration takes the time that it takes.
+        PoolKind::Owner => options.options([("plan_cache_mode", "force_custom_plan")]),
         PoolKind::Requests => options.options(system).options(anew),
         PoolKind::Tenants => options.options([("role", TENANT_ROLE)]).options(anew),
         PoolKind::Meter => options.options(system).options(no_wait).options([("statement_timeout", "15s")]),

@@ -15,6 +15,9 @@ use super::{Shared, WorkerConfig, pause, vital};
 /// Sweeps of a lease, besides those that a look calls for when it finds a
 /// silent worker.
 const SWEEPS_A_LEASE: u32 = 2;
+/// Sweeps between two rounds of upkeep, which an idle worker should not pay for
+/// more often.
+const SWEEPS_AN_UPKEEP: u64 = 2;
 /// A job whose worker died waits this part of a lease before its first
 /// retake, doubling with each death.
 const RETAKE_PART: u32 = 60;
@@ -91,10 +94,12 @@ async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
             Ok(_) => {}
             Err(error) => tracing::debug!(%error, "a sweep failed"),
         }
-        if let Err(error) = shared.watchdog.answer("an upkeep", upkeep::round(&shared.engine)).await {
+        rounds += 1;
+        if rounds.is_multiple_of(SWEEPS_AN_UPKEEP)
+            && let Err(error) = shared.watchdog.answer("an upkeep", upkeep::round(&shared.engine)).await
+        {
             tracing::debug!(%error, "an upkeep failed");
         }
-        rounds += 1;
         if rounds.is_multiple_of(1_000)
             && let Err(error) = shared.watchdog.answer("a pruning", sessions::prune(&shared.engine.pool)).await
         {
