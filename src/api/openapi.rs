@@ -166,3 +166,24 @@ fn document() -> OpenApi {
 pub(super) async fn serve(State(state): Shared) -> Response {
     ([(CONTENT_TYPE, "application/json")], Arc::clone(&state.document).to_string()).into_response()
 }
+
+const CURSOR: &str = "`meta.cursor` of the page before.";
+
+/// The schema of a filter that names one of a few.
+pub(super) fn names(known: &[&str]) -> utoipa::openapi::schema::Object {
+    ObjectBuilder::new().schema_type(Type::String).enum_values(Some(known.iter().copied())).build()
+}
+
+/// The schema of a cursor of a list that goes by id.
+pub(super) fn id_cursor() -> utoipa::openapi::schema::Object {
+    ObjectBuilder::new().schema_type(Type::String).pattern(Some("^[0-9a-f]{32}$")).description(Some(CURSOR)).build()
+}
+
+/// The schema of a cursor of a feed.
+pub(super) fn place_cursor() -> utoipa::openapi::schema::Object {
+    ObjectBuilder::new()
+        .schema_type(Type::String)
+        .pattern(Some("^[1-9a-f][0-9a-f]{0,14}-[0-9a-f]{32}$"))
+        .description(Some(CURSOR))
+        .build()
+}

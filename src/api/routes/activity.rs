@@ -25,12 +25,17 @@ use crate::api::period;
 use crate::api::reply::{Many, Page, Time, page, wrong_cursor};
 use crate::api::stream::hub::Topic;
 use crate::api::stream::{self, Filter};
-use crate::api::{ApiError, Shared};
+use crate::api::{ApiError, Shared, openapi};
 
 /// Companies that one answer looks through, the newest.
 const COMPANIES_MAX: i64 = 500;
 /// The kinds of event that are most of the log.
 const COMMON: &[&str] = &["step", "playbook", "rubric"];
+
+fn types() -> utoipa::openapi::schema::Object {
+    let names: Vec<&str> = ACTIVITY_TYPES.iter().map(|(activity, _)| *activity).collect();
+    openapi::names(&names)
+}
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
     routes
@@ -126,6 +131,7 @@ impl Activity {
 #[into_params(parameter_in = Query)]
 struct FeedQuery {
     /// `heartbeat`, `task`, `playbook`, `error`, `governance`, `cost` or `tool_use`.
+    #[param(schema_with = types, required = false)]
     r#type: Option<String>,
     /// `ag_…`
     agent_id: Option<String>,
@@ -141,6 +147,7 @@ struct FeedQuery {
     #[param(minimum = 1, maximum = 200, default = 50)]
     limit: Option<i64>,
     /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::place_cursor, required = false)]
     cursor: Option<String>,
 }
 
@@ -149,6 +156,7 @@ struct FeedQuery {
 #[into_params(parameter_in = Query)]
 struct AgentFeedQuery {
     /// `heartbeat`, `task`, `error`, `tool_use`, or another type.
+    #[param(schema_with = types, required = false)]
     r#type: Option<String>,
     /// Events at this time (ISO 8601) or later.
     since: Option<String>,
@@ -158,6 +166,7 @@ struct AgentFeedQuery {
     #[param(minimum = 1, maximum = 100, default = 25)]
     limit: Option<i64>,
     /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::place_cursor, required = false)]
     cursor: Option<String>,
 }
 

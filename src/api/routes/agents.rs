@@ -20,7 +20,7 @@ use super::companies::Deleted;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
-use crate::api::{ApiError, Shared};
+use crate::api::{ApiError, Shared, openapi};
 
 /// The adapters that an agent may have. Workers know them too: the two meet
 /// in the database only, and a test compares them.
@@ -36,6 +36,10 @@ const MODEL_CHARS_MAX: usize = 200;
 const HEARTBEAT_INTERVAL_S: i64 = 300;
 /// What a filter by status may name.
 const STATUSES: &[&str] = &["initializing", "active", "paused", "errored"];
+
+fn statuses() -> utoipa::openapi::schema::Object {
+    openapi::names(STATUSES)
+}
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
     routes
@@ -345,11 +349,13 @@ async fn add(
 #[into_params(parameter_in = Query)]
 struct ListQuery {
     /// `active`, `paused`, `errored` or `initializing`.
+    #[param(schema_with = statuses, required = false)]
     status: Option<String>,
     /// Results of a page.
     #[param(minimum = 1, maximum = 100, default = 25)]
     limit: Option<i64>,
     /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::id_cursor, required = false)]
     cursor: Option<String>,
 }
 

@@ -15,11 +15,15 @@ use super::Routes;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Path, Query, limit, one_of};
 use crate::api::reply::{Many, One, Page, Time, cursor, id_cursor, page};
-use crate::api::{ApiError, ApiState, Shared};
+use crate::api::{ApiError, ApiState, Shared, openapi};
 
 /// What a filter by status may name.
 const STATUSES: &[&str] = &["pending", "approved", "rejected", "expired", "cancelled"];
 const WORDS_CHARS_MAX: usize = 10_000;
+
+fn statuses() -> utoipa::openapi::schema::Object {
+    openapi::names(STATUSES)
+}
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
     routes
@@ -110,11 +114,13 @@ impl Approval {
 #[into_params(parameter_in = Query)]
 struct ListQuery {
     /// `pending`, `approved`, `rejected`, `expired` or `cancelled`.
+    #[param(schema_with = statuses, required = false)]
     status: Option<String>,
     /// Results of a page.
     #[param(minimum = 1, maximum = 100, default = 25)]
     limit: Option<i64>,
     /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::id_cursor, required = false)]
     cursor: Option<String>,
 }
 

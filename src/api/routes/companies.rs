@@ -21,7 +21,7 @@ use super::templates;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
-use crate::api::{ApiError, Shared};
+use crate::api::{ApiError, Shared, openapi};
 
 /// The longest name of a company, in characters.
 const NAME_CHARS_MAX: usize = 200;
@@ -36,6 +36,10 @@ const CONFIG_KEYS: &[&str] = &["governance", "budget_limit_daily", "timezone"];
 /// What a policy may hold, in any of its documented forms.
 const GOVERNANCE_KEYS: &[&str] =
     &["mode", "spend_cap", "approval_required", "kill_switch", "approval", "spend_caps", "execution_policy"];
+
+fn statuses() -> utoipa::openapi::schema::Object {
+    openapi::names(STATUSES)
+}
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
     routes
@@ -360,11 +364,13 @@ fn new_company(company: CompanyId, account: AccountId, request: CreateCompany, c
 #[into_params(parameter_in = Query)]
 struct ListQuery {
     /// `running`, `paused`, `provisioning` or `stopped`.
+    #[param(schema_with = statuses, required = false)]
     status: Option<String>,
     /// Results of a page.
     #[param(minimum = 1, maximum = 100, default = 25)]
     limit: Option<i64>,
     /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::id_cursor, required = false)]
     cursor: Option<String>,
 }
 

@@ -19,7 +19,7 @@ use super::companies::Deleted;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Nothing, Path, Query, limit};
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
-use crate::api::{ApiError, Shared};
+use crate::api::{ApiError, Shared, openapi};
 
 const NAME_CHARS_MAX: usize = 200;
 
@@ -100,6 +100,7 @@ struct ListQuery {
     #[param(minimum = 1, maximum = 100, default = 25)]
     limit: Option<i64>,
     /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::id_cursor, required = false)]
     cursor: Option<String>,
 }
 

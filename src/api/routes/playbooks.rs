@@ -21,7 +21,7 @@ use super::companies::Deleted;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Nothing, Path, Query, Several, limit, one_of};
 use crate::api::reply::{Many, One, Page, Time, cursor, id_cursor, page};
-use crate::api::{ApiError, Shared};
+use crate::api::{ApiError, Shared, openapi};
 
 const NAME_CHARS_MAX: usize = 200;
 const DESCRIPTION_CHARS_MAX: usize = 10_000;
@@ -29,6 +29,10 @@ const TAGS_MAX: usize = 20;
 const TAG_CHARS_MAX: usize = 64;
 /// What a filter by status may name.
 const STATUSES: &[&str] = &["active", "paused", "archived"];
+
+fn statuses() -> utoipa::openapi::schema::Object {
+    openapi::names(STATUSES)
+}
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
     routes
@@ -291,6 +295,7 @@ async fn validate(caller: Caller, Body { body, .. }: Body<ValidateBody>) -> Resu
 #[into_params(parameter_in = Query)]
 struct ListQuery {
     /// `active`, `paused` or `archived`.
+    #[param(schema_with = statuses, required = false)]
     status: Option<String>,
     /// Those that have this tag; given several times, those that have all.
     #[param(value_type = Option<Vec<String>>, style = Form, explode)]
@@ -299,6 +304,7 @@ struct ListQuery {
     #[param(minimum = 1, maximum = 100, default = 25)]
     limit: Option<i64>,
     /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::id_cursor, required = false)]
     cursor: Option<String>,
 }
 
@@ -523,6 +529,7 @@ struct VersionsQuery {
     #[param(minimum = 1, maximum = 100, default = 25)]
     limit: Option<i64>,
     /// `meta.cursor` of the page before.
+    #[param(pattern = "^[1-9][0-9]{0,8}$")]
     cursor: Option<String>,
 }
 

@@ -22,12 +22,17 @@ use super::Routes;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Nothing, Path, Query, limit};
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
-use crate::api::{ApiError, ApiState, Shared};
+use crate::api::{ApiError, ApiState, Shared, openapi};
 
 /// The longest that an answer is held for the end of a run.
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// Between two looks at a run that is waited for.
 const WAIT_POLL: Duration = Duration::from_millis(100);
+
+fn statuses() -> utoipa::openapi::schema::Object {
+    let names: Vec<&str> = RunStatus::ALL.iter().map(|status| status.as_str()).collect();
+    openapi::names(&names)
+}
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
     routes
@@ -335,11 +340,13 @@ async fn find_any(
 #[into_params(parameter_in = Query)]
 struct ListQuery {
     /// `queued`, `running`, `suspended`, `completed`, `failed` or `cancelled`.
+    #[param(schema_with = statuses, required = false)]
     status: Option<String>,
     /// Results of a page.
     #[param(minimum = 1, maximum = 100, default = 25)]
     limit: Option<i64>,
     /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::id_cursor, required = false)]
     cursor: Option<String>,
 }
 

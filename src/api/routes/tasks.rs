@@ -21,10 +21,18 @@ use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
 use crate::api::period;
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
-use crate::api::{ApiError, ApiState, Shared};
+use crate::api::{ApiError, ApiState, Shared, openapi};
 
 const TITLE_CHARS_MAX: usize = 500;
 const DESCRIPTION_CHARS_MAX: usize = 20_000;
+
+fn statuses() -> utoipa::openapi::schema::Object {
+    openapi::names(STATUSES)
+}
+
+fn priorities() -> utoipa::openapi::schema::Object {
+    openapi::names(PRIORITIES)
+}
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
     routes
@@ -261,10 +269,12 @@ async fn direct(
 struct ListQuery {
     /// `pending`, `pending_approval`, `in_progress`, `completed`, `rejected`,
     /// `failed` or `cancelled`.
+    #[param(schema_with = statuses, required = false)]
     status: Option<String>,
     /// `ag_…` or a role.
     agent_id: Option<String>,
     /// `low`, `medium`, `high` or `critical`.
+    #[param(schema_with = priorities, required = false)]
     priority: Option<String>,
     /// Made at this time (ISO 8601) or later.
     since: Option<String>,
@@ -272,6 +282,7 @@ struct ListQuery {
     #[param(minimum = 1, maximum = 100, default = 25)]
     limit: Option<i64>,
     /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::id_cursor, required = false)]
     cursor: Option<String>,
 }
 
