@@ -14,6 +14,7 @@ begin
         execute format('revoke usage on schema %I from %I', current_schema(), one.rolname);
     end loop;
 end $$;
+alter table approvals drop constraint approvals_gate, add constraint approvals_gate unique (company_id, run_id, step);
 drop function tenant_account();
 drop function tenant_company();
 drop table tiers, event_marks, run_totals, run_deltas, cost_totals, cost_rollups, cost_deltas, ledger, tasks, idempotency_keys;

@@ -175,6 +175,10 @@ create table event_marks (
     newest xid8 not null default pg_snapshot_xmax(pg_current_snapshot())
 );
 
+-- A run's id names it alone. Behind the company, a plan made for a small table
+-- took the company's part of this index for the whole lookup.
+alter table approvals drop constraint approvals_gate, add constraint approvals_gate unique (run_id, step);
+
 -- The second wall. The API's statements run as capx_api, which owns nothing
 -- and sees what belongs to the account that its transaction names; everything
 -- else runs as capx_system. Roles belong to the whole server, so they may be

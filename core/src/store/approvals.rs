@@ -209,7 +209,8 @@ pub async fn pending_of(
     step: i32,
 ) -> Result<Option<ApprovalId>, StoreError> {
     Ok(sqlx::query_scalar!(
-        "select id from approvals where company_id = $1 and run_id = $2 and step = $3 and status = 'pending'",
+        "select id from (select * from approvals where run_id = $2 and step = $3 offset 0) a
+         where company_id = $1 and status = 'pending'",
         company.0,
         run.0,
         step,
