@@ -15,12 +15,11 @@ begin
     end loop;
 end $$;
 alter table approvals drop constraint approvals_gate, add constraint approvals_gate unique (company_id, run_id, step);
-drop function tenant_account();
-drop function tenant_company();
 drop table tiers, event_marks, run_totals, run_deltas, cost_totals, cost_rollups, cost_deltas, ledger, tasks, idempotency_keys;
 drop index jobs_parked;
 drop index events_agent;
 drop index events_rare;
+alter table events drop column rare_kind, drop column agent;
 drop index playbooks_by_id;
 alter table playbook_versions drop column step_count;
 alter table companies drop column paused_at, drop column stopped_at;

@@ -54,7 +54,7 @@ enum Command {
         #[command(subcommand)]
         command: KeysCommand,
     },
-    /// Measure this machine: jobs, steps, enqueues, latencies, idle cost.
+    /// Measure this machine: jobs, steps, enqueues, latencies, idle cost, the API.
     Bench(bench::BenchArgs),
 }
 
@@ -82,6 +82,7 @@ fn complain(error: &anyhow::Error) {
 }
 
 async fn run(cli: Cli) -> anyhow::Result<()> {
+    serve::raise_open_files();
     match cli.command {
         Command::Dev(args) => {
             telemetry::start("warn");

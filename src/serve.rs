@@ -157,6 +157,16 @@ const API_CONNECTIONS: u32 = 16;
 const SYSTEM_CONNECTIONS: u32 = 4;
 const METER_CONNECTIONS: u32 = 2;
 
+/// Lets the process have as many connections open as it may: what a shell gives
+/// by default is fewer than an API takes.
+pub fn raise_open_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where that is not allowed, the old limit does until it is reached.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
 /// Takes the address, or says what to do when somebody else has it.
 pub async fn listen(bind: &str) -> anyhow::Result<TcpListener> {
     TcpListener::bind(bind).await.map_err(|error| match error.kind() {

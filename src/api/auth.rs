@@ -14,7 +14,7 @@ use axum::response::{IntoResponse, Response};
 use capx_core::domain::ids::{AccountId, CompanyId, KeyId};
 use capx_core::domain::key::ApiKey;
 use capx_core::store::StoreError;
-use capx_core::store::tenancy::{self, Tenant};
+use capx_core::store::tenancy::{self, Plans, Tenant};
 use capx_core::store::tenants::{self, CompanyRow};
 use sqlx::{PgConnection, Postgres, Transaction};
 
@@ -239,9 +239,14 @@ impl Caller {
         Tenant { account: self.account, company: self.company }
     }
 
-    /// A transaction that sees what this caller may see.
+    /// A transaction that sees what this caller may see, for lists.
     pub async fn read(&self, state: &ApiState) -> Result<Transaction<'static, Postgres>, StoreError> {
-        tenancy::begin(&state.tenants, self.tenant()).await
+        tenancy::begin(&state.tenants, self.tenant(), Plans::Anew).await
+    }
+
+    /// The same, for rows that are named.
+    pub async fn look_up(&self, state: &ApiState) -> Result<Transaction<'static, Postgres>, StoreError> {
+        tenancy::begin(&state.tenants, self.tenant(), Plans::Kept).await
     }
 
     /// A company by the id in the path: 404 for what is not this caller's,
@@ -253,6 +258,8 @@ impl Caller {
 
     /// The same, where its id is all that is needed.
     pub async fn company_id(&self, tx: &mut PgConnection, id: &str) -> Result<CompanyId, ApiError> {
-        Ok(self.company_row(tx, id).await?.company)
+        let company: CompanyId = id.parse().map_err(|_| ApiError::NotFound("company"))?;
+        let seen = tenants::sees_company(tx, self.account, self.company, company).await?;
+        if seen { Ok(company) } else { Err(ApiError::NotFound("company")) }
     }
 }

@@ -76,7 +76,7 @@ fn cpu_seconds(pid: u32) -> f64 {
 
 /// Transactions of this database so far: every statement of an idle worker
 /// is one.
-async fn transactions(bench: &Bench) -> anyhow::Result<f64> {
+pub(super) async fn transactions(bench: &Bench) -> anyhow::Result<f64> {
     // The server's counters lag behind by up to a second.
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     let count: i64 = sqlx::query_scalar("select xact_commit from pg_stat_database where datname = current_database()")

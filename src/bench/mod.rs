@@ -4,6 +4,7 @@
 //! Against `CAPX_DATABASE_URL` (a scratch database: it writes into the tables)
 //! or a private server of its own with durable settings.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::dev::postgres::{Binaries, Options, Server};
 
+mod api;
 mod backlog;
 mod enqueue;
 mod idle;
@@ -49,6 +51,8 @@ pub enum What {
     Backlog,
     /// What an idle worker costs.
     Idle,
+    /// The REST API: requests, run starts, streams.
+    Api,
     /// All of them.
     All,
 }
@@ -137,6 +141,9 @@ async fn pass(bench: &Bench, report: &mut Report, what: What) -> anyhow::Result<
     }
     if wants(What::Idle) {
         idle::run(bench, report).await?;
+    }
+    if wants(What::Api) {
+        api::run(bench, report).await?;
     }
     Ok(())
 }
@@ -242,6 +249,27 @@ impl Bench {
             .spawn()
             .context("cannot start a worker process")?;
         Ok(Process(child))
+    }
+
+    /// An API process of its own, as an operator would start it, and where it
+    /// listens.
+    pub(crate) async fn api_process(&self) -> anyhow::Result<(SocketAddr, Process)> {
+        // Free a moment ago; whoever takes it meanwhile makes the start fail.
+        let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+        let child = std::process::Command::new(std::env::current_exe()?)
+            .args(["api", "--bind", &address.to_string()])
+            .env("CAPX_DATABASE_URL", &self.url)
+            .env("CAPX_LOG", "warn")
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .context("cannot start an API process")?;
+        let process = Process(child);
+        self.until(Duration::from_secs(20), "the API to start", || async {
+            Ok(tokio::net::TcpStream::connect(address).await.is_ok())
+        })
+        .await?;
+        Ok((address, process))
     }
 
     /// Waits until so many workers have sessions.

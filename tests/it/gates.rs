@@ -6,7 +6,7 @@ use capx_core::domain::ids::{ApprovalId, CompanyId, RunId};
 use capx_core::domain::run::RunStatus;
 use capx_core::engine::EngineError;
 use capx_core::engine::gates::Verdict;
-use capx_core::store::approvals::{self, Filter};
+use capx_core::store::approvals;
 use capx_core::store::{events, runs};
 use serde_json::json;
 
@@ -19,8 +19,7 @@ fn gated(approval: &str) -> String {
 }
 
 async fn pending(db: &Db, company: CompanyId, run: RunId) -> ApprovalId {
-    let filter = Filter { company: Some(company), run: Some(run), ..Filter::default() };
-    approvals::list(&db.pool, db.account, filter, 10).await.unwrap().remove(0).approval
+    approvals::pending_of_run(&db.pool, company, run).await.unwrap().remove(0).0
 }
 
 fn yes() -> Verdict {

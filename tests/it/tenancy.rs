@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use capx_core::domain::ids::{AccountId, CompanyId};
-use capx_core::store::tenancy::{self, Tenant};
+use capx_core::store::tenancy::{self, Plans, Tenant};
 use capx_core::store::{self, PoolKind, tenants};
 use serde_json::{Value, json};
 
@@ -245,7 +245,7 @@ async fn with_the_first_wall_gone_the_second_one_holds() {
     .await
     .unwrap();
     assert!(tables.len() > 15, "{tables:?}");
-    let mine = tenancy::begin(&pool, Tenant { account: db.account, company: None }).await.unwrap();
+    let mine = tenancy::begin(&pool, Tenant { account: db.account, company: None }, Plans::Anew).await.unwrap();
     drop(mine);
     let company_of_mine: CompanyId = co.parse().unwrap();
     for table in tables.iter().map(String::as_str).chain(["companies"]) {
@@ -260,7 +260,7 @@ async fn with_the_first_wall_gone_the_second_one_holds() {
         // A query that forgets its tenant, by another account.
         let column = if table == "companies" { "id" } else { "company_id" };
         let sql = format!("select count(*) from {table} where {column} = $1");
-        let mut tx = tenancy::begin(&pool, Tenant { account: theirs, company: None }).await.unwrap();
+        let mut tx = tenancy::begin(&pool, Tenant { account: theirs, company: None }, Plans::Anew).await.unwrap();
         let seen: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql.clone()))
             .bind(company_of_mine.0)
             .fetch_one(&mut *tx)
@@ -278,7 +278,7 @@ async fn with_the_first_wall_gone_the_second_one_holds() {
         assert_eq!(seen, 0, "{table}");
     }
     // The wall is not simply shut.
-    let mut tx = tenancy::begin(&pool, Tenant { account: db.account, company: None }).await.unwrap();
+    let mut tx = tenancy::begin(&pool, Tenant { account: db.account, company: None }, Plans::Anew).await.unwrap();
     for table in ["companies", "agents", "playbooks", "runs", "events"] {
         let sql = format!("select count(*) from {table}");
         let seen: i64 = sqlx::query_scalar(sqlx::AssertSqlSafe(sql)).fetch_one(&mut *tx).await.unwrap();

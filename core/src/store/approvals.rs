@@ -162,8 +162,6 @@ pub async fn get(
 pub struct Filter<'a> {
     /// Of one company.
     pub company: Option<CompanyId>,
-    /// Of one run.
-    pub run: Option<RunId>,
     /// By status.
     pub status: Option<&'a str>,
     /// Older than this one.
@@ -186,19 +184,35 @@ pub async fn list(
              and ($2::uuid is null or a.company_id = $2)
              and ($3::text is null or a.status = $3)
              and ($4::uuid is null or a.id < $4)
-             and ($5::uuid is null or a.run_id = $5)
          order by a.id desc
-         limit $6",
+         limit $5",
         account.0,
         filter.company.map(|c| c.0),
         filter.status,
         filter.before,
-        filter.run.map(|r| r.0),
         limit,
     )
     .fetch_all(executor)
     .await?;
     Ok(rows.into_iter().map(|row| approval_row!(row)).collect())
+}
+
+/// The gates that a run waits at: which, since when and until when.
+pub async fn pending_of_run(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    run: RunId,
+) -> Result<Vec<(ApprovalId, DateTime<Utc>, DateTime<Utc>)>, StoreError> {
+    let rows = sqlx::query!(
+        "select id, proposed_at, expires_at from (select * from approvals where run_id = $2 offset 0) a
+         where company_id = $1 and status = 'pending'
+         order by step",
+        company.0,
+        run.0,
+    )
+    .fetch_all(executor)
+    .await?;
+    Ok(rows.into_iter().map(|row| (ApprovalId(row.id), row.proposed_at, row.expires_at)).collect())
 }
 
 /// The pending gate before a step, for the end of its time.

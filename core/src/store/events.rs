@@ -1,14 +1,14 @@
 //! The activity log: what has no run is appended here; what belongs to a run
 //! is written by the statement that moves the run on.
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Duration, Utc};
 use serde_json::Value;
 use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
 use crate::domain::event::Event;
-use crate::domain::ids::{AgentId, CompanyId, EventId, RunId};
+use crate::domain::ids::{AccountId, AgentId, CompanyId, EventId, RunId};
 
 /// Appends events of a company that belong to no run.
 pub async fn append(
@@ -136,14 +136,14 @@ pub struct FeedRow {
 }
 
 /// What picks events.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 pub struct FeedFilter<'a> {
-    /// Of these companies, at most a few hundred.
-    pub companies: &'a [Uuid],
+    /// Of this account's companies.
+    pub account: AccountId,
+    /// Of one of them alone.
+    pub company: Option<CompanyId>,
     /// Whose dotted name begins with one of these; all without.
     pub kinds: Option<&'a [String]>,
-    /// None of those kinds is about steps, runs or rubrics.
-    pub rare: bool,
     /// About this agent.
     pub agent: Option<AgentId>,
     /// At this time or later.
@@ -152,6 +152,16 @@ pub struct FeedFilter<'a> {
     pub before: Option<DateTime<Utc>>,
     /// Behind this place, in the direction of the page.
     pub after: Option<Place>,
+}
+
+/// The kinds of event that are most of the log.
+const COMMON: &[&str] = &["step", "playbook", "rubric"];
+
+impl FeedFilter<'_> {
+    /// Whether the kinds that are wanted have an index of their own.
+    fn is_rare(&self) -> bool {
+        self.kinds.is_some_and(|kinds| kinds.iter().all(|kind| !COMMON.contains(&kind.as_str())))
+    }
 }
 
 macro_rules! feed_rows {
@@ -192,15 +202,15 @@ pub async fn feed(
         let rows = sqlx::query!(
             r#"select e.company_id, e.xid::text as "xid!", e.id, e.run_id, e.seq, e.event, e.data, e.at
                from (
-                   select e.* from unnest($1::uuid[]) as c (company_id)
+                   select e.* from companies c
                    cross join lateral (
                        select e.* from events e
-                       where e.company_id = c.company_id
+                       where e.company_id = c.id
                            and e.xid < pg_snapshot_xmin(pg_current_snapshot())
                            and ($2::text is null or (e.xid, e.id) < ($2::text::xid8, $3::uuid))
                            and ($4::text[] is null or split_part(e.event, '.', 1) = any ($4))
-                           and (not $5::boolean or split_part(e.event, '.', 1) not in ('step', 'playbook', 'rubric'))
-                           and ($6::text is null or e.data ->> 'agent_id' = $6)
+                           and ($5::text[] is null or e.rare_kind = any ($5))
+                           and ($6::text is null or e.agent = $6)
                            and ($7::timestamptz is null or e.at >= $7)
                            and ($8::timestamptz is null or e.at < $8)
                            and e.xid >= coalesce((select oldest from event_marks where at <= $7 order by at desc limit 1), '0')
@@ -208,19 +218,21 @@ pub async fn feed(
                        order by e.xid desc, e.id desc
                        limit $9
                    ) e
+                   where c.account_id = $1 and ($10::uuid is null or c.id = $10)
                    order by e.xid desc, e.id desc
                    limit $9
                ) e
                order by e.xid desc, e.id desc"#,
-            filter.companies,
+            filter.account.0,
             xid,
             id,
-            filter.kinds,
-            filter.rare,
+            filter.kinds.filter(|_| !filter.is_rare()),
+            filter.kinds.filter(|_| filter.is_rare()),
             agent,
             filter.since,
             filter.before,
             limit,
+            filter.company.map(|company| company.0),
         )
         .fetch_all(tx)
         .await?;
@@ -229,15 +241,15 @@ pub async fn feed(
     let rows = sqlx::query!(
         r#"select e.company_id, e.xid::text as "xid!", e.id, e.run_id, e.seq, e.event, e.data, e.at
            from (
-               select e.* from unnest($1::uuid[]) as c (company_id)
+               select e.* from companies c
                cross join lateral (
                    select e.* from events e
-                   where e.company_id = c.company_id
+                   where e.company_id = c.id
                        and e.xid < pg_snapshot_xmin(pg_current_snapshot())
                        and ($2::text is null or (e.xid, e.id) > ($2::text::xid8, $3::uuid))
                        and ($4::text[] is null or split_part(e.event, '.', 1) = any ($4))
-                       and (not $5::boolean or split_part(e.event, '.', 1) not in ('step', 'playbook', 'rubric'))
-                       and ($6::text is null or e.data ->> 'agent_id' = $6)
+                       and ($5::text[] is null or e.rare_kind = any ($5))
+                       and ($6::text is null or e.agent = $6)
                        and ($7::timestamptz is null or e.at >= $7)
                        and ($8::timestamptz is null or e.at < $8)
                        and e.xid >= coalesce((select oldest from event_marks where at <= $7 order by at desc limit 1), '0')
@@ -245,19 +257,21 @@ pub async fn feed(
                    order by e.xid, e.id
                    limit $9
                ) e
+               where c.account_id = $1 and ($10::uuid is null or c.id = $10)
                order by e.xid, e.id
                limit $9
            ) e
            order by e.xid, e.id"#,
-        filter.companies,
+        filter.account.0,
         xid,
         id,
-        filter.kinds,
-        filter.rare,
+        filter.kinds.filter(|_| !filter.is_rare()),
+        filter.kinds.filter(|_| filter.is_rare()),
         agent,
         filter.since,
         filter.before,
         limit,
+        filter.company.map(|company| company.0),
     )
     .fetch_all(tx)
     .await?;
@@ -274,7 +288,7 @@ pub async fn heartbeats(
 ) -> Result<i64, StoreError> {
     Ok(sqlx::query_scalar!(
         r#"select count(*) as "count!" from events e
-           where e.company_id = $1 and e.data ->> 'agent_id' = $2 and e.event = 'heartbeat.fired'
+           where e.company_id = $1 and e.agent = $2 and e.event = 'heartbeat.fired'
                and e.at >= $3 and e.at < $4
                and e.xid >= coalesce((select oldest from event_marks where at <= $3 order by at desc limit 1), '0')
                and e.xid < coalesce((select newest from event_marks where at >= $4 order by at limit 1), '9223372036854775807')"#,
@@ -376,28 +390,46 @@ pub async fn mark_of_now(tx: &mut PgConnection) -> Result<Place, StoreError> {
     Ok(Place { xid, id: Uuid::nil() })
 }
 
-/// Where an event of some companies stands, by its id: looked for around the
-/// time that its id names, within the marks.
-pub async fn place_of(tx: &mut PgConnection, companies: &[Uuid], event: EventId) -> Result<Option<Place>, StoreError> {
+/// How far the clock of whoever made an event's id may be off, in minutes: as a
+/// rule, and at the worst.
+const CLOCKS_OFF_MIN: [i64; 2] = [5, 180];
+
+/// Where an event of an account, or of one of its companies, stands, by its id:
+/// looked for around the time that its id names, within the marks.
+pub async fn place_of(
+    tx: &mut PgConnection,
+    account: AccountId,
+    company: Option<CompanyId>,
+    event: EventId,
+) -> Result<Option<Place>, StoreError> {
     let around = event.0.get_timestamp().and_then(|t| DateTime::from_timestamp(i64::try_from(t.to_unix().0).ok()?, 0));
     let Some(around) = around else { return Ok(None) };
-    let found = sqlx::query_scalar!(
-        r#"select e.xid::text as "xid!"
-           from unnest($1::uuid[]) as c (company_id)
-           join events e on e.company_id = c.company_id
-           where e.id = $2
-               and e.xid >= coalesce((select oldest from event_marks where at <= $3::timestamptz - interval '5 minutes' order by at desc limit 1), '0')
-               and e.xid < coalesce((select newest from event_marks where at >= $3::timestamptz + interval '5 minutes' order by at limit 1), '9223372036854775807')
-           limit 1"#,
-        companies,
-        event.0,
-        around,
-    )
-    .fetch_optional(tx)
-    .await?;
-    let Some(xid) = found else { return Ok(None) };
-    let xid = xid.parse().map_err(|_| StoreError::Unreadable("a transaction id".into()))?;
-    Ok(Some(Place { xid, id: event.0 }))
+    for off in CLOCKS_OFF_MIN.map(Duration::minutes) {
+        let (Some(from), Some(to)) = (around.checked_sub_signed(off), around.checked_add_signed(off)) else {
+            return Ok(None);
+        };
+        let found = sqlx::query_scalar!(
+            r#"select e.xid::text as "xid!"
+               from companies c
+               join events e on e.company_id = c.id
+               where c.account_id = $1 and ($2::uuid is null or c.id = $2) and e.id = $3
+                   and e.xid >= coalesce((select oldest from event_marks where at <= $4 order by at desc limit 1), '0')
+                   and e.xid < coalesce((select newest from event_marks where at >= $5 order by at limit 1), '9223372036854775807')
+               limit 1"#,
+            account.0,
+            company.map(|company| company.0),
+            event.0,
+            from,
+            to,
+        )
+        .fetch_optional(&mut *tx)
+        .await?;
+        if let Some(xid) = found {
+            let xid = xid.parse().map_err(|_| StoreError::Unreadable("a transaction id".into()))?;
+            return Ok(Some(Place { xid, id: event.0 }));
+        }
+    }
+    Ok(None)
 }
 
 /// The number of an event within its run.

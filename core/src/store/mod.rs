@@ -94,24 +94,24 @@ pub fn connect_options(url: &str, kind: PoolKind) -> Result<PgConnectOptions, St
     // Planned once, by index, whatever the statistics say: a sequential scan
     // chosen while the table was empty would be kept when it holds millions.
     let pinned = [
-        ("statement_timeout", "60s"),
         ("plan_cache_mode", "force_generic_plan"),
         ("enable_seqscan", "off"),
         ("enable_bitmapscan", "off"),
         ("enable_mergejoin", "off"),
     ];
     // Planned anew each time: which filters are set decides which index serves.
-    let anew = [("statement_timeout", "15s"), ("plan_cache_mode", "force_custom_plan")];
+    let anew = [("plan_cache_mode", "force_custom_plan")];
+    let (short, long) = ([("statement_timeout", "15s")], [("statement_timeout", "60s")]);
     let no_wait = [("synchronous_commit", "off")];
     let system = [("role", SYSTEM_ROLE)];
     Ok(match kind {
         // A migration takes the time that it takes.
         PoolKind::Owner => options.options([("plan_cache_mode", "force_custom_plan")]),
-        PoolKind::Requests => options.options(system).options(anew),
-        PoolKind::Tenants => options.options([("role", TENANT_ROLE)]).options(anew),
-        PoolKind::Meter => options.options(system).options(no_wait).options([("statement_timeout", "15s")]),
-        PoolKind::Queue => options.options(system).options(pinned),
-        PoolKind::Claims => options.options(system).options(pinned).options(no_wait),
+        PoolKind::Requests => options.options(system).options(anew).options(short),
+        PoolKind::Tenants => options.options([("role", TENANT_ROLE)]).options(pinned).options(short),
+        PoolKind::Meter => options.options(system).options(no_wait).options(short),
+        PoolKind::Queue => options.options(system).options(pinned).options(long),
+        PoolKind::Claims => options.options(system).options(pinned).options(no_wait).options(long),
     })
 }
 

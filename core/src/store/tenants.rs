@@ -150,7 +150,38 @@ pub async fn company(
     bound: Option<CompanyId>,
     company: CompanyId,
 ) -> Result<Option<CompanyRow>, StoreError> {
-    Ok(companies_where(executor, account, bound, Some(company), None, None, 1).await?.pop())
+    if bound.is_some_and(|bound| bound != company) {
+        return Ok(None);
+    }
+    let row = sqlx::query_as!(
+        CompanyRow,
+        r#"select c.id as company, c.account_id as account, c.name, c.description, c.status,
+                  c.config, c.governance, c.created_at, c.updated_at,
+                  (select count(*) from agents a where a.company_id = c.id and a.status <> 'removed') as "agent_count!"
+           from companies c
+           where c.id = $1 and c.account_id = $2"#,
+        company.0,
+        account.0,
+    )
+    .fetch_optional(executor)
+    .await?;
+    Ok(row)
+}
+
+/// Whether an account has a company, and a key bound to one may see it.
+pub async fn sees_company(
+    executor: impl Executor<'_, Database = Postgres>,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    company: CompanyId,
+) -> Result<bool, StoreError> {
+    if bound.is_some_and(|bound| bound != company) {
+        return Ok(false);
+    }
+    let found = sqlx::query_scalar!("select id from companies where id = $1 and account_id = $2", company.0, account.0)
+        .fetch_optional(executor)
+        .await?;
+    Ok(found.is_some())
 }
 
 /// A page of an account's companies, newest first.
@@ -162,54 +193,27 @@ pub async fn companies(
     before: Option<Uuid>,
     limit: i64,
 ) -> Result<Vec<CompanyRow>, StoreError> {
-    companies_where(executor, account, bound, None, status, before, limit).await
-}
-
-async fn companies_where(
-    executor: impl Executor<'_, Database = Postgres>,
-    account: AccountId,
-    bound: Option<CompanyId>,
-    only: Option<CompanyId>,
-    status: Option<&str>,
-    before: Option<Uuid>,
-    limit: i64,
-) -> Result<Vec<CompanyRow>, StoreError> {
-    let rows = sqlx::query!(
-        r#"select c.id, c.account_id, c.name, c.description, c.status, c.config, c.governance, c.created_at,
-                  c.updated_at,
+    let rows = sqlx::query_as!(
+        CompanyRow,
+        r#"select c.id as company, c.account_id as account, c.name, c.description, c.status,
+                  c.config, c.governance, c.created_at, c.updated_at,
                   (select count(*) from agents a where a.company_id = c.id and a.status <> 'removed') as "agent_count!"
            from companies c
            where c.account_id = $1
                and ($2::uuid is null or c.id = $2)
-               and ($3::uuid is null or c.id = $3)
-               and ($4::text is null or c.status = $4)
-               and ($5::uuid is null or c.id < $5)
+               and ($3::text is null or c.status = $3)
+               and ($4::uuid is null or c.id < $4)
            order by c.id desc
-           limit $6"#,
+           limit $5"#,
         account.0,
         bound.map(|c| c.0),
-        only.map(|c| c.0),
         status,
         before,
         limit,
     )
     .fetch_all(executor)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| CompanyRow {
-            company: CompanyId(row.id),
-            account: AccountId(row.account_id),
-            name: row.name,
-            description: row.description,
-            status: row.status,
-            config: row.config,
-            governance: row.governance,
-            agent_count: row.agent_count,
-            created_at: row.created_at,
-            updated_at: row.updated_at,
-        })
-        .collect())
+    Ok(rows)
 }
 
 /// The ids of an account's companies, newest first, at most `limit`.

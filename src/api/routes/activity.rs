@@ -6,9 +6,9 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::Response;
 use capx_core::domain::event::{ACTIVITY_TYPES, activity_action, activity_type, resource, summary};
-use capx_core::domain::ids::{AgentId, CompanyId, EventId};
+use capx_core::domain::ids::{AccountId, AgentId, CompanyId, EventId};
+use capx_core::store::agents as stored_agents;
 use capx_core::store::events::{self, FeedFilter, FeedRow, Place};
-use capx_core::store::{agents as stored_agents, tenants};
 use chrono::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -26,11 +26,6 @@ use crate::api::reply::{Many, Page, Time, page, wrong_cursor};
 use crate::api::stream::hub::Topic;
 use crate::api::stream::{self, Filter};
 use crate::api::{ApiError, Shared, openapi};
-
-/// Companies that one answer looks through, the newest.
-const COMPANIES_MAX: i64 = 500;
-/// The kinds of event that are most of the log.
-const COMMON: &[&str] = &["step", "playbook", "rubric"];
 
 fn types() -> utoipa::openapi::schema::Object {
     let names: Vec<&str> = ACTIVITY_TYPES.iter().map(|(activity, _)| *activity).collect();
@@ -197,7 +192,8 @@ pub(in crate::api) fn read_place(given: Option<&str>) -> Result<Option<Place>, A
 }
 
 struct Feed<'a> {
-    companies: Vec<Uuid>,
+    account: AccountId,
+    company: Option<CompanyId>,
     agent: Option<AgentId>,
     query: &'a FeedQuery,
     newest_first: bool,
@@ -210,8 +206,8 @@ async fn read(tx: &mut PgConnection, feed: Feed<'_>) -> Result<Page<Activity>, A
     let kinds = kinds(query.r#type.as_deref())?;
     let (since, until) = period::range(query.since.as_deref(), query.until.as_deref())?;
     let filter = FeedFilter {
-        companies: &feed.companies,
-        rare: kinds.as_ref().is_some_and(|kinds| kinds.iter().all(|kind| !COMMON.contains(&kind.as_str()))),
+        account: feed.account,
+        company: feed.company,
         kinds: kinds.as_deref(),
         agent: feed.agent,
         since,
@@ -251,7 +247,8 @@ async fn of_company(
         let filter = Filter { agent, ..filter(Topic::Company(company), &query)? };
         return stream::open(&state, caller, filter, &headers, query.cursor.as_deref()).await;
     }
-    let feed = Feed { companies: vec![company.0], agent, query: &query, newest_first: false, limits: (50, 200) };
+    let (account, company) = (caller.account, Some(company));
+    let feed = Feed { account, company, agent, query: &query, newest_first: false, limits: (50, 200) };
     let page = read(&mut tx, feed).await?;
     caller.list(page)
 }
@@ -273,8 +270,8 @@ async fn of_agent(
     let agent = agents::find(&mut tx, company, &agent).await?.agent;
     let AgentFeedQuery { r#type, since, until, limit, cursor } = query;
     let query = FeedQuery { r#type, agent_id: None, since, until, stream: None, limit, cursor };
-    let feed =
-        Feed { companies: vec![company.0], agent: Some(agent), query: &query, newest_first: true, limits: (25, 100) };
+    let (account, company, agent) = (caller.account, Some(company), Some(agent));
+    let feed = Feed { account, company, agent, query: &query, newest_first: true, limits: (25, 100) };
     let page = read(&mut tx, feed).await?;
     caller.list(page)
 }
@@ -294,8 +291,8 @@ async fn of_account(
         Some(agent) => Some(agent.parse().map_err(|_| ApiError::NotFound("agent"))?),
         None => None,
     };
-    let companies = tenants::company_ids(&mut tx, caller.account, caller.company, COMPANIES_MAX).await?;
-    let feed = Feed { companies, agent, query: &query, newest_first: true, limits: (50, 200) };
+    let (account, company) = (caller.account, caller.company);
+    let feed = Feed { account, company, agent, query: &query, newest_first: true, limits: (50, 200) };
     let page = read(&mut tx, feed).await?;
     caller.list(page)
 }

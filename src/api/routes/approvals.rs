@@ -135,7 +135,6 @@ async fn listed(
         company,
         status: one_of("status", query.status.as_deref(), STATUSES)?,
         before: cursor(query.cursor.as_deref())?,
-        ..Filter::default()
     };
     let rows = approvals::list(tx, caller.account, filter, limit + 1).await?;
     Ok(page(rows, limit, |row| id_cursor(row.approval.0), Approval::new))

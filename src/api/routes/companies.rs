@@ -404,7 +404,7 @@ async fn list(State(state): Shared, caller: Caller, Query(query): Query<ListQuer
 #[utoipa::path(get, path = "/companies/{company}", tag = "Companies", params(("company" = String, Path, description = "`co_…`")),
     responses((status = 200, description = "The company.", body = One<Company>), (status = 304, description = "Not changed.")))]
 async fn one(State(state): Shared, caller: Caller, Path(company): Path<String>) -> Result<Response, ApiError> {
-    let mut tx = caller.read(&state).await?;
+    let mut tx = caller.look_up(&state).await?;
     let row = caller.company_row(&mut tx, &company).await?;
     let cost = usage::company_total(&mut tx, row.company).await?;
     let mut shown = Company::new(row);

@@ -10,7 +10,7 @@ use capx_core::domain::playbook::Playbook;
 use capx_core::domain::run::{RunStatus, StepStatus};
 use capx_core::engine::cancel::cancel_run;
 use capx_core::engine::start::{self, Started};
-use capx_core::store::approvals::{self, Filter};
+use capx_core::store::approvals;
 use capx_core::store::runs::{self, JobRow, RunFilter, RunRow, StepRow};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -444,28 +444,22 @@ async fn find(tx: &mut PgConnection, caller: &Caller, (company, playbook, run): 
 async fn shown(state: &ApiState, caller: &Caller, ids: Ids, patience: Duration) -> Result<Run, ApiError> {
     let until = tokio::time::Instant::now() + patience;
     loop {
-        let mut tx = caller.read(state).await?;
+        let mut tx = caller.look_up(state).await?;
         let row = find(&mut tx, caller, ids).await?;
         let held = !row.status.is_terminal() && tokio::time::Instant::now() < until && !state.stopping.is_cancelled();
         if !held {
-            return show(state, &mut tx, caller, ids.0, row).await;
+            return show(state, &mut tx, ids.0, row).await;
         }
         drop(tx);
         tokio::time::sleep(WAIT_POLL).await;
     }
 }
 
-async fn show(
-    state: &ApiState,
-    tx: &mut PgConnection,
-    caller: &Caller,
-    company: CompanyId,
-    row: RunRow,
-) -> Result<Run, ApiError> {
+async fn show(state: &ApiState, tx: &mut PgConnection, company: CompanyId, row: RunRow) -> Result<Run, ApiError> {
     let steps = runs::steps(&mut *tx, company, row.run).await?;
     let job = runs::job(&mut *tx, company, row.run).await?;
     let waiting_on = match shown_status(&row) {
-        RunStatus::Suspended => Some(waiting_on(&mut *tx, caller, company, &row).await?),
+        RunStatus::Suspended => Some(waiting_on(&mut *tx, company, &row).await?),
         _ => None,
     };
     let plans = state.engine.plans.get(&mut *tx, &[(company.0, row.version.0)]).await?;
@@ -474,22 +468,15 @@ async fn show(
     Ok(Run { item, params: row.params, steps, waiting_on, output: row.output, error: row.error })
 }
 
-async fn waiting_on(
-    tx: &mut PgConnection,
-    caller: &Caller,
-    company: CompanyId,
-    run: &RunRow,
-) -> Result<Vec<Waiting>, ApiError> {
-    let filter = Filter { company: Some(company), run: Some(run.run), status: Some("pending"), ..Filter::default() };
-    let gates = approvals::list(tx, caller.account, filter, 100).await?;
-    let gate = |id: ApprovalId, since, until| Waiting {
+async fn waiting_on(tx: &mut PgConnection, company: CompanyId, run: &RunRow) -> Result<Vec<Waiting>, ApiError> {
+    let gates = approvals::pending_of_run(&mut *tx, company, run.run).await?;
+    let gate = |(id, since, until): (ApprovalId, _, _)| Waiting {
         r#type: "approval",
         id: id.to_string(),
         since: Time(since),
         expires_at: Some(Time(until)),
     };
-    let mut waiting: Vec<_> =
-        gates.into_iter().map(|row| gate(row.approval, row.proposed_at, row.expires_at)).collect();
+    let mut waiting: Vec<_> = gates.into_iter().map(gate).collect();
     if let Some(since) = run.halted_since {
         waiting.push(Waiting { r#type: "company", id: company.to_string(), since: Time(since), expires_at: None });
     }
@@ -556,7 +543,7 @@ async fn cancel(
     let row = find(command.tx(), &caller, ids).await?;
     cancel_run(command.tx(), ids.0, row.run, &caller.key.to_string()).await?;
     let row = find(command.tx(), &caller, ids).await?;
-    let shown = show(&state, command.tx(), &caller, ids.0, row).await?;
+    let shown = show(&state, command.tx(), ids.0, row).await?;
     command.finish(StatusCode::OK, shown).await
 }
 

@@ -2,6 +2,7 @@
 //! whoever is subscribed, renders it once, and hands it to all of them.
 
 use std::collections::HashMap;
+use std::io::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -9,11 +10,12 @@ use axum::body::Bytes;
 use capx_core::domain::ids::{AccountId, AgentId, CompanyId, RunId};
 use capx_core::store::events::{self, FeedRow, Place};
 use capx_core::store::{StoreError, agents};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use tokio::sync::{Notify, broadcast};
 use uuid::Uuid;
 
-use crate::api::routes::activity::Activity;
+use super::Filter;
+use crate::api::routes::activity::{Activity, agent_of};
 
 /// Between two looks while anybody is subscribed.
 const POLL: Duration = Duration::from_millis(100);
@@ -21,8 +23,10 @@ const POLL: Duration = Duration::from_millis(100);
 const POLL_FAILED: Duration = Duration::from_secs(1);
 /// Events of one topic in one look.
 const LOOK_MAX: i64 = 500;
-/// Events that a subscriber may be behind before it reads the log itself.
-const BEHIND_MAX: usize = 256;
+/// Batches that a subscriber may be behind before it reads the log itself.
+const BEHIND_MAX: usize = 16;
+/// Topics of one statement.
+const TOPICS_MAX: usize = 256;
 
 /// What is followed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -42,50 +46,83 @@ impl Topic {
     }
 }
 
-/// An event as it goes out.
+/// Where an event stands in a batch, and what it is about.
 #[derive(Debug)]
-pub struct Frame {
-    /// Where it stands.
-    pub place: Place,
-    /// Of which run.
-    pub run: Option<RunId>,
-    /// About which agent.
-    pub agent: Option<AgentId>,
-    /// Its activity type.
-    pub kind: &'static str,
-    /// The bytes of the stream.
-    pub bytes: Bytes,
+struct Frame {
+    place: Place,
+    run: Option<RunId>,
+    agent: Option<AgentId>,
+    kind: &'static str,
+    /// Its bytes end here; they begin where those before it end.
+    end: usize,
 }
 
-impl Frame {
-    /// Renders an event.
-    pub fn new(row: FeedRow, roles: &HashMap<AgentId, String>) -> Self {
-        let (place, run, agent) = (row.place, row.event.run, crate::api::routes::activity::agent_of(&row));
-        let id = row.event.id;
-        let activity = Activity::new(row, roles);
-        let kind = activity.kind();
-        let data = serde_json::to_string(&activity).unwrap_or_default();
-        let bytes = Bytes::from(format!("id: {id}\nevent: {kind}\ndata: {data}\n\n"));
-        Self { place, run, agent, kind, bytes }
+/// Events as they go out, in the order of the log: rendered once, and shared by
+/// all who are sent them.
+#[derive(Debug)]
+pub struct Batch {
+    bytes: Bytes,
+    frames: Vec<Frame>,
+}
+
+impl Batch {
+    /// Renders events, looking the roles of their agents up.
+    pub async fn render(executor: &mut PgConnection, rows: Vec<FeedRow>) -> Result<Self, StoreError> {
+        let mut about: Vec<_> = rows.iter().filter_map(|row| Some((row.company, agent_of(row)?))).collect();
+        about.sort_unstable();
+        about.dedup();
+        let roles: HashMap<AgentId, String> = match about.is_empty() {
+            true => HashMap::new(),
+            false => agents::roles(executor, &about).await?.into_iter().collect(),
+        };
+        let mut bytes = Vec::new();
+        let mut frames = Vec::with_capacity(rows.len());
+        for row in rows {
+            let (place, run, agent, id) = (row.place, row.event.run, agent_of(&row), row.event.id);
+            let activity = Activity::new(row, &roles);
+            let kind = activity.kind();
+            // Writing to memory does not fail, nor does an activity that was read as one.
+            let _ = write!(bytes, "id: {id}\nevent: {kind}\ndata: ");
+            let _ = serde_json::to_writer(&mut bytes, &activity);
+            bytes.extend_from_slice(b"\n\n");
+            frames.push(Frame { place, run, agent, kind, end: bytes.len() });
+        }
+        Ok(Self { bytes: bytes.into(), frames })
     }
-}
 
-/// Renders events, looking the roles of their agents up.
-pub async fn render(executor: &mut sqlx::PgConnection, rows: Vec<FeedRow>) -> Result<Vec<Frame>, StoreError> {
-    let agent_of = crate::api::routes::activity::agent_of;
-    let mut about: Vec<_> = rows.iter().filter_map(|row| Some((row.company, agent_of(row)?))).collect();
-    about.sort_unstable();
-    about.dedup();
-    let roles =
-        if about.is_empty() { HashMap::new() } else { agents::roles(executor, &about).await?.into_iter().collect() };
-    Ok(rows.into_iter().map(|row| Frame::new(row, &roles)).collect())
+    /// How many events.
+    pub(super) fn len(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// Where the last one stands.
+    pub fn last(&self) -> Option<Place> {
+        self.frames.last().map(|frame| frame.place)
+    }
+
+    /// What a filter shows of the events behind a place: neighbours in one piece.
+    pub fn shown(&self, filter: &Filter, after: Place) -> Vec<Bytes> {
+        let mut pieces: Vec<std::ops::Range<usize>> = Vec::new();
+        let mut start = 0;
+        for frame in &self.frames {
+            let piece = std::mem::replace(&mut start, frame.end)..frame.end;
+            if frame.place <= after || !filter.shows(frame.agent, frame.kind, frame.run) {
+                continue;
+            }
+            match pieces.last_mut() {
+                Some(last) if last.end == piece.start => last.end = piece.end,
+                _ => pieces.push(piece),
+            }
+        }
+        pieces.into_iter().map(|piece| self.bytes.slice(piece)).collect()
+    }
 }
 
 #[derive(Debug)]
 struct Followed {
     /// Everything up to here was sent.
     position: Place,
-    sender: broadcast::Sender<Arc<Frame>>,
+    sender: broadcast::Sender<Arc<Batch>>,
 }
 
 #[derive(Debug)]
@@ -134,7 +171,7 @@ impl Hub {
 
     /// Follows a topic: what comes after the returned place will be received.
     /// `now` is where a topic begins that nobody followed so far.
-    pub fn subscribe(&self, topic: Topic, now: Place) -> (broadcast::Receiver<Arc<Frame>>, Place) {
+    pub fn subscribe(&self, topic: Topic, now: Place) -> (broadcast::Receiver<Arc<Batch>>, Place) {
         let mut topics = self.0.topics();
         let followed =
             topics.entry(topic).or_insert_with(|| Followed { position: now, sender: broadcast::channel(BEHIND_MAX).0 });
@@ -170,7 +207,16 @@ impl Inner {
         if followed.is_empty() {
             return Ok(Look::Idle);
         }
-        let (companies, accounts): (Vec<_>, Vec<_>) =
+        let mut more = false;
+        for followed in followed.chunks(TOPICS_MAX) {
+            more |= self.look_at(followed).await?;
+        }
+        Ok(if more { Look::More } else { Look::Done })
+    }
+
+    /// Sends on what is new of some topics; says whether there is more.
+    async fn look_at(&self, followed: &[(Topic, Place)]) -> Result<bool, StoreError> {
+        let (companies, accounts): (Vec<(Topic, Place)>, Vec<_>) =
             followed.iter().partition(|(topic, _)| matches!(topic, Topic::Company(_)));
         let places =
             |topics: Vec<(Topic, Place)>| topics.into_iter().map(|(t, place)| (t.id(), place)).collect::<Vec<_>>();
@@ -184,19 +230,21 @@ impl Inner {
             let rows = by_topic.remove(&topic.id()).unwrap_or_default();
             let whole = rows.len() < LOOK_MAX as usize;
             more |= !whole;
-            let frames =
-                if rows.is_empty() { Vec::new() } else { render(&mut *self.pool.acquire().await?, rows).await? };
+            let batch = match rows.is_empty() {
+                true => None,
+                false => Some(Batch::render(&mut *self.pool.acquire().await?, rows).await?),
+            };
             let mut topics = self.topics();
-            let Some(followed) = topics.get_mut(&topic) else { continue };
-            for frame in frames {
-                followed.position = frame.place;
+            let Some(followed) = topics.get_mut(topic) else { continue };
+            if let Some(batch) = batch {
+                followed.position = batch.last().unwrap_or(followed.position);
                 // Whoever has gone away meanwhile misses nothing.
-                let _ = followed.sender.send(Arc::new(frame));
+                let _ = followed.sender.send(Arc::new(batch));
             }
             if whole {
                 followed.position = followed.position.max(Place { xid: mark, id: Uuid::nil() });
             }
         }
-        Ok(if more { Look::More } else { Look::Done })
+        Ok(more)
     }
 }
