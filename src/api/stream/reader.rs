@@ -11,6 +11,7 @@ use capx_core::store::runs;
 use sqlx::PgConnection;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::hub::Batch;
@@ -115,13 +116,9 @@ impl Reader {
             return Ok(());
         }
         let (state, caller) = (Arc::clone(&self.state), Arc::clone(&self.caller));
-        match detached(async move { state.admission.is_good(&caller.permit).await }).await {
-            Some(true) => {
-                self.key_check = Instant::now() + KEY_CHECK;
-                Ok(())
-            }
-            _ => Err(Over),
-        }
+        let good = tokio::spawn(async move { state.admission.is_good(&caller.permit).await });
+        self.key_check = Instant::now() + KEY_CHECK;
+        if good.await.unwrap_or(false) { Ok(()) } else { Err(Over) }
     }
 
     /// Gets more to send, or waits until there may be more.
@@ -130,7 +127,7 @@ impl Reader {
             Source::Log { place, live } if place < live => {
                 let (state, caller, filter) =
                     (Arc::clone(&self.state), Arc::clone(&self.caller), Arc::clone(&self.filter));
-                let page = self.read(async move { page(&state, &caller, &filter, place).await }).await?;
+                let page = told_by(tokio::spawn(async move { page(&state, &caller, &filter, place).await })).await?;
                 self.take(&page, place);
                 let place = page.last().map_or(place, |last| last.max(place));
                 let place = if page.len() < PAGE as usize { place.max(live) } else { place };
@@ -150,8 +147,8 @@ impl Reader {
             },
             Source::Run { company, run, after, ahead: true } => {
                 let (state, caller) = (Arc::clone(&self.state), Arc::clone(&self.caller));
-                let read = async move { numbered(&state, &caller, company, run, after).await };
-                let Numbered { batch, last, over } = self.read(read).await?;
+                let read = tokio::spawn(async move { numbered(&state, &caller, company, run, after).await });
+                let Numbered { batch, last, over } = told_by(read).await?;
                 self.take(&batch, FIRST);
                 self.over = over;
                 let ahead = batch.len() == PAGE as usize;
@@ -172,20 +169,6 @@ impl Reader {
     /// What is shown of a batch behind a place is to be sent.
     fn take(&mut self, batch: &Batch, after: Place) {
         self.pieces.extend(batch.shown(&self.filter, after));
-    }
-
-    async fn read<T: Send + 'static>(
-        &self,
-        read: impl Future<Output = Result<T, ApiError>> + Send + 'static,
-    ) -> Result<T, Over> {
-        match detached(read).await {
-            Some(Ok(read)) => Ok(read),
-            failed => {
-                let error = failed.and_then(Result::err);
-                tracing::debug!(?error, "a stream could not read the log; its client may resume it");
-                Err(Over)
-            }
-        }
     }
 
     /// What the process's reader hands out next. Meanwhile says that the stream
@@ -215,10 +198,18 @@ enum Told {
     Missed,
 }
 
-/// Carries out what must not be dropped half-way when the client goes away
-/// (hazard H6), in memory that goes with it; `None` when it panicked.
-async fn detached<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> Option<T> {
-    tokio::spawn(work).await.ok()
+/// What a read has brought. It has a task of its own, so that a client that goes
+/// away drops no call half-way (hazard H6), and a stream that waits holds no
+/// memory for its reads.
+async fn told_by<T>(read: JoinHandle<Result<T, ApiError>>) -> Result<T, Over> {
+    match read.await {
+        Ok(Ok(read)) => Ok(read),
+        failed => {
+            let error = failed.map(Result::err);
+            tracing::debug!(?error, "a stream could not read the log; its client may resume it");
+            Err(Over)
+        }
+    }
 }
 
 async fn page(state: &ApiState, caller: &Caller, filter: &Filter, after: Place) -> Result<Batch, ApiError> {
