@@ -49,7 +49,9 @@ create table tasks (
     description text,
     status text not null check (status in ('pending', 'pending_approval', 'in_progress', 'completed', 'rejected', 'failed', 'cancelled')),
     priority text not null check (priority in ('low', 'medium', 'high', 'critical')),
-    metadata jsonb not null default '{}',
+    metadata jsonb not null default '{}' constraint metadata_size check (octet_length(metadata::text) <= 65536),
+    -- What a person said, where a person has the last word.
+    approval text check (approval in ('pending', 'approved', 'rejected', 'cancelled')),
     -- The person's word, the agent's, and what went wrong.
     feedback text,
     approved_at timestamptz,
@@ -65,8 +67,10 @@ create table tasks (
 );
 create unique index tasks_by_id on tasks (id);
 create index tasks_agent on tasks (company_id, agent_id, id);
-create index tasks_open on tasks (company_id, status, id)
-    where status in ('pending', 'pending_approval', 'in_progress');
+create index tasks_status on tasks (company_id, status, id);
+create index tasks_priority on tasks (company_id, priority, id);
+create index tasks_approval on tasks (company_id, approval, id) where approval is not null;
+create index tasks_asked on tasks (company_id, id) where approval is not null;
 
 -- Money spent, an entry a spend, for ever. The cost of a step is written by
 -- its commit.
@@ -142,14 +146,17 @@ create table run_totals (
 -- Shown in lists, which read no YAML.
 alter table playbook_versions add column step_count integer not null default 0;
 
--- Beats of agents, counted where they are shown.
+-- Beats of agents, counted where they are shown. What is merged has a size: it
+-- is read with every run's first claim.
 alter table agents
+    add constraint config_size check (octet_length(config::text) <= 65536),
     add column heartbeat_count bigint not null default 0,
     add column last_heartbeat_at timestamptz;
 
 -- Where a company was before it was paused is where it goes on: no need to
 -- store it, it was running. When, is shown.
 alter table companies
+    add constraint config_size check (octet_length(config::text) <= 65536),
     add column paused_at timestamptz,
     add column stopped_at timestamptz;
 
@@ -159,6 +166,11 @@ create index jobs_parked on jobs (company_id) where due_at = 'infinity';
 
 -- Lists of an account over all its companies.
 create index playbooks_by_id on playbooks (id);
+
+-- Lists by a status that few have.
+create index runs_open on runs (company_id, playbook_id, id) where ended_at is null;
+create index runs_unsuccessful on runs (company_id, playbook_id, id) where status in ('failed', 'cancelled');
+create index approvals_pending on approvals (company_id, id) where status = 'pending';
 
 -- The feeds. What is rare has an index of its own by its kind; steps and runs,
 -- which are most of the log, are found in its order and cost nothing more. In
@@ -214,6 +226,14 @@ begin
     end loop;
 end $$;
 revoke all on worker_sessions from capx_api;
+do $$
+begin
+    -- The history of migrations is there when sqlx migrates.
+    if to_regclass('_sqlx_migrations') is not null then
+        revoke all on _sqlx_migrations from capx_api, capx_system;
+        grant select on _sqlx_migrations to capx_api, capx_system;
+    end if;
+end $$;
 revoke insert, update, delete on event_marks, tiers from capx_api;
 
 do $$

@@ -76,7 +76,9 @@ pub async fn make(
     let key = ApiKey::generate(live, |below| rand::rng().random_range(0..below));
     let hint = key.hint();
     let new = NewKey { account, company, name, hash: key.hash(), hint: &hint, live, scopes };
-    let id = tenants::insert_key(pool, &new).await?;
+    let mut tx = pool.begin().await?;
+    let id = capx_core::engine::keys::create(&mut tx, &new).await?;
+    tx.commit().await?;
     Ok(Made { id, key: key.reveal().to_owned() })
 }
 

@@ -144,6 +144,11 @@ impl From<StoreError> for ApiError {
             tracing::warn!(%error, request.id = current_id(), "the database is away or contended");
             return Self::Unavailable;
         }
+        if let StoreError::Conflict { constraint } = &error
+            && let Some(field) = constraint.strip_suffix("_size")
+        {
+            return Self::field(field, "is larger than 64 KiB with what it is merged into");
+        }
         tracing::error!(%error, request.id = current_id(), "a request failed");
         Self::Internal
     }

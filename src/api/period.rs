@@ -5,7 +5,7 @@ use chrono::{DateTime, NaiveDate, TimeZone, Utc};
 use super::ApiError;
 
 /// The earliest and the latest year that a request may name.
-const YEARS: std::ops::RangeInclusive<i32> = 1970..=9999;
+const YEARS: std::ops::RangeInclusive<i32> = 1970..=9998;
 
 /// The beginning and the end of a range, each where it is given.
 pub type Bounds = (Option<DateTime<Utc>>, Option<DateTime<Utc>>);

@@ -153,6 +153,11 @@ impl Caller {
         Ok(json(StatusCode::CREATED, self.body(data)?))
     }
 
+    /// The same of a request that is charged already.
+    pub fn created_again(&self, data: impl Serialize) -> Result<Response, ApiError> {
+        Ok(json(StatusCode::CREATED, self.body_again(data)?))
+    }
+
     /// A whole list.
     pub fn all<T: Serialize>(&self, data: Vec<T>) -> Result<Response, ApiError> {
         Ok(json(StatusCode::OK, text(&All { success: true, data, meta: self.meta() })?))

@@ -118,13 +118,7 @@ async fn a_step_out_of_tries_fails_its_run_with_the_reason() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_stored_fails_the_step_and_never_sticks() {
     let db = Db::new().await;
-    let big = "x".repeat(300 * 1024);
-    let company = db.company(&["nul", "big"], "claude", json!({"script": {"big": big, "nul": "placeholder"}})).await;
     let _worker = db.worker(SHORT_LEASE);
-    let playbook = db.playbook(company, "name: big\nsteps:\n  - {role: big, action: big}\n").await;
-    let run = db.start(company, playbook, json!({})).await;
-    let row = db.until(company, run, RunStatus::Failed).await;
-    assert!(row.error.unwrap()["message"].as_str().unwrap().contains("over the limit"));
     // What comes from outside: an endpoint's answers, to an agent's call and to
     // a tool's.
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -132,6 +126,7 @@ async fn what_cannot_be_stored_fails_the_step_and_never_sticks() {
     let json = [("content-type", "application/json")];
     let router = axum::Router::new()
         .route("/dear", any(move || async move { (json, r#"{"output": 1, "cost": 9000000000}"#) }))
+        .route("/big", any(move || async move { (json, format!(r#"{{"output": "{}"}}"#, "x".repeat(300 * 1024))) }))
         .route("/nul", any(move || async move { (json, r#"{"output": {"text": "a\u0000b"}}"#) }))
         .route(
             "/huge",
@@ -142,7 +137,7 @@ async fn what_cannot_be_stored_fails_the_step_and_never_sticks() {
             any(move || async move { (json, format!(r#"{{"output": {}1{}}}"#, "[".repeat(100), "]".repeat(100))) }),
         );
     tokio::spawn(async move { axum::serve(listener, router).await });
-    for (path, says) in [("nul", "NUL"), ("huge", "larger than"), ("deep", "deeper than")] {
+    for (path, says) in [("big", "over the limit"), ("nul", "NUL"), ("huge", "larger than"), ("deep", "deeper than")] {
         let company = db.company(&["n"], "custom", json!({"endpoint": format!("{url}/{path}")})).await;
         for step in
             ["role: n, action: say".to_owned(), format!("action: http.request, params: {{url: '{url}/{path}'}}")]

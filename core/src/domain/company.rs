@@ -5,7 +5,7 @@
 pub enum Change {
     /// Nothing new begins until it is resumed.
     Pause,
-    /// The same at once, for what is under way too.
+    /// The same, by its own name.
     Kill,
     /// It goes on.
     Resume,

@@ -33,17 +33,20 @@ pub enum Verdict {
 }
 
 impl Change {
-    /// Decides by the task's status, and whether a person has approved it.
-    pub fn decide(self, status: &str, approved: bool) -> Verdict {
+    /// Decides by the task's status, and what a person has said: `pending`,
+    /// `approved`, `rejected` or `cancelled`, or nothing where nobody is asked.
+    pub fn decide(self, status: &str, approval: Option<&str>) -> Verdict {
         use Verdict::{Becomes, Refused, Stays};
         match (self, status) {
             (Self::Approve, "pending_approval") => Becomes("pending"),
-            (Self::Approve, "pending" | "in_progress" | "completed") if approved => Stays,
+            (Self::Approve, "pending" | "in_progress" | "completed") if approval == Some("approved") => Stays,
             (Self::Reject, "pending_approval") => Becomes("rejected"),
             (Self::Reject, "rejected") | (Self::Cancel, "cancelled") => Stays,
             (Self::Cancel, "pending" | "pending_approval" | "in_progress") => Becomes("cancelled"),
+            // Called off before anybody had approved it.
+            (Self::Retry, "cancelled") if approval == Some("cancelled") => Becomes("pending_approval"),
             (Self::Retry, "failed" | "cancelled") => Becomes("pending"),
-            (Self::Retry, "pending" | "in_progress") => Stays,
+            (Self::Retry, "pending" | "pending_approval" | "in_progress") => Stays,
             _ => Refused,
         }
     }
@@ -82,7 +85,7 @@ mod tests {
     fn only_what_failed_or_was_called_off_comes_back() {
         for status in STATUSES.iter().filter(|status| is_over(status)) {
             for change in [Change::Approve, Change::Reject, Change::Cancel, Change::Retry] {
-                if let Verdict::Becomes(next) = change.decide(status, false) {
+                if let Verdict::Becomes(next) = change.decide(status, None) {
                     assert_eq!((change, next), (Change::Retry, "pending"), "{status}");
                     assert!(["failed", "cancelled"].contains(status));
                 }
@@ -91,14 +94,23 @@ mod tests {
     }
 
     #[test]
+    fn no_way_around_a_persons_word() {
+        assert_eq!(Change::Cancel.decide("pending_approval", Some("pending")), Verdict::Becomes("cancelled"));
+        assert_eq!(Change::Retry.decide("cancelled", Some("cancelled")), Verdict::Becomes("pending_approval"));
+        assert_eq!(Change::Retry.decide("cancelled", Some("approved")), Verdict::Becomes("pending"));
+        assert_eq!(Change::Retry.decide("rejected", Some("rejected")), Verdict::Refused);
+    }
+
+    #[test]
     fn the_same_word_twice_changes_nothing_and_the_other_is_refused() {
         for (change, before) in
             [(Change::Approve, "pending_approval"), (Change::Reject, "pending_approval"), (Change::Cancel, "pending")]
         {
-            let Verdict::Becomes(after) = change.decide(before, false) else { panic!("{change:?} does nothing") };
-            assert_eq!(change.decide(after, change == Change::Approve), Verdict::Stays);
+            let Verdict::Becomes(after) = change.decide(before, None) else { panic!("{change:?} does nothing") };
+            let said = (change == Change::Approve).then_some("approved");
+            assert_eq!(change.decide(after, said), Verdict::Stays);
         }
-        assert_eq!(Change::Reject.decide("pending", true), Verdict::Refused);
-        assert_eq!(Change::Approve.decide("rejected", false), Verdict::Refused);
+        assert_eq!(Change::Reject.decide("pending", Some("approved")), Verdict::Refused);
+        assert_eq!(Change::Approve.decide("rejected", Some("rejected")), Verdict::Refused);
     }
 }

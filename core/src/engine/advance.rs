@@ -351,6 +351,7 @@ impl Facts {
 
     fn failed_event(&self, will_retry: Option<Duration>) -> Event {
         let mut data = self.error_json();
+        data["agent_id"] = self.agent.map(|agent| agent.to_string()).into();
         data["will_retry"] = will_retry.is_some().into();
         data["retry_in_ms"] = will_retry.map(jobs::millis).into();
         Event::new(STEP_FAILED, data)

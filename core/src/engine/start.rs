@@ -14,7 +14,7 @@ use super::gates::{approval_of, waiting_on};
 use super::{Engine, EngineError, FieldProblem, Waker, repeating};
 use crate::domain::company::works;
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
-use crate::domain::ids::{ApprovalId, CompanyId, PlaybookId, RunId, VersionId};
+use crate::domain::ids::{AccountId, ApprovalId, CompanyId, PlaybookId, RunId, VersionId};
 use crate::domain::plan::RunContext;
 use crate::domain::playbook::{Playbook, inputs};
 use crate::domain::run::RunStatus;
@@ -51,7 +51,7 @@ pub async fn start_run(
     trigger: &'static str,
 ) -> Result<Started, EngineError> {
     let mut connection = engine.pool.acquire().await?;
-    let new = decide(engine, &mut connection, company, playbook, params, trigger).await?;
+    let new = decide(engine, &mut connection, None, company, playbook, params, trigger).await?;
     drop(connection);
     start_decided(engine, new).await
 }
@@ -77,17 +77,20 @@ pub async fn start_in(tx: &mut PgConnection, new: Prepared) -> Result<Started, E
     Ok(Started { run, status, params, at })
 }
 
-/// Decides a start by what the caller may see: `connection` is its.
+/// Decides a start by what the caller may see: `connection` is its, as is the
+/// account, where it is not the engine itself.
 pub async fn decide(
     engine: &Engine,
     connection: &mut PgConnection,
+    account: Option<AccountId>,
     company: CompanyId,
     playbook: PlaybookId,
     params: Map<String, Value>,
     trigger: &'static str,
 ) -> Result<Prepared, EngineError> {
-    let found =
-        playbooks::for_start(&mut *connection, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
+    let found = playbooks::for_start(&mut *connection, account, company, playbook)
+        .await?
+        .ok_or(EngineError::NotFound("playbook"))?;
     if found.status != "active" {
         return Err(EngineError::Conflict(format!("the playbook is {}; only an active one runs", found.status)));
     }
@@ -115,8 +118,10 @@ pub async fn start_many(
     count: usize,
     params: Map<String, Value>,
 ) -> Result<Vec<RunId>, EngineError> {
-    let version =
-        playbooks::for_start(&engine.pool, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?.version;
+    let version = playbooks::for_start(&engine.pool, None, company, playbook)
+        .await?
+        .ok_or(EngineError::NotFound("playbook"))?
+        .version;
     let plan = plan_of(engine, &engine.pool, company, version).await?;
     let params = checked_params(&plan, params)?;
     let all: Vec<Prepared> =

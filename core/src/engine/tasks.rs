@@ -92,13 +92,13 @@ pub async fn change(
     feedback: Option<&str>,
 ) -> Result<TaskRow, EngineError> {
     let row = tasks::lock(tx, company, task).await?.ok_or(EngineError::NotFound("task"))?;
-    match change.decide(&row.status, row.approved_at.is_some()) {
+    match change.decide(&row.status, row.approval.as_deref()) {
         Verdict::Stays => return Ok(row),
         Verdict::Refused => {
             let word = change.participle();
             return Err(EngineError::Conflict(format!("the task is {}; it cannot be {word}", row.status)));
         }
-        Verdict::Becomes(next) => tasks::set_status(tx, &row, next, change == Change::Approve, feedback).await?,
+        Verdict::Becomes(next) => tasks::set_status(tx, &row, next, feedback).await?,
     }
     let row = find(tx, company, task).await?;
     tell(tx, &row, change.event(), feedback).await?;

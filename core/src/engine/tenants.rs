@@ -83,6 +83,10 @@ pub async fn create_company_in(
     Ok((company, created_at))
 }
 
+/// Agents of a company that are not removed, at most: workers read all of them
+/// with its first run.
+pub const AGENTS_MAX: i64 = 100;
+
 /// Adds an agent to a company, and the job that gets it ready, in the caller's
 /// transaction, who wakes workers after it.
 pub async fn add_agent(
@@ -90,6 +94,11 @@ pub async fn add_agent(
     company: CompanyId,
     agent: &NewAgent,
 ) -> Result<DateTime<Utc>, EngineError> {
+    // Under the company's lock, so that two at once do not both fit.
+    tenants::lock_company(tx, company).await?.ok_or(EngineError::NotFound("company"))?;
+    if agents::live(tx, company).await? >= AGENTS_MAX {
+        return Err(EngineError::Conflict(format!("the company has {AGENTS_MAX} agents already; remove one first")));
+    }
     let created_at = insert_agent(tx, company, agent).await?;
     jobs::enqueue(&mut *tx, &provision_job(company)).await?;
     Ok(created_at)

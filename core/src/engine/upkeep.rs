@@ -10,13 +10,17 @@ pub async fn round(engine: &Engine) -> Result<(), EngineError> {
     while usage::fold_runs(&engine.pool).await? == usage::FOLD_MAX as u64 {}
     while usage::fold_costs(&engine.pool).await? == usage::FOLD_MAX as u64 {}
     events::mark(&engine.pool).await?;
-    idempotency::prune(&engine.pool).await?;
-    let mut unparked = 0;
+    while idempotency::prune(&engine.pool).await? == idempotency::PRUNE_MAX as u64 {}
     for company in jobs::parked_in_vain(&engine.pool).await? {
-        unparked += jobs::unpark(&engine.pool, company).await?;
-    }
-    if unparked > 0 {
-        engine.waker.wake();
+        loop {
+            let unparked = jobs::unpark(&engine.pool, company).await?;
+            if unparked > 0 {
+                engine.waker.wake();
+            }
+            if unparked < jobs::UNPARK_MAX as u64 {
+                break;
+            }
+        }
     }
     Ok(())
 }

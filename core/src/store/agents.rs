@@ -157,6 +157,16 @@ pub async fn agents(
     Ok(rows.into_iter().map(|row| agent_row!(row)).collect())
 }
 
+/// How many live agents a company has.
+pub async fn live(tx: &mut PgConnection, company: CompanyId) -> Result<i64, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"select count(*) as "count!" from agents where company_id = $1 and status <> 'removed'"#,
+        company.0,
+    )
+    .fetch_one(tx)
+    .await?)
+}
+
 /// The live agents of some companies.
 pub async fn agents_of(
     executor: impl Executor<'_, Database = Postgres>,

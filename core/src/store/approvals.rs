@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::StoreError;
 use super::jobs::{Lease, millis};
-use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, DeadLetterId, RunId};
+use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, DeadLetterId, RunId, TaskId};
 
 /// A gate to be.
 #[derive(Debug, Clone)]
@@ -168,29 +168,63 @@ pub struct Filter<'a> {
     pub before: Option<Uuid>,
 }
 
-/// A page of the approvals that an account sees, newest first.
+/// What a person was asked for: to open a gate, or to let a task be done.
+#[derive(Debug, Clone)]
+pub enum Asked {
+    /// A gate's approval.
+    Gate(ApprovalId),
+    /// A task.
+    Task(TaskId),
+}
+
+/// A page of what a person was asked for in the companies that an account sees,
+/// newest first: which, and of which company.
 pub async fn list(
     executor: impl Executor<'_, Database = Postgres>,
     account: AccountId,
     filter: Filter<'_>,
     limit: i64,
-) -> Result<Vec<ApprovalRow>, StoreError> {
+) -> Result<Vec<(CompanyId, Asked)>, StoreError> {
     let rows = sqlx::query!(
-        "select a.id, a.company_id, a.run_id, a.step, a.job_id, a.status, a.agent_id, a.role, a.action, a.playbook,
-                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note
-         from approvals a
-         join companies c on c.id = a.company_id
-         where c.account_id = $1
-             and ($2::uuid is null or a.company_id = $2)
-             and ($3::text is null or a.status = $3)
-             and ($4::uuid is null or a.id < $4)
-         order by a.id desc
-         limit $5",
+        r#"select x.company_id as "company_id!", x.id as "id!", x.is_task as "is_task!"
+           from companies c
+           cross join lateral (
+               (select a.company_id, a.id, false as is_task from approvals a
+                where a.company_id = c.id and ($3::text is null or a.status = $3) and ($4::uuid is null or a.id < $4)
+                order by a.id desc limit $5)
+               union all
+               (select t.company_id, t.id, true from tasks t
+                where t.company_id = c.id and t.approval is not null
+                    and ($3::text is null or t.approval = $3) and ($4::uuid is null or t.id < $4)
+                order by t.id desc limit $5)
+           ) x
+           where c.account_id = $1 and ($2::uuid is null or c.id = $2)
+           order by x.id desc
+           limit $5"#,
         account.0,
         filter.company.map(|c| c.0),
         filter.status,
         filter.before,
         limit,
+    )
+    .fetch_all(executor)
+    .await?;
+    let asked = |id, is_task| if is_task { Asked::Task(TaskId(id)) } else { Asked::Gate(ApprovalId(id)) };
+    Ok(rows.into_iter().map(|row| (CompanyId(row.company_id), asked(row.id, row.is_task))).collect())
+}
+
+/// Some approvals by their companies and ids, in no order.
+pub async fn some(
+    executor: impl Executor<'_, Database = Postgres>,
+    approvals: &[(CompanyId, ApprovalId)],
+) -> Result<Vec<ApprovalRow>, StoreError> {
+    let rows = sqlx::query!(
+        "select a.id, a.company_id, a.run_id, a.step, a.job_id, a.status, a.agent_id, a.role, a.action, a.playbook,
+                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note
+         from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
+         join approvals a on a.company_id = k.company_id and a.id = k.id",
+        &approvals.iter().map(|(company, _)| company.0).collect::<Vec<_>>(),
+        &approvals.iter().map(|(_, approval)| approval.0).collect::<Vec<_>>(),
     )
     .fetch_all(executor)
     .await?;

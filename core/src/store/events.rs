@@ -188,7 +188,8 @@ macro_rules! feed_rows {
 /// A page of the log, oldest or newest first. Only what no open transaction can
 /// still come before is shown, so that a reader who goes by places never skips
 /// an event (hazard H4). A time is turned into transactions by the marks, so
-/// that a range of times is a range of the index.
+/// that a range of times is a range of the index; a minute later than they say,
+/// since an event's time may be a little older than its transaction.
 pub async fn feed(
     tx: &mut PgConnection,
     filter: FeedFilter<'_>,
@@ -214,7 +215,7 @@ pub async fn feed(
                            and ($7::timestamptz is null or e.at >= $7)
                            and ($8::timestamptz is null or e.at < $8)
                            and e.xid >= coalesce((select oldest from event_marks where at <= $7 order by at desc limit 1), '0')
-                           and e.xid < coalesce((select newest from event_marks where at >= $8 order by at limit 1), '9223372036854775807')
+                           and e.xid < coalesce((select newest from event_marks where at >= $8::timestamptz + interval '1 minute' order by at limit 1), '9223372036854775807')
                        order by e.xid desc, e.id desc
                        limit $9
                    ) e
@@ -253,7 +254,7 @@ pub async fn feed(
                        and ($7::timestamptz is null or e.at >= $7)
                        and ($8::timestamptz is null or e.at < $8)
                        and e.xid >= coalesce((select oldest from event_marks where at <= $7 order by at desc limit 1), '0')
-                       and e.xid < coalesce((select newest from event_marks where at >= $8 order by at limit 1), '9223372036854775807')
+                       and e.xid < coalesce((select newest from event_marks where at >= $8::timestamptz + interval '1 minute' order by at limit 1), '9223372036854775807')
                    order by e.xid, e.id
                    limit $9
                ) e
@@ -291,7 +292,7 @@ pub async fn heartbeats(
            where e.company_id = $1 and e.agent = $2 and e.event = 'heartbeat.fired'
                and e.at >= $3 and e.at < $4
                and e.xid >= coalesce((select oldest from event_marks where at <= $3 order by at desc limit 1), '0')
-               and e.xid < coalesce((select newest from event_marks where at >= $4 order by at limit 1), '9223372036854775807')"#,
+               and e.xid < coalesce((select newest from event_marks where at >= $4::timestamptz + interval '1 minute' order by at limit 1), '9223372036854775807')"#,
         company.0,
         agent.to_string(),
         since,
@@ -414,7 +415,7 @@ pub async fn place_of(
                join events e on e.company_id = c.id
                where c.account_id = $1 and ($2::uuid is null or c.id = $2) and e.id = $3
                    and e.xid >= coalesce((select oldest from event_marks where at <= $4 order by at desc limit 1), '0')
-                   and e.xid < coalesce((select newest from event_marks where at >= $5 order by at limit 1), '9223372036854775807')
+                   and e.xid < coalesce((select newest from event_marks where at >= $5::timestamptz + interval '1 minute' order by at limit 1), '9223372036854775807')
                limit 1"#,
             account.0,
             company.map(|company| company.0),

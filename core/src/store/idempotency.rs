@@ -87,13 +87,17 @@ pub async fn store(
     Ok(())
 }
 
-/// Answers that nobody may ask for any more, a bounded number of them.
-pub async fn prune(pool: &PgPool) -> Result<(), StoreError> {
-    sqlx::query!(
+/// How many answers one statement forgets.
+pub const PRUNE_MAX: i64 = 1_000;
+
+/// Forgets answers that nobody may ask for any more; says how many.
+pub async fn prune(pool: &PgPool) -> Result<u64, StoreError> {
+    let done = sqlx::query!(
         "delete from idempotency_keys where ctid = any (array(
-             select ctid from idempotency_keys where created_at < now() - interval '25 hours' order by created_at limit 1000))",
+             select ctid from idempotency_keys where created_at < now() - interval '25 hours' order by created_at limit $1))",
+        PRUNE_MAX,
     )
     .execute(pool)
     .await?;
-    Ok(())
+    Ok(done.rows_affected())
 }

@@ -360,15 +360,17 @@ pub struct ForStart {
 /// What a start of a run needs, in one look.
 pub async fn for_start(
     executor: impl Executor<'_, Database = Postgres>,
+    account: Option<AccountId>,
     company: CompanyId,
     playbook: PlaybookId,
 ) -> Result<Option<ForStart>, StoreError> {
     let row = sqlx::query!(
         "select p.status, p.current_version_id, c.status as company_status
          from playbooks p join companies c on c.id = p.company_id
-         where p.company_id = $1 and p.id = $2",
+         where p.company_id = $1 and p.id = $2 and ($3::uuid is null or c.account_id = $3)",
         company.0,
         playbook.0,
+        account.map(|account| account.0),
     )
     .fetch_optional(executor)
     .await?;

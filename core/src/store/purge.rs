@@ -7,7 +7,6 @@ use crate::domain::ids::CompanyId;
 
 /// Everything that a company holds, but for the ledger, which is kept for ever.
 const TABLES: &[&str] = &[
-    "jobs",
     "run_steps",
     "runs",
     "events",
@@ -22,6 +21,9 @@ const TABLES: &[&str] = &[
     "cost_totals",
     "run_deltas",
     "run_totals",
+    // Last, since no index finds them by their company: work that is still
+    // claimed finds no run, and ends.
+    "jobs",
 ];
 /// Rows of one statement.
 const PURGE_MAX: u64 = 5_000;

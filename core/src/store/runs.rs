@@ -168,7 +168,7 @@ pub async fn get(
         "select r.id, r.playbook_id, r.version_id, r.status, r.params, r.waiting_on, r.output, r.error, r.cost_nanos,
                   r.started_at, r.ended_at,
                   extract(epoch from coalesce(r.ended_at, clock_timestamp()) - r.started_at)::bigint as duration_s,
-                  case when r.ended_at is null and c.status in ('paused', 'stopped') then c.updated_at end as halted_since
+                  case when r.ended_at is null then case c.status when 'paused' then c.paused_at when 'stopped' then c.stopped_at end end as halted_since
            from runs r join companies c on c.id = r.company_id
            where r.company_id = $1 and r.id = $2",
         company.0,
@@ -179,47 +179,78 @@ pub async fn get(
     row.map(|row| Ok(run_row!(row))).transpose()
 }
 
+/// A run in a list, without what it was given and what came of it.
+#[derive(Debug, Clone)]
+pub struct RunItemRow {
+    /// Which.
+    pub run: RunId,
+    /// Its status.
+    pub status: RunStatus,
+    /// What it cost so far.
+    pub cost: Nanos,
+    /// When it began.
+    pub started_at: Option<DateTime<Utc>>,
+    /// When it ended.
+    pub ended_at: Option<DateTime<Utc>>,
+    /// Its age or length by the database's clock, in seconds.
+    pub duration_s: Option<i64>,
+}
+
 /// What picks runs out of a company.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct RunFilter {
     /// Of this playbook.
     pub playbook: PlaybookId,
-    /// By status, as it is stored.
-    pub status: Option<RunStatus>,
+    /// With one of these statuses, as they are stored; all without.
+    pub statuses: Option<Vec<RunStatus>>,
     /// Older than this one.
     pub before: Option<Uuid>,
 }
 
-/// A page of a playbook's runs, newest first. The open runs of a company that is
-/// halted are suspended with it.
+/// A page of a playbook's runs, newest first.
 pub async fn list(
     executor: impl Executor<'_, Database = Postgres>,
     company: CompanyId,
-    filter: RunFilter,
+    filter: &RunFilter,
     limit: i64,
-) -> Result<Vec<RunRow>, StoreError> {
+) -> Result<Vec<RunItemRow>, StoreError> {
+    let statuses = filter.statuses.as_deref();
+    let open = statuses.is_some_and(|statuses| statuses.iter().all(|status| !status.is_terminal()));
+    let names: Option<Vec<String>> =
+        statuses.map(|statuses| statuses.iter().map(|status| status.as_str().to_owned()).collect());
     let rows = sqlx::query!(
-        "select r.id, r.playbook_id, r.version_id, r.status, r.params, r.waiting_on, r.output, r.error, r.cost_nanos,
-                  r.started_at, r.ended_at,
-                  extract(epoch from coalesce(r.ended_at, clock_timestamp()) - r.started_at)::bigint as duration_s,
-                  case when r.ended_at is null and c.status in ('paused', 'stopped') then c.updated_at end as halted_since
-           from runs r join companies c on c.id = r.company_id
-           where r.company_id = $1 and r.playbook_id = $2
-               and ($3::text is null
-                    or $3 = case when c.status in ('paused', 'stopped') and r.status in ('queued', 'running')
-                                 then 'suspended' else r.status end)
-               and ($4::uuid is null or r.id < $4)
-           order by r.id desc
-           limit $5",
+        "select id, status, cost_nanos, started_at, ended_at,
+             extract(epoch from coalesce(ended_at, clock_timestamp()) - started_at)::bigint as duration_s
+         from runs
+         where company_id = $1 and playbook_id = $2
+             and ($3::text[] is null or status = any ($3))
+             -- What follows from the status, for the index of open runs.
+             and (not $4::boolean or ended_at is null)
+             and ($5::uuid is null or id < $5)
+         order by id desc
+         limit $6",
         company.0,
         filter.playbook.0,
-        filter.status.map(RunStatus::as_str),
+        names.as_deref(),
+        open,
         filter.before,
         limit,
     )
     .fetch_all(executor)
     .await?;
-    rows.into_iter().map(|row| Ok(run_row!(row))).collect()
+    rows.into_iter()
+        .map(|row| {
+            Ok(RunItemRow {
+                run: RunId(row.id),
+                status: RunStatus::from_name(&row.status)
+                    .ok_or_else(|| StoreError::Unreadable(format!("run status {}", row.status)))?,
+                cost: Nanos(row.cost_nanos),
+                started_at: row.started_at,
+                ended_at: row.ended_at,
+                duration_s: row.duration_s,
+            })
+        })
+        .collect()
 }
 
 /// Locks a run by way of its job, which every use case locks first; its status.

@@ -6,7 +6,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use super::StoreError;
-use crate::domain::ids::{AgentId, CompanyId, RunId, TaskId};
+use crate::domain::ids::{AccountId, AgentId, CompanyId, RunId, TaskId};
 use crate::domain::money::Nanos;
 
 /// A task to be.
@@ -49,6 +49,8 @@ pub struct TaskRow {
     pub priority: String,
     /// The client's own.
     pub metadata: Value,
+    /// `pending`, `approved`, `rejected` or `cancelled`, where a person is asked.
+    pub approval: Option<String>,
     /// What a person said when refusing it.
     pub feedback: Option<String>,
     /// When a person let it be done.
@@ -89,8 +91,8 @@ impl TaskRow {
 /// Stores a task.
 pub async fn insert(tx: &mut PgConnection, new: &NewTask<'_>) -> Result<(), StoreError> {
     sqlx::query!(
-        "insert into tasks (company_id, id, agent_id, title, description, status, priority, metadata)
-         values ($1, $2, $3, $4, $5, $6, $7, $8)",
+        "insert into tasks (company_id, id, agent_id, title, description, status, priority, metadata, approval)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, case when $6 = 'pending_approval' then 'pending' end)",
         new.company.0,
         new.task.0,
         new.agent.map(|agent| agent.0),
@@ -125,7 +127,7 @@ pub async fn least_busy_agent(tx: &mut PgConnection, company: CompanyId) -> Resu
 pub async fn lock(tx: &mut PgConnection, company: CompanyId, task: TaskId) -> Result<Option<TaskRow>, StoreError> {
     Ok(sqlx::query_as!(
         TaskRow,
-        "select company_id, id, agent_id, title, description, status, priority, metadata, feedback, approved_at, result,
+        "select company_id, id, agent_id, title, description, status, priority, metadata, approval, feedback, approved_at, result,
                 error, run_id, cost_nanos, created_at, updated_at, ended_at
          from tasks where company_id = $1 and id = $2 for update",
         company.0,
@@ -133,6 +135,43 @@ pub async fn lock(tx: &mut PgConnection, company: CompanyId, task: TaskId) -> Re
     )
     .fetch_optional(tx)
     .await?)
+}
+
+/// Some tasks that a person is asked about, by their companies and ids, in no
+/// order.
+pub async fn some(tx: &mut PgConnection, tasks: &[(CompanyId, TaskId)]) -> Result<Vec<TaskRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        TaskRow,
+        "select t.company_id, t.id, agent_id, title, description, status, priority, metadata, approval, feedback,
+                approved_at, result, error, run_id, cost_nanos, created_at, updated_at, ended_at
+         from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
+         join tasks t on t.company_id = k.company_id and t.id = k.id
+         where t.approval is not null",
+        &tasks.iter().map(|(company, _)| company.0).collect::<Vec<_>>(),
+        &tasks.iter().map(|(_, task)| task.0).collect::<Vec<_>>(),
+    )
+    .fetch_all(tx)
+    .await?)
+}
+
+/// The company of a task that an account sees.
+pub async fn company_of(
+    tx: &mut PgConnection,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    task: TaskId,
+) -> Result<Option<CompanyId>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "select t.company_id from (select * from tasks where id = $1 offset 0) t
+         join companies c on c.id = t.company_id
+         where c.account_id = $2 and ($3::uuid is null or c.id = $3)",
+        task.0,
+        account.0,
+        bound.map(|company| company.0),
+    )
+    .fetch_optional(tx)
+    .await?
+    .map(CompanyId))
 }
 
 /// What picks tasks out of a company.
@@ -161,7 +200,7 @@ pub async fn list(
 ) -> Result<Vec<TaskRow>, StoreError> {
     Ok(sqlx::query_as!(
         TaskRow,
-        "select company_id, id, agent_id, title, description, status, priority, metadata, feedback, approved_at, result,
+        "select company_id, id, agent_id, title, description, status, priority, metadata, approval, feedback, approved_at, result,
                 error, run_id, cost_nanos, created_at, updated_at, ended_at
          from tasks
          where company_id = $1
@@ -191,21 +230,29 @@ pub async fn set_status(
     tx: &mut PgConnection,
     row: &TaskRow,
     status: &str,
-    approved: bool,
     feedback: Option<&str>,
 ) -> Result<(), StoreError> {
     sqlx::query!(
-        "update tasks
-         set status = $3, feedback = coalesce($5, feedback), updated_at = clock_timestamp(),
-             approved_at = case when $4 then clock_timestamp() else approved_at end,
-             ended_at = case when $3 in ('completed', 'rejected', 'failed', 'cancelled') then clock_timestamp() end
-         where company_id = $1 and id = $2 and status = $6",
+        "update tasks t
+         set status = $3, feedback = coalesce($4, feedback), updated_at = clock_timestamp(),
+             approval = s.approval,
+             approved_at = case when s.approval = 'approved' then coalesce(approved_at, clock_timestamp()) end,
+             ended_at = case when s.over then clock_timestamp() end,
+             error = case when s.over then error end
+         from (
+             select $3 in ('completed', 'rejected', 'failed', 'cancelled') as over,
+                 case when $6::text is null then null
+                     when $5 <> 'pending_approval' and $3 <> 'pending_approval' then $6
+                     else case $3 when 'pending' then 'approved' when 'pending_approval' then 'pending' else $3 end
+                 end as approval
+         ) s
+         where company_id = $1 and id = $2 and status = $5",
         row.company_id,
         row.id,
         status,
-        approved,
         feedback,
         row.status,
+        row.approval,
     )
     .execute(tx)
     .await?;

@@ -1,7 +1,7 @@
 //! What was spent and how often playbooks ran: from roll-ups and the deltas
 //! that are not folded into them yet.
 
-use chrono::{DateTime, NaiveDate, Utc};
+use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
@@ -221,25 +221,25 @@ pub async fn spent(
 /// What was spent on a calendar day of a time zone, by category.
 #[derive(Debug, Clone)]
 pub struct SpentOnDay {
-    /// The day.
-    pub day: NaiveDate,
+    /// The day's place among those that were asked for, from 0.
+    pub day: usize,
     /// On what.
     pub category: String,
     /// How much.
     pub nanos: Nanos,
 }
 
-/// What a company has spent on each calendar day of a time zone, from a time
-/// until before another, both of them a day's beginning there.
+/// What a company has spent on each of some days, given by their beginnings in
+/// order, until before an end.
 pub async fn spent_daily(
     tx: &mut PgConnection,
     company: CompanyId,
-    since: DateTime<Utc>,
+    days: &[DateTime<Utc>],
     end: DateTime<Utc>,
-    zone: &str,
 ) -> Result<Vec<SpentOnDay>, StoreError> {
+    let Some(since) = days.first() else { return Ok(Vec::new()) };
     let rows = sqlx::query!(
-        r#"select (s.at at time zone $4)::date as "day!", s.category as "category!", sum(s.nanos)::bigint as "nanos!"
+        r#"select width_bucket(s.at, $4::timestamptz[]) as "day!", s.category as "category!", sum(s.nanos)::bigint as "nanos!"
            from (
                select quarter as at, category, nanos from cost_rollups
                where company_id = $1 and quarter >= $2 and quarter < $3
@@ -251,13 +251,17 @@ pub async fn spent_daily(
         company.0,
         since,
         end,
-        zone,
+        days,
     )
     .fetch_all(tx)
     .await?;
     Ok(rows
         .into_iter()
-        .map(|row| SpentOnDay { day: row.day, category: row.category, nanos: Nanos(row.nanos) })
+        .map(|row| SpentOnDay {
+            day: usize::try_from(row.day - 1).unwrap_or(0),
+            category: row.category,
+            nanos: Nanos(row.nanos),
+        })
         .collect())
 }
 

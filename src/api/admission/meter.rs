@@ -92,13 +92,15 @@ impl Meter {
         self.tokens > 0 && self.in_flight < self.slots && now < self.renewed + SLOTS_HELD / 2
     }
 
+    /// Why everybody is refused at this moment, without another question.
+    pub fn refusal(&self, now: Instant) -> Option<Refusal> {
+        self.refused.filter(|(_, until)| now < *until).map(|(refusal, _)| refusal)
+    }
+
     /// Lets a request in from what is held; false when that takes a question.
     pub fn enter(&mut self, now: Instant) -> Result<bool, Refusal> {
-        if let Some((refusal, until)) = self.refused {
-            if now < until {
-                return Err(refusal);
-            }
-            self.refused = None;
+        if let Some(refusal) = self.refusal(now) {
+            return Err(refusal);
         }
         if !self.has_room(now) {
             return Ok(false);

@@ -52,6 +52,7 @@ struct Shared {
 
 #[derive(Debug)]
 struct Account {
+    id: AccountId,
     meter: Mutex<Meter>,
     /// One question at a time.
     asking: tokio::sync::Mutex<()>,
@@ -226,6 +227,9 @@ impl Shared {
         let believed = self.key(hash).is_some_and(|(_, believed)| believed);
         let ask = {
             let mut meter = locked(&known.meter);
+            if let Some(refusal) = meter.refusal(Instant::now()) {
+                return Err(Barred::Limit(refusal, meter.standing()));
+            }
             if believed && meter.has_room(Instant::now()) {
                 return Ok(());
             }
@@ -244,7 +248,7 @@ impl Shared {
 
     /// One question: the key, and what an account's meter wants.
     async fn ask_once(&self, hash: &Hash, account: Option<&Arc<Account>>, ask: Ask) -> Result<Given, Barred> {
-        let asked = Ask { hash: Some(*hash), ..ask };
+        let asked = Ask { hash: Some(*hash), account: account.map(|account| account.id), ..ask };
         let answer = grants::take(&self.pool, self.process, std::slice::from_ref(&asked)).await;
         let given = match (answer, account) {
             (Ok(answer), _) => answer.into_iter().next().flatten(),
@@ -255,17 +259,22 @@ impl Shared {
             }
         };
         let now = Instant::now();
-        let Some((key, given)) = given.and_then(|given| Some((given.key.clone()?, given))) else {
+        let Some((key, given)) = given.as_ref().and_then(|given| Some((given.key.clone()?, given.clone()))) else {
             locked(&self.keys).remove(hash);
             if let Some(account) = account {
-                locked(&account.meter).unanswered();
+                let mut meter = locked(&account.meter);
+                // The key is not good any more; what its calls cost was charged.
+                match &given {
+                    Some(given) => meter.answered(given, now),
+                    None => meter.unanswered(),
+                }
             }
             return Err(Barred::Key);
         };
         let account = account.cloned().unwrap_or_else(|| {
-            let new =
-                || Arc::new(Account { meter: Mutex::new(Meter::new(now)), asking: tokio::sync::Mutex::default() });
-            Arc::clone(locked(&self.accounts).entry(key.account).or_insert_with(new))
+            let (id, meter) = (key.account, Mutex::new(Meter::new(now)));
+            let new = || Arc::new(Account { id, meter, asking: tokio::sync::Mutex::default() });
+            Arc::clone(locked(&self.accounts).entry(id).or_insert_with(new))
         });
         locked(&account.meter).answered(&given, now);
         let mut keys = locked(&self.keys);

@@ -1,15 +1,22 @@
 //! Approvals: list, get, approve, reject.
 
+use std::collections::HashMap;
+
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use capx_core::domain::ids::{AgentId, ApprovalId, CompanyId, RunId};
+use capx_core::domain::ids::{AgentId, CompanyId, RunId, TaskId};
+use capx_core::domain::task::Change;
 use capx_core::engine::gates::{Verdict, decide};
-use capx_core::store::approvals::{self, ApprovalRow, Filter};
+use capx_core::engine::tasks as engine_tasks;
+use capx_core::store::approvals::{self, ApprovalRow, Asked, Filter};
+use capx_core::store::tasks::TaskRow;
+use capx_core::store::{agents, tasks};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
+use uuid::Uuid;
 
 use super::Routes;
 use crate::api::auth::{Caller, Scope};
@@ -34,38 +41,46 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::ApprovalsWrite, 2, routes!(reject))
 }
 
-/// A gate that waits, or waited, for a person.
+/// What a person is asked for, or was: to open a gate, or to let a task be done.
 #[derive(Debug, Serialize, ToSchema)]
 struct Approval {
-    /// `apr_…`
-    #[schema(value_type = String)]
-    id: ApprovalId,
+    /// `apr_…` of a gate, `tsk_…` of a task.
+    id: String,
     /// The same.
-    #[schema(value_type = String)]
-    action_id: ApprovalId,
+    action_id: String,
     #[schema(value_type = String)]
     company_id: CompanyId,
     /// `pending`, `approved`, `rejected`, `expired` or `cancelled`.
     status: String,
-    #[schema(value_type = String)]
-    run_id: RunId,
+    /// The task, where it is one.
+    #[schema(required, value_type = Option<String>)]
+    task_id: Option<TaskId>,
+    /// The run, where it is a gate, as what follows.
+    #[schema(required, value_type = Option<String>)]
+    run_id: Option<RunId>,
     /// The step's id within the playbook.
-    step: String,
+    #[schema(required)]
+    step: Option<String>,
     /// Its place, from 0.
-    step_index: i32,
+    #[schema(required)]
+    step_index: Option<i32>,
     agent: Asker,
     /// Playbook and step, e.g. `report/publish`.
-    playbook: String,
+    #[schema(required)]
+    playbook: Option<String>,
     /// What would be done.
     action_type: String,
+    /// `low`, `medium` or `high`: what is shown to a person is at least medium.
+    risk: &'static str,
     /// In credits, where it is known.
     #[schema(required)]
     estimated_cost: Option<f64>,
     /// Exactly what is to be decided.
     context: Value,
     proposed_at: Time,
-    /// When it decides itself.
-    expires_at: Time,
+    /// When it decides itself, if it does.
+    #[schema(required)]
+    expires_at: Option<Time>,
     #[schema(required)]
     decided_at: Option<Time>,
     /// By which key.
@@ -86,25 +101,56 @@ struct Asker {
 }
 
 impl Approval {
-    fn new(row: ApprovalRow) -> Self {
+    fn of_gate(row: ApprovalRow) -> Self {
         Self {
-            id: row.approval,
-            action_id: row.approval,
+            id: row.approval.to_string(),
+            action_id: row.approval.to_string(),
             company_id: row.company,
             status: row.status,
-            run_id: row.run,
-            playbook: format!("{}/{}", row.playbook, row.step_name),
-            step: row.step_name,
-            step_index: row.step,
+            task_id: None,
+            run_id: Some(row.run),
+            playbook: Some(format!("{}/{}", row.playbook, row.step_name)),
+            step: Some(row.step_name),
+            step_index: Some(row.step),
             agent: Asker { id: row.agent, role: row.role },
             action_type: row.action,
+            risk: "medium",
             estimated_cost: None,
             context: row.context,
             proposed_at: Time(row.proposed_at),
-            expires_at: Time(row.expires_at),
+            expires_at: Some(Time(row.expires_at)),
             decided_at: row.decided_at.map(Time),
             decided_by: row.decided_by,
             note: row.note,
+        }
+    }
+
+    fn of_task(row: TaskRow, role: Option<String>) -> Self {
+        let decided_at = match row.approval.as_deref() {
+            Some("approved") => row.approved_at,
+            Some("pending") => None,
+            _ => row.ended_at,
+        };
+        Self {
+            id: row.task().to_string(),
+            action_id: row.task().to_string(),
+            company_id: CompanyId(row.company_id),
+            task_id: Some(row.task()),
+            run_id: None,
+            playbook: None,
+            step: None,
+            step_index: None,
+            agent: Asker { id: row.agent_id.map(AgentId), role },
+            action_type: "task".into(),
+            risk: if matches!(row.priority.as_str(), "high" | "critical") { "high" } else { "medium" },
+            estimated_cost: None,
+            context: json!({"title": row.title, "description": row.description, "priority": row.priority, "metadata": row.metadata}),
+            proposed_at: Time(row.created_at),
+            expires_at: None,
+            decided_at: decided_at.map(Time),
+            decided_by: None,
+            note: row.feedback,
+            status: row.approval.unwrap_or_default(),
         }
     }
 }
@@ -136,8 +182,46 @@ async fn listed(
         status: one_of("status", query.status.as_deref(), STATUSES)?,
         before: cursor(query.cursor.as_deref())?,
     };
-    let rows = approvals::list(tx, caller.account, filter, limit + 1).await?;
-    Ok(page(rows, limit, |row| id_cursor(row.approval.0), Approval::new))
+    let listed = approvals::list(&mut *tx, caller.account, filter, limit + 1).await?;
+    let mut shown = load(tx, &listed).await?;
+    let rows: Vec<(Uuid, Approval)> = listed
+        .iter()
+        .filter_map(|(_, asked)| {
+            let id = match asked {
+                Asked::Gate(id) => id.0,
+                Asked::Task(id) => id.0,
+            };
+            Some((id, shown.remove(&id)?))
+        })
+        .collect();
+    Ok(page(rows, limit, |row| id_cursor(row.0), |row| row.1))
+}
+
+/// Loads what was listed.
+async fn load(tx: &mut sqlx::PgConnection, listed: &[(CompanyId, Asked)]) -> Result<HashMap<Uuid, Approval>, ApiError> {
+    let (mut gates, mut asked) = (Vec::new(), Vec::new());
+    for (company, one) in listed {
+        match one {
+            Asked::Gate(id) => gates.push((*company, *id)),
+            Asked::Task(id) => asked.push((*company, *id)),
+        }
+    }
+    let mut shown = HashMap::new();
+    if !gates.is_empty() {
+        let rows = approvals::some(&mut *tx, &gates).await?;
+        shown.extend(rows.into_iter().map(|row| (row.approval.0, Approval::of_gate(row))));
+    }
+    if !asked.is_empty() {
+        let rows = tasks::some(&mut *tx, &asked).await?;
+        let about: Vec<_> =
+            rows.iter().filter_map(|row| Some((CompanyId(row.company_id), AgentId(row.agent_id?)))).collect();
+        let roles: HashMap<AgentId, String> = agents::roles(tx, &about).await?.into_iter().collect();
+        shown.extend(rows.into_iter().map(|row| {
+            let role = row.agent_id.and_then(|agent| roles.get(&AgentId(agent)).cloned());
+            (row.id, Approval::of_task(row, role))
+        }));
+    }
+    Ok(shown)
 }
 
 /// List approvals
@@ -169,19 +253,38 @@ async fn list_of_company(
     caller.list(page)
 }
 
-fn id_of(text: &str) -> Result<ApprovalId, ApiError> {
-    text.parse().map_err(|_| ApiError::NotFound("approval"))
+fn id_of(text: &str) -> Result<Asked, ApiError> {
+    let gate = text.parse().map(Asked::Gate);
+    gate.or_else(|_| text.parse().map(Asked::Task)).map_err(|_| ApiError::NotFound("approval"))
+}
+
+/// A task that a person is asked about.
+async fn asked_task(
+    tx: &mut sqlx::PgConnection,
+    caller: &Caller,
+    task: TaskId,
+) -> Result<(CompanyId, Approval), ApiError> {
+    let company = tasks::company_of(&mut *tx, caller.account, caller.company, task).await?;
+    let company = company.ok_or(ApiError::NotFound("approval"))?;
+    let shown = load(tx, &[(company, Asked::Task(task))]).await?.remove(&task.0);
+    Ok((company, shown.ok_or(ApiError::NotFound("approval"))?))
 }
 
 /// Get an approval
 #[utoipa::path(get, path = "/approvals/{approval}", tag = "Approvals",
-    params(("approval" = String, Path, description = "`apr_…`")),
+    params(("approval" = String, Path, description = "`apr_…`, or the task's `tsk_…`")),
     responses((status = 200, description = "The approval.", body = One<Approval>), (status = 304, description = "Not changed.")))]
 async fn one(State(state): Shared, caller: Caller, Path(approval): Path<String>) -> Result<Response, ApiError> {
-    let id = id_of(&approval)?;
+    let asked = id_of(&approval)?;
     let mut tx = caller.read(&state).await?;
-    let row = approvals::get(&mut *tx, caller.account, caller.company, id).await?;
-    caller.one(&Approval::new(row.ok_or(ApiError::NotFound("approval"))?))
+    let shown = match asked {
+        Asked::Gate(id) => {
+            let row = approvals::get(&mut *tx, caller.account, caller.company, id).await?;
+            Approval::of_gate(row.ok_or(ApiError::NotFound("approval"))?)
+        }
+        Asked::Task(task) => asked_task(&mut tx, &caller, task).await?.1,
+    };
+    caller.one(&shown)
 }
 
 /// What is said with an approval.
@@ -235,19 +338,33 @@ async fn decided(
     digest: [u8; 32],
     verdict: &Verdict,
 ) -> Result<Response, ApiError> {
-    let id = id_of(approval)?;
+    let asked = id_of(approval)?;
     let mut command = caller.command(state, digest).await?;
-    let by = caller.key.to_string();
-    let row = decide(&state.engine, command.tx(), caller.account, caller.company, id, &by, verdict).await?;
+    let shown = match asked {
+        Asked::Gate(id) => {
+            let by = caller.key.to_string();
+            let row = decide(&state.engine, command.tx(), caller.account, caller.company, id, &by, verdict).await?;
+            Approval::of_gate(row)
+        }
+        Asked::Task(task) => {
+            let (company, _) = asked_task(command.tx(), caller, task).await?;
+            let (change, feedback) = match verdict {
+                Verdict::Approve { note } => (Change::Approve, note.as_deref()),
+                Verdict::Reject { feedback } => (Change::Reject, Some(feedback.as_str())),
+            };
+            engine_tasks::change(command.tx(), company, task, change, feedback).await?;
+            asked_task(command.tx(), caller, task).await?.1
+        }
+    };
     command.wake();
-    command.finish(StatusCode::OK, Approval::new(row)).await
+    command.finish(StatusCode::OK, shown).await
 }
 
 /// Approve
 ///
 /// The same again changes nothing; after another decision it is a 409.
 #[utoipa::path(post, path = "/approvals/{approval}/approve", tag = "Approvals", request_body = ApproveBody,
-    params(("approval" = String, Path, description = "`apr_…`")),
+    params(("approval" = String, Path, description = "`apr_…`, or the task's `tsk_…`")),
     responses((status = 200, description = "It is approved.", body = One<Approval>)))]
 async fn approve(
     State(state): Shared,
@@ -263,7 +380,7 @@ async fn approve(
 ///
 /// With feedback, which shows on the run and its step.
 #[utoipa::path(post, path = "/approvals/{approval}/reject", tag = "Approvals", request_body = RejectBody,
-    params(("approval" = String, Path, description = "`apr_…`")),
+    params(("approval" = String, Path, description = "`apr_…`, or the task's `tsk_…`")),
     responses((status = 200, description = "It is rejected.", body = One<Approval>)))]
 async fn reject(
     State(state): Shared,

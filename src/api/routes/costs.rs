@@ -29,7 +29,7 @@ const DAYS: u64 = 30;
 /// The most days of one answer by day.
 const DAYS_MAX: i64 = 400;
 /// Companies that one answer adds up, the newest.
-const COMPANIES_MAX: i64 = 500;
+const COMPANIES_MAX: i64 = 10_000;
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
     routes
@@ -309,7 +309,6 @@ struct Day {
 
 /// Days of a time zone.
 struct Zone {
-    name: String,
     zone: jiff::tz::TimeZone,
 }
 
@@ -318,7 +317,7 @@ impl Zone {
         let name = name.unwrap_or("UTC");
         let zone = jiff::tz::TimeZone::get(name)
             .map_err(|_| ApiError::field("timezone", "must be an IANA time zone such as America/New_York"))?;
-        Ok(Self { name: name.to_owned(), zone })
+        Ok(Self { zone })
     }
 
     /// The calendar day of an instant.
@@ -341,6 +340,11 @@ impl Zone {
         let date = jiff::civil::Date::new(year, part(day.month())?, part(day.day())?).map_err(|_| out_of_range())?;
         let first = date.to_zoned(self.zone.clone()).map_err(|_| out_of_range())?.timestamp();
         DateTime::from_timestamp(first.as_second(), 0).ok_or_else(out_of_range)
+    }
+
+    /// The first instants of some calendar days.
+    fn begins(&self, days: &[NaiveDate]) -> Result<Vec<DateTime<Utc>>, ApiError> {
+        days.iter().map(|day| self.begin(*day)).collect()
     }
 
     /// A day that a request names, by date or by time.
@@ -381,12 +385,14 @@ async fn daily(
     if (last - first).num_days() >= DAYS_MAX {
         return Err(ApiError::field("since", format!("and `until` must be less than {DAYS_MAX} days apart")));
     }
-    let next = last.succ_opt().unwrap_or(last);
-    let spent = usage::spent_daily(&mut tx, company, zone.begin(first)?, zone.begin(next)?, &zone.name).await?;
-    let mut days: BTreeMap<NaiveDate, Sums> =
+    let mut days: Vec<(NaiveDate, Sums)> =
         first.iter_days().take_while(|day| *day <= last).map(|day| (day, Sums::default())).collect();
-    for one in spent {
-        days.entry(one.day).or_default().add(&one.category, one.nanos);
+    let begins = zone.begins(&days.iter().map(|(day, _)| *day).collect::<Vec<_>>())?;
+    let end = zone.begin(last.succ_opt().unwrap_or(last))?;
+    for one in usage::spent_daily(&mut tx, company, &begins, end).await? {
+        if let Some((_, sums)) = days.get_mut(one.day) {
+            sums.add(&one.category, one.nanos);
+        }
     }
     let days = days.into_iter();
     caller.all(days.map(|(date, sums)| Day { date, total: sums.total().to_usd(), breakdown: sums.show() }).collect())
@@ -459,16 +465,16 @@ async fn forecasted(State(state): Shared, caller: Caller, Path(company): Path<St
     let today = now.date_naive();
     let first = today.checked_sub_days(Days::new(WINDOW_DAYS as u64)).unwrap_or(today);
     let (begin, end) = (zone.begin(first)?, zone.begin(today)?);
-    let spent = usage::spent_daily(&mut tx, row.company, begin, end, &zone.name).await?;
     // Days before the company's first say nothing.
     let born = row.created_at.date_naive();
-    let mut days: BTreeMap<NaiveDate, i64> =
-        first.iter_days().take_while(|day| *day < today).filter(|day| *day >= born).map(|day| (day, 0)).collect();
-    for one in spent {
-        let total = days.entry(one.day).or_default();
-        *total = total.saturating_add(one.nanos.0);
+    let window: Vec<NaiveDate> = first.iter_days().take_while(|day| *day < today).filter(|day| *day >= born).collect();
+    let begins = zone.begins(&window)?;
+    let mut days = vec![Nanos(0); window.len()];
+    for one in usage::spent_daily(&mut tx, row.company, &begins, end).await? {
+        if let Some(total) = days.get_mut(one.day) {
+            total.0 = total.0.saturating_add(one.nanos.0);
+        }
     }
-    let days: Vec<Nanos> = days.into_values().map(Nanos).collect();
     let f = forecast(&days);
     let limit = row.config.get("budget_limit_daily").and_then(serde_json::Value::as_f64);
     let hour = now.with_minute(0).and_then(|at| at.with_second(0)).unwrap_or(now);

@@ -5,13 +5,14 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
+use capx_core::domain::company::works;
 use capx_core::domain::ids::{AgentId, ApprovalId, CompanyId, PlaybookId, RunId};
 use capx_core::domain::playbook::Playbook;
 use capx_core::domain::run::{RunStatus, StepStatus};
 use capx_core::engine::cancel::cancel_run;
 use capx_core::engine::start::{self, Started};
 use capx_core::store::approvals;
-use capx_core::store::runs::{self, JobRow, RunFilter, RunRow, StepRow};
+use capx_core::store::runs::{self, JobRow, RunFilter, RunItemRow, RunRow, StepRow};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
@@ -21,6 +22,7 @@ use utoipa_axum::routes;
 use super::Routes;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Nothing, Path, Query, limit};
+use crate::api::command::Command;
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, ApiState, Shared, openapi};
 
@@ -195,7 +197,20 @@ impl RunItem {
         Self {
             run_id: row.run,
             playbook_id: row.playbook,
-            status: shown_status(row).as_str(),
+            status: shown_status(row.status, row.halted_since.is_some()).as_str(),
+            cost: row.cost.to_usd(),
+            total_cost: row.cost.to_usd(),
+            duration: row.duration_s,
+            started_at: row.started_at.map(Time),
+            completed_at: row.ended_at.map(Time),
+        }
+    }
+
+    fn of_list(row: &RunItemRow, playbook: PlaybookId, halted: bool) -> Self {
+        Self {
+            run_id: row.run,
+            playbook_id: playbook,
+            status: shown_status(row.status, halted).as_str(),
             cost: row.cost.to_usd(),
             total_cost: row.cost.to_usd(),
             duration: row.duration_s,
@@ -206,9 +221,9 @@ impl RunItem {
 }
 
 /// A run of a company that is halted waits for the company.
-fn shown_status(row: &RunRow) -> RunStatus {
-    match row.status {
-        RunStatus::Queued | RunStatus::Running if row.halted_since.is_some() => RunStatus::Suspended,
+fn shown_status(status: RunStatus, halted: bool) -> RunStatus {
+    match status {
+        RunStatus::Queued | RunStatus::Running if halted => RunStatus::Suspended,
         status => status,
     }
 }
@@ -245,36 +260,46 @@ async fn start(
     let params = one_of_both(body.params, body.inputs)?;
     let company: CompanyId = company.parse().map_err(|_| ApiError::NotFound("company"))?;
     let playbook: PlaybookId = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
-    started(&state, &caller, digest, (company, playbook), params, patience).await
+    if caller.company.is_some_and(|bound| bound != company) {
+        return Err(ApiError::NotFound("company"));
+    }
+    let command = caller.command(&state, digest).await?;
+    started(&state, &caller, command, (company, playbook), params, patience).await
 }
 
 async fn started(
     state: &ApiState,
     caller: &Caller,
-    digest: [u8; 32],
+    mut command: Command<'_>,
     (company, playbook): (CompanyId, PlaybookId),
     params: Map<String, Value>,
     patience: Duration,
 ) -> Result<Response, ApiError> {
-    let mut command = caller.command(state, digest).await?;
-    let prepared = start::decide(&state.engine, command.tx(), company, playbook, params, "manual").await?;
-    if caller.is_idempotent() {
+    let account = Some(caller.account);
+    let prepared = start::decide(&state.engine, command.tx(), account, company, playbook, params, "manual").await?;
+    let run = if caller.is_idempotent() {
         // The start, and beside it the answer: a repeat is told of this run.
         let run = start::start_in(command.tx(), prepared).await?;
         command.wake();
-        return command.finish(StatusCode::CREATED, brief(playbook, run)).await;
-    }
-    drop(command);
-    // Together with those of other requests.
-    let run = start::start_decided(&state.engine, prepared).await?;
+        let answer = command.finish(StatusCode::CREATED, brief(playbook, run.clone())).await?;
+        if patience.is_zero() {
+            return Ok(answer);
+        }
+        run
+    } else {
+        drop(command);
+        // Together with those of other requests.
+        start::start_decided(&state.engine, prepared).await?
+    };
     if patience.is_zero() {
         return caller.created(brief(playbook, run));
     }
     // The run is committed: an error now would make the client start another.
-    match shown(state, caller, (company, playbook, run.run), patience).await {
-        Ok(shown) => caller.created(shown),
-        Err(_) => caller.created(brief(playbook, run)),
-    }
+    let answer = match shown(state, caller, (company, playbook, run.run), patience).await {
+        Ok(shown) => shown,
+        Err(_) => brief(playbook, run),
+    };
+    if caller.is_idempotent() { caller.created_again(answer) } else { caller.created(answer) }
 }
 
 /// Run any playbook
@@ -302,10 +327,9 @@ async fn start_of_account(
         }
         _ => return Err(ApiError::field("playbook", "and `playbook_id` name the same thing; send one of them")),
     };
-    let mut tx = caller.read(&state).await?;
-    let found = find_any(&mut tx, &caller, company, id, name).await?;
-    drop(tx);
-    started(&state, &caller, digest, found, params, patience).await
+    let mut command = caller.command(&state, digest).await?;
+    let found = find_any(command.tx(), &caller, company, id, name).await?;
+    started(&state, &caller, command, found, params, patience).await
 }
 
 async fn find_any(
@@ -365,9 +389,14 @@ async fn listed(
             ApiError::field("status", format!("must be one of {}", names.join(", ")))
         })?),
     };
-    let filter = RunFilter { playbook, status, before: cursor(query.cursor.as_deref())? };
-    let rows = runs::list(tx, company, filter, limit + 1).await?;
-    caller.list(page(rows, limit, |row| id_cursor(row.run.0), |row| RunItem::new(&row)))
+    let halted = !works(&caller.company_row(tx, &company.to_string()).await?.status);
+    let statuses = status.map(|shown| {
+        let stored = RunStatus::ALL.iter().copied();
+        stored.filter(|stored| shown_status(*stored, halted) == shown).collect()
+    });
+    let filter = RunFilter { playbook, statuses, before: cursor(query.cursor.as_deref())? };
+    let rows = runs::list(tx, company, &filter, limit + 1).await?;
+    caller.list(page(rows, limit, |row| id_cursor(row.run.0), |row| RunItem::of_list(&row, playbook, halted)))
 }
 
 /// List a playbook's runs
@@ -458,7 +487,7 @@ async fn shown(state: &ApiState, caller: &Caller, ids: Ids, patience: Duration) 
 async fn show(state: &ApiState, tx: &mut PgConnection, company: CompanyId, row: RunRow) -> Result<Run, ApiError> {
     let steps = runs::steps(&mut *tx, company, row.run).await?;
     let job = runs::job(&mut *tx, company, row.run).await?;
-    let waiting_on = match shown_status(&row) {
+    let waiting_on = match shown_status(row.status, row.halted_since.is_some()) {
         RunStatus::Suspended => Some(waiting_on(&mut *tx, company, &row).await?),
         _ => None,
     };

@@ -16,7 +16,8 @@ a as materialized (
 g as materialized (
     select d.place, a.id, d.spent, l.rate, l.most, b.minute - n.granted as minute, b.second - n.granted as second, n.granted,
         s.kept, c.now,
-        greatest(d.held, least(d.slots, l.most - s.others))::integer as slots,
+        -- Who does not know the account yet does not know what its process holds.
+        greatest(d.held, least(d.slots, l.most - s.others), case when d.known is null then s.mine end)::integer as slots,
         a.credits - d.spent as credits
     from d
     join a on a.id = d.account_id
@@ -37,10 +38,11 @@ g as materialized (
     cross join lateral (select greatest(0, least(d.want, floor(b.minute), floor(b.second)))::integer as granted) n
     -- Slots of a process that is gone are free again.
     cross join lateral (
-        select coalesce(sum((e.value ->> 0)::integer), 0)::integer as others,
-            coalesce(jsonb_object_agg(e.key, e.value), '{}') as kept
+        select coalesce(sum((e.value ->> 0)::integer) filter (where e.key <> $1), 0)::integer as others,
+            sum((e.value ->> 0)::integer) filter (where e.key = $1) as mine,
+            coalesce(jsonb_object_agg(e.key, e.value) filter (where e.key <> $1), '{}') as kept
         from jsonb_each(a.slots) e
-        where e.key <> $1 and (e.value ->> 1)::double precision > c.now
+        where (e.value ->> 1)::double precision > c.now
     ) s
 ),
 u as (
