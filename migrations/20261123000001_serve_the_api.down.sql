@@ -21,7 +21,7 @@ drop index events_agent;
 drop index events_rare;
 alter table events drop column rare_kind, drop column agent;
 drop index playbooks_by_id;
-drop index runs_open, runs_unsuccessful, approvals_pending;
+drop index runs_open, runs_unsuccessful, approvals_status;
 alter table agents drop constraint config_size;
 alter table companies drop constraint config_size;
 alter table playbook_versions drop column step_count;

@@ -168,9 +168,9 @@ create index jobs_parked on jobs (company_id) where due_at = 'infinity';
 create index playbooks_by_id on playbooks (id);
 
 -- Lists by a status that few have.
-create index runs_open on runs (company_id, playbook_id, id) where ended_at is null;
-create index runs_unsuccessful on runs (company_id, playbook_id, id) where status in ('failed', 'cancelled');
-create index approvals_pending on approvals (company_id, id) where status = 'pending';
+create index runs_open on runs (playbook_id, id) where ended_at is null;
+create index runs_unsuccessful on runs (playbook_id, status, id) where status in ('failed', 'cancelled');
+create index approvals_status on approvals (company_id, status, id);
 
 -- The feeds. What is rare has an index of its own by its kind; steps and runs,
 -- which are most of the log, are found in its order and cost nothing more. In

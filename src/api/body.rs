@@ -8,6 +8,7 @@ use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::request::Parts;
 use capx_core::domain::playbook::problem::did_you_mean;
 use capx_core::domain::storable;
+use http_body_util::LengthLimitError;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -55,8 +56,10 @@ impl<T: DeserializeOwned> FromRequest<Arc<ApiState>> for Body<T> {
         let bytes = tokio::time::timeout(state.limits.body, bytes)
             .await
             .map_err(|_| ApiError::TooSlow(state.limits.body))?
-            // Over the limit, or the client broke off, who reads no answer.
-            .map_err(|_| ApiError::TooLarge)?;
+            .map_err(|error| match std::error::Error::source(&error) {
+                Some(source) if source.is::<LengthLimitError>() => ApiError::TooLarge,
+                _ => ApiError::Invalid { message: "the body is cut off, or framed wrongly".into(), fields: Vec::new() },
+            })?;
         let digest = request_digest(&method, &bytes);
         if bytes.iter().all(u8::is_ascii_whitespace) {
             return Ok(Self { body: read(Value::Object(serde_json::Map::new()))?, digest });

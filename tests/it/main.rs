@@ -10,6 +10,8 @@ mod deaths;
 mod dev;
 mod gates;
 mod harness;
+mod hostile;
+mod lists;
 mod outage;
 mod process;
 mod proxy;

@@ -255,7 +255,7 @@ pub struct PlaybookRow {
     pub version_id: VersionId,
     /// Its number.
     pub version: i32,
-    /// Its text.
+    /// Its text, where it was asked for by its id.
     pub yaml: String,
     /// Its steps.
     pub step_count: i32,
@@ -300,18 +300,28 @@ pub async fn list(
 ) -> Result<Vec<PlaybookRow>, StoreError> {
     let rows = sqlx::query!(
         r#"select p.company_id, p.id, p.name, p.description, p.status, p.tags, p.current_version_id, p.created_at,
-                  p.updated_at, v.version, v.yaml, v.step_count
-           from playbooks p
+                  p.updated_at, v.version, v.step_count,
+                  -- Long, and only shown of one.
+                  case when $3::uuid is not null then v.yaml else '' end as "yaml!"
+           from (
+               select p.* from companies c
+               cross join lateral (
+                   select p.* from playbooks p
+                   where p.company_id = c.id
+                       and ($3::uuid is null or p.id = $3)
+                       and ($4::text is null or p.name = $4)
+                       and ($5::text is null or p.status = $5)
+                       and p.tags @> $6::text[]
+                       and ($7::uuid is null or p.id < $7)
+                   order by p.id desc
+                   limit $8
+               ) p
+               where ($1::uuid is null or c.id = $1) and ($2::uuid is null or c.account_id = $2)
+               order by p.id desc
+               limit $8
+           ) p
            join playbook_versions v on v.company_id = p.company_id and v.id = p.current_version_id
-           where ($1::uuid is null or p.company_id = $1)
-               and ($2::uuid is null or p.company_id in (select c.id from companies c where c.account_id = $2))
-               and ($3::uuid is null or p.id = $3)
-               and ($4::text is null or p.name = $4)
-               and ($5::text is null or p.status = $5)
-               and p.tags @> $6::text[]
-               and ($7::uuid is null or p.id < $7)
-           order by p.id desc
-           limit $8"#,
+           order by p.id desc"#,
         filter.company.map(|c| c.0),
         filter.account.map(|a| a.0),
         filter.playbook.map(|p| p.0),

@@ -209,20 +209,36 @@ pub async fn list(
              and ($4::uuid is null or agent_id = $4)
              and ($5::text is null or priority = $5)
              and ($6::timestamptz is null or created_at >= $6)
-             and ($7::uuid is null or id < $7)
+             -- What follows from that, for the order's index: ids name their time.
+             and ($7::uuid is null or id >= $7)
+             and ($8::uuid is null or id < $8)
          order by id desc
-         limit $8",
+         limit $9",
         company.0,
         filter.task.map(|task| task.0),
         filter.status,
         filter.agent.map(|agent| agent.0),
         filter.priority,
         filter.since,
+        filter.since.map(first_id_at),
         filter.before,
         limit,
     )
     .fetch_all(tx)
     .await?)
+}
+
+/// How far the clock of whoever made an id may be ahead of or behind the
+/// database's, in seconds.
+const CLOCKS_OFF_S: i64 = 3 * 3_600;
+
+/// Before every id of what was made at a time or later.
+fn first_id_at(at: DateTime<Utc>) -> Uuid {
+    let seconds = at.timestamp().saturating_sub(CLOCKS_OFF_S).max(0).unsigned_abs();
+    let mut id = *Uuid::new_v7(uuid::Timestamp::from_unix(uuid::NoContext, seconds, 0)).as_bytes();
+    // What follows the time is chance.
+    id[6..].fill(0);
+    Uuid::from_bytes(id)
 }
 
 /// Sets a task's status, decided under its lock.
