@@ -17,7 +17,7 @@ use sqlx::PgPool;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::admission::Admission;
+use crate::api::admission::{Admission, FAILURES_MAX};
 use crate::api::peer::TrustedProxies;
 use crate::api::stream::hub::Hub;
 use crate::api::{self, ApiState, Limits, server};
@@ -194,7 +194,7 @@ pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationTok
     Ok(ApiState {
         engine,
         tenants: store::pool(url, PoolKind::Tenants, API_CONNECTIONS)?,
-        admission: Admission::start(store::pool(url, PoolKind::Meter, METER_CONNECTIONS)?),
+        admission: Admission::start(store::pool(url, PoolKind::Meter, METER_CONNECTIONS)?, auth_failures()?),
         proxies: TrustedProxies::parse(&proxies).map_err(anyhow::Error::msg)?,
         hub,
         document: Arc::from(""),
@@ -203,6 +203,14 @@ pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationTok
         wedged: CancellationToken::new(),
         limits: Limits::default(),
     })
+}
+
+/// How often a minute an address may fail to authenticate.
+fn auth_failures() -> anyhow::Result<u32> {
+    match std::env::var("CAPX_AUTH_FAILURES") {
+        Ok(text) => text.parse().context("CAPX_AUTH_FAILURES is a number of failures a minute, such as 30"),
+        Err(_) => Ok(FAILURES_MAX),
+    }
 }
 
 /// Serves the API until it is stopped, or has a request that never ends.

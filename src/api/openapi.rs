@@ -174,6 +174,30 @@ pub(super) fn names(known: &[&str]) -> utoipa::openapi::schema::Object {
     ObjectBuilder::new().schema_type(Type::String).enum_values(Some(known.iter().copied())).build()
 }
 
+/// A body of which nothing is required may be left out.
+pub(super) fn optional_bodies(document: &mut serde_json::Value) {
+    let schemas = document["components"]["schemas"].clone();
+    let paths = document["paths"].as_object_mut().into_iter().flat_map(|paths| paths.values_mut());
+    for operation in paths.filter_map(serde_json::Value::as_object_mut).flat_map(|path| path.values_mut()) {
+        let Some(body) = operation.get_mut("requestBody") else { continue };
+        let named = body["content"]["application/json"]["schema"]["$ref"].as_str().and_then(|r| r.rsplit('/').next());
+        let needs = |name| schemas[name]["required"].as_array().is_some_and(|required| !required.is_empty());
+        if named.is_some_and(|name| !needs(name)) {
+            body["required"] = false.into();
+        }
+    }
+}
+
+/// The schema of a field that names one of a few, or nothing.
+pub(super) fn names_or_null(known: &[&str], description: &str) -> utoipa::openapi::schema::Object {
+    let values = known.iter().map(|name| serde_json::Value::from(*name)).chain([serde_json::Value::Null]);
+    ObjectBuilder::new()
+        .schema_type(utoipa::openapi::schema::SchemaType::from_iter([Type::String, Type::Null]))
+        .enum_values(Some(values))
+        .description(Some(description))
+        .build()
+}
+
 /// The schema of a cursor of a list that goes by id.
 pub(super) fn id_cursor() -> utoipa::openapi::schema::Object {
     ObjectBuilder::new().schema_type(Type::String).pattern(Some("^[0-9a-f]{32}$")).description(Some(CURSOR)).build()

@@ -24,6 +24,8 @@ mod strangers;
 use meter::{Meter, Refusal, Standing};
 use strangers::Strangers;
 
+pub use strangers::FAILURES_MAX;
+
 /// How long a key is believed without another look: with the look's own time,
 /// a revoked one is refused everywhere within 5 s.
 const KEY_BELIEVED: Duration = Duration::from_secs(2);
@@ -88,12 +90,13 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Admission {
     /// One that nobody enters by: of a process that serves its health only.
     pub fn shut(pool: PgPool) -> Self {
-        Self(Arc::new(Shared::new(pool)))
+        Self(Arc::new(Shared::new(pool, FAILURES_MAX)))
     }
 
     /// Over a pool of its own, of [`capx_core::store::PoolKind::Meter`].
-    pub fn start(pool: PgPool) -> Self {
-        let shared = Arc::new(Shared::new(pool));
+    /// `failures_max` is how often a minute an address may fail to authenticate.
+    pub fn start(pool: PgPool, failures_max: u32) -> Self {
+        let shared = Arc::new(Shared::new(pool, failures_max));
         let weak = Arc::downgrade(&shared);
         tokio::spawn(async move {
             loop {
@@ -190,13 +193,13 @@ impl Drop for Permit {
 }
 
 impl Shared {
-    fn new(pool: PgPool) -> Self {
+    fn new(pool: PgPool, failures_max: u32) -> Self {
         Self {
             pool,
             process: Uuid::now_v7(),
             keys: Mutex::default(),
             accounts: Mutex::default(),
-            strangers: Mutex::default(),
+            strangers: Mutex::new(Strangers::new(failures_max)),
         }
     }
 

@@ -7,15 +7,17 @@ use std::time::{Duration, Instant};
 
 use super::meter::Standing;
 
-/// Failures that an address has at once, and that it gets back in a minute.
-const FAILURES_MAX: u32 = 30;
+/// Failures that an address has at once, and that it gets back in a minute, where
+/// the operator says nothing else.
+pub const FAILURES_MAX: u32 = 30;
 /// Addresses that are remembered, in each of two generations.
 const ADDRESSES_MAX: usize = 10_000;
 
 /// The buckets: those that failed lately, and those before them, who are
 /// forgotten when there are too many.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Strangers {
+    failures_max: u32,
     young: HashMap<IpAddr, (f64, Instant)>,
     old: HashMap<IpAddr, (f64, Instant)>,
 }
@@ -32,18 +34,23 @@ fn network(address: IpAddr) -> IpAddr {
 }
 
 impl Strangers {
+    /// None yet, of whom each may fail so often a minute.
+    pub fn new(failures_max: u32) -> Self {
+        Self { failures_max: failures_max.max(1), young: HashMap::new(), old: HashMap::new() }
+    }
+
     fn used(&self, address: IpAddr, now: Instant) -> f64 {
         let address = network(address);
         self.young.get(&address).or_else(|| self.old.get(&address)).map_or(0.0, |(used, at)| {
-            let regained = now.saturating_duration_since(*at).as_secs_f64() * f64::from(FAILURES_MAX) / 60.0;
+            let regained = now.saturating_duration_since(*at).as_secs_f64() * f64::from(self.failures_max) / 60.0;
             (used - regained).max(0.0)
         })
     }
 
     /// How long an address has to wait before it may fail again, if it has to.
     pub fn refused(&self, address: IpAddr, now: Instant) -> Option<Duration> {
-        let over = self.used(address, now) - f64::from(FAILURES_MAX - 1);
-        (over > 0.0).then(|| Duration::from_secs_f64(over * 60.0 / f64::from(FAILURES_MAX)))
+        let over = self.used(address, now) - f64::from(self.failures_max - 1);
+        (over > 0.0).then(|| Duration::from_secs_f64(over * 60.0 / f64::from(self.failures_max)))
     }
 
     /// An attempt has failed.
@@ -58,9 +65,9 @@ impl Strangers {
     /// As headers tell it to whoever shows no key.
     pub fn standing(&self, address: IpAddr, now: Instant) -> Standing {
         let used = self.used(address, now);
-        let left = (f64::from(FAILURES_MAX) - used).max(0.0).floor();
-        let reset = (used * 60.0 / f64::from(FAILURES_MAX)).ceil();
-        Standing { limit: FAILURES_MAX, remaining: left as u32, reset: reset as u32 }
+        let left = (f64::from(self.failures_max) - used).max(0.0).floor();
+        let reset = (used * 60.0 / f64::from(self.failures_max)).ceil();
+        Standing { limit: self.failures_max, remaining: left as u32, reset: reset as u32 }
     }
 }
 
@@ -70,7 +77,7 @@ mod tests {
 
     #[test]
     fn an_address_that_fails_too_often_waits_and_others_do_not() {
-        let mut strangers = Strangers::default();
+        let mut strangers = Strangers::new(FAILURES_MAX);
         let now = Instant::now();
         let (bad, good): (IpAddr, IpAddr) =
             ("2001:db8::1".parse().expect("an address"), "127.0.0.1".parse().expect("one"));
@@ -88,7 +95,7 @@ mod tests {
 
     #[test]
     fn a_flood_of_addresses_takes_no_more_than_its_place() {
-        let mut strangers = Strangers::default();
+        let mut strangers = Strangers::new(FAILURES_MAX);
         let now = Instant::now();
         for n in 0..30_000_u32 {
             strangers.failed(IpAddr::V4(n.into()), now);

@@ -53,6 +53,12 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::AgentsWrite, 2, routes!(resume))
 }
 
+fn adapters() -> utoipa::openapi::schema::Object {
+    let mut schema = openapi::names(ADAPTERS);
+    schema.description = Some("`anthropic`, `openai` and `http` mean `claude`, `gpt` and `custom`.".into());
+    schema
+}
+
 /// An agent to be.
 #[derive(Debug, Clone, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -61,12 +67,13 @@ pub(super) struct AgentBody {
     #[schema(min_length = 1, max_length = 64, pattern = "^[A-Za-z0-9_-]+$")]
     pub role: String,
     /// `claude`, `gpt` or `custom`; `anthropic`, `openai` and `http` mean the same.
+    #[schema(schema_with = adapters)]
     pub adapter: String,
     /// How it behaves. A built-in role or a template brings its own.
     #[schema(min_length = 1, max_length = 20_000)]
     pub instructions: Option<String>,
     /// Which model, e.g. `claude-sonnet-4-6`.
-    #[schema(max_length = 200)]
+    #[schema(min_length = 1, max_length = 200)]
     pub model: Option<String>,
     /// Credits a month.
     #[schema(minimum = 0)]
@@ -182,7 +189,7 @@ struct UpdateAgentBody {
     #[schema(min_length = 1, max_length = 20_000)]
     instructions: Option<String>,
     /// Which model.
-    #[schema(max_length = 200)]
+    #[schema(min_length = 1, max_length = 200)]
     model: Option<String>,
     /// Credits a month.
     #[schema(minimum = 0)]

@@ -30,6 +30,10 @@ fn statuses() -> utoipa::openapi::schema::Object {
     openapi::names(STATUSES)
 }
 
+fn priority() -> utoipa::openapi::schema::Object {
+    openapi::names_or_null(PRIORITIES, "`medium` where nothing is said.")
+}
+
 fn priorities() -> utoipa::openapi::schema::Object {
     openapi::names(PRIORITIES)
 }
@@ -60,6 +64,7 @@ struct CreateTaskBody {
     /// `ag_…` or a role; else whoever has least to do.
     agent_id: Option<String>,
     /// `low`, `medium` (the default), `high` or `critical`.
+    #[schema(schema_with = priority, required = false)]
     priority: Option<String>,
     /// Your own keys and values.
     metadata: Option<Map<String, Value>>,
@@ -78,6 +83,7 @@ struct UpdateTaskBody {
     /// `ag_…` or a role.
     agent_id: Option<String>,
     /// `low`, `medium`, `high` or `critical`.
+    #[schema(schema_with = priority, required = false)]
     priority: Option<String>,
     /// Merged into the task's.
     metadata: Option<Map<String, Value>>,
