@@ -351,6 +351,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "CreatePlaybookBody" => json!({"yaml": YAML}),
             "CreateTaskBody" => json!({"title": "x"}),
             "DirectiveBody" => json!({"objective": "x"}),
+            "RollbackBody" => json!({"version": 1}),
             "RejectBody" => json!({"feedback": "no"}),
             _ => json!({}),
         }
@@ -456,6 +457,76 @@ async fn a_woken_agent_beats_once() {
         first["data"]["heartbeat_started_at"]
     );
     assert_eq!(db.count("select count(*) from jobs where kind = 'heartbeat'").await, 1);
+    let _worker = db.worker(SHORT_LEASE);
+    let beats = format!("/v1/companies/{co}/agents/writer/heartbeats");
+    eventually("the beat", || async { !api.get(&beats).await.1["data"].as_array().unwrap().is_empty() }).await;
+    let (_, answer) = api.get(&beats).await;
+    assert_eq!((answer["data"].as_array().unwrap().len(), &answer["data"][0]["type"]), (1, &json!("heartbeat")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rolled_back_playbook_is_a_new_version_of_the_old_text() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let co = company(&api).await;
+    let (_, made) = api.post(&format!("/v1/companies/{co}/playbooks"), json!({"yaml": YAML})).await;
+    let playbook = format!("/v1/companies/{co}/playbooks/{}", made["data"]["id"].as_str().unwrap());
+    let changed = YAML.replace("x: 1", "x: 2");
+    let (_, answer) = api.send("PATCH", &playbook, Some(json!({"yaml": changed}))).await;
+    assert_eq!(answer["data"]["version"], 2, "{answer}");
+    let back = format!("{playbook}/rollback");
+    for _ in 0..2 {
+        // The second time it is current already.
+        let (status, answer) = api.post(&back, json!({"version": 1})).await;
+        assert_eq!((status, &answer["data"]["version"], &answer["data"]["yaml"]), (200, &json!(3), &json!(YAML)));
+    }
+    let (status, answer) = api.post(&back, json!({"version": 9})).await;
+    assert_eq!((status, &answer["error"]["fields"][0]["field"]), (400, &json!("version")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_is_approved_by_its_id_and_never_around_a_person() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let mut request = body();
+    request["config"] = json!({"governance": "human_in_loop"});
+    let (_, answer) = api.post("/v1/companies", request).await;
+    let co = format!("/v1/companies/{}", answer["data"]["id"].as_str().unwrap());
+    let make = async || {
+        let (status, answer) = api.post(&format!("{co}/tasks"), json!({"title": "t", "priority": "high"})).await;
+        assert_eq!((status, &answer["data"]["status"]), (201, &json!("pending_approval")), "{answer}");
+        answer["data"]["id"].as_str().unwrap().to_owned()
+    };
+    let (first, second) = (make().await, make().await);
+    for list in ["/v1/approvals".to_owned(), format!("{co}/approvals?status=pending")] {
+        let (_, answer) = api.get(&list).await;
+        let ids: Vec<&str> =
+            answer["data"].as_array().unwrap().iter().map(|a| a["task_id"].as_str().unwrap()).collect();
+        assert_eq!(ids, [&second, &first]);
+        assert_eq!(
+            (&answer["data"][0]["risk"], &answer["data"][0]["agent"]["role"]),
+            (&json!("high"), &json!("writer"))
+        );
+    }
+    let approval = |id: &str, word: &str| format!("/v1/approvals/{id}{word}");
+    for _ in 0..2 {
+        let (status, answer) = api.post(&approval(&first, "/approve"), json!({})).await;
+        assert_eq!(
+            (status, &answer["data"]["status"], &answer["data"]["id"]),
+            (200, &json!("approved"), &json!(first))
+        );
+    }
+    assert_eq!(api.post(&approval(&first, "/reject"), json!({"feedback": "no"})).await.0, 409);
+    assert_eq!(api.get(&format!("{co}/tasks/{first}")).await.1["data"]["status"], "pending");
+    // Called off and taken up again, it is still asked about.
+    for (word, status, asked) in [("cancel", "cancelled", "cancelled"), ("retry", "pending_approval", "pending")] {
+        let (_, answer) = api.post(&format!("{co}/tasks/{second}/{word}"), json!({})).await;
+        assert_eq!(answer["data"]["status"], status, "{answer}");
+        assert_eq!(api.get(&approval(&second, "")).await.1["data"]["status"], asked);
+    }
+    let (_, answer) = api.post(&approval(&second, "/reject"), json!({"feedback": "no"})).await;
+    assert_eq!((&answer["data"]["status"], &answer["data"]["note"]), (&json!("rejected"), &json!("no")));
+    assert_eq!(api.get(&format!("{co}/tasks/{second}")).await.1["data"]["status"], "rejected");
 }
 
 #[tokio::test(flavor = "multi_thread")]

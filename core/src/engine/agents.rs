@@ -1,5 +1,7 @@
 //! Agents are paused, go on, are removed and woken.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use serde_json::json;
 use sqlx::PgConnection;
@@ -84,16 +86,21 @@ pub async fn wake(tx: &mut PgConnection, company_status: &str, agent: &AgentRow)
     Ok(jobs::live_since(tx, agent.company, &format!("heartbeat:{}", agent.agent)).await?)
 }
 
-/// A beat, and the end of its job, in one transaction. An agent that is not
-/// active, or whose company is halted, does not beat.
+/// Until an agent that was woken before it was ready is looked at again.
+const NOT_READY: Duration = Duration::from_secs(1);
+
+/// A beat, and the end of its job, in one transaction. An agent that is getting
+/// ready beats later; one that is not active, or whose company is halted, does
+/// not beat.
 pub async fn beat(engine: &Engine, job: &ClaimedJob, agent: AgentId) -> Result<(), EngineError> {
     let mut tx = engine.pool.begin().await?;
-    let done = Settle { lease: job.lease, again_after: None, charged: true };
+    let again_after = agents::gets_ready(&mut tx, job.company, agent).await?.then_some(NOT_READY);
+    let done = Settle { lease: job.lease, again_after, charged: again_after.is_none() };
     if jobs::settle(&mut *tx, &[done]).await?.is_empty() {
         // The lease is gone: whoever has the job now beats.
         return Ok(());
     }
-    if agents::beat(&mut tx, job.company, agent).await? {
+    if again_after.is_none() && agents::beat(&mut tx, job.company, agent).await? {
         let fired = Event::new(HEARTBEAT_FIRED, json!({"agent_id": agent, "actions": 0, "items": 0, "cost": 0.0}));
         events::append(&mut *tx, job.company, &[fired]).await?;
     }

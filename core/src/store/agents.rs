@@ -275,6 +275,20 @@ pub async fn set_agent_status(
     .await?)
 }
 
+/// Whether an agent, or the company around it, is being made ready.
+pub async fn gets_ready(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<bool, StoreError> {
+    let found = sqlx::query_scalar!(
+        "select a.id from agents a join companies c on c.id = a.company_id
+         where a.company_id = $1 and a.id = $2
+             and (a.status = 'initializing' or a.status = 'active' and c.status = 'provisioning')",
+        company.0,
+        agent.0,
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(found.is_some())
+}
+
 /// Counts a beat of an agent that is active in a company that works; false for
 /// any other.
 pub async fn beat(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<bool, StoreError> {

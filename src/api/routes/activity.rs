@@ -39,6 +39,7 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::ActivityRead, 1, routes!(of_account))
         .with(Scope::ActivityRead, 1, routes!(stream_of_account))
         .with(Scope::AgentsRead, 1, routes!(logs))
+        .with(Scope::AgentsRead, 1, routes!(heartbeats))
 }
 
 /// Something that happened.
@@ -293,6 +294,41 @@ async fn of_account(
     };
     let (account, company) = (caller.account, caller.company);
     let feed = Feed { account, company, agent, query: &query, newest_first: true, limits: (50, 200) };
+    let page = read(&mut tx, feed).await?;
+    caller.list(page)
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct HeartbeatsQuery {
+    /// Results of a page.
+    #[param(minimum = 1, maximum = 100, default = 25)]
+    limit: Option<i64>,
+    /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::place_cursor, required = false)]
+    cursor: Option<String>,
+}
+
+/// An agent's heartbeats
+///
+/// Newest first.
+#[utoipa::path(get, path = "/companies/{company}/agents/{agent}/heartbeats", tag = "Activity",
+    params(("company" = String, Path, description = "`co_…`"), ("agent" = String, Path, description = "`ag_…` or a role"), HeartbeatsQuery),
+    responses((status = 200, description = "A page.", body = Many<Activity>)))]
+async fn heartbeats(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, agent)): Path<(String, String)>,
+    Query(HeartbeatsQuery { limit, cursor }): Query<HeartbeatsQuery>,
+) -> Result<Response, ApiError> {
+    let mut tx = caller.read(&state).await?;
+    let company = caller.company_id(&mut tx, &company).await?;
+    let agent = agents::find(&mut tx, company, &agent).await?.agent;
+    let r#type = Some("heartbeat".to_owned());
+    let query = FeedQuery { r#type, agent_id: None, since: None, until: None, stream: None, limit, cursor };
+    let (account, company, agent) = (caller.account, Some(company), Some(agent));
+    let feed = Feed { account, company, agent, query: &query, newest_first: true, limits: (25, 100) };
     let page = read(&mut tx, feed).await?;
     caller.list(page)
 }

@@ -48,6 +48,7 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::PlaybooksWrite, 2, routes!(archive))
         .with(Scope::PlaybooksRead, 1, routes!(versions))
         .with(Scope::PlaybooksRead, 1, routes!(version))
+        .with(Scope::PlaybooksWrite, 2, routes!(rollback))
 }
 
 /// A playbook to be, or a new version of one.
@@ -83,6 +84,15 @@ struct UpdatePlaybookBody {
     /// For filters; replaces those that it has.
     #[schema(max_items = 20)]
     tags: Option<Vec<String>>,
+}
+
+/// Where to go back to.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct RollbackBody {
+    /// The number of the version whose definition is to be the current one again.
+    #[schema(minimum = 1)]
+    version: i32,
 }
 
 /// A definition to be checked.
@@ -408,6 +418,32 @@ async fn update(
         yaml: body.yaml,
         tags: body.tags,
     };
+    engine::update(command.tx(), company, row.playbook, &changes).await?;
+    let mut rows = [find(command.tx(), company, &playbook).await?];
+    usage::add_run_totals(command.tx(), &mut rows).await?;
+    let [row] = rows;
+    command.finish(StatusCode::OK, Playbook::new(row)).await
+}
+
+/// Roll a playbook back
+///
+/// The definition of an earlier version is the current one again, as a new
+/// version; what is current already stays. Runs keep the one they began with.
+#[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/rollback", tag = "Playbooks", request_body = RollbackBody,
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
+    responses((status = 200, description = "The playbook.", body = One<Playbook>)))]
+async fn rollback(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook)): Path<(String, String)>,
+    Body { body, digest }: Body<RollbackBody>,
+) -> Result<Response, ApiError> {
+    let mut command = caller.command(&state, digest).await?;
+    let company = caller.company_id(command.tx(), &company).await?;
+    let row = find(command.tx(), company, &playbook).await?;
+    let version = playbooks::version(command.tx(), company, row.playbook, body.version).await?;
+    let version = version.ok_or_else(|| ApiError::field("version", "is no version of this playbook"))?;
+    let changes = engine::UpdatePlaybook { name: None, description: None, yaml: Some(version.yaml), tags: None };
     engine::update(command.tx(), company, row.playbook, &changes).await?;
     let mut rows = [find(command.tx(), company, &playbook).await?];
     usage::add_run_totals(command.tx(), &mut rows).await?;
