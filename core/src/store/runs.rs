@@ -184,6 +184,8 @@ pub async fn get(
 pub struct RunItemRow {
     /// Which.
     pub run: RunId,
+    /// Of which playbook.
+    pub playbook: PlaybookId,
     /// Its status.
     pub status: RunStatus,
     /// What it cost so far.
@@ -194,6 +196,21 @@ pub struct RunItemRow {
     pub ended_at: Option<DateTime<Utc>>,
     /// Its age or length by the database's clock, in seconds.
     pub duration_s: Option<i64>,
+}
+
+impl RunRow {
+    /// As a list shows it.
+    pub fn item(&self) -> RunItemRow {
+        RunItemRow {
+            run: self.run,
+            playbook: self.playbook,
+            status: self.status,
+            cost: self.cost,
+            started_at: self.started_at,
+            ended_at: self.ended_at,
+            duration_s: self.duration_s,
+        }
+    }
 }
 
 /// What picks runs out of a company.
@@ -242,6 +259,7 @@ pub async fn list(
         .map(|row| {
             Ok(RunItemRow {
                 run: RunId(row.id),
+                playbook: filter.playbook,
                 status: RunStatus::from_name(&row.status)
                     .ok_or_else(|| StoreError::Unreadable(format!("run status {}", row.status)))?,
                 cost: Nanos(row.cost_nanos),

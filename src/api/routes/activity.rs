@@ -25,7 +25,7 @@ use crate::api::period;
 use crate::api::reply::{Many, Page, Time, page, wrong_cursor};
 use crate::api::stream::hub::Topic;
 use crate::api::stream::{self, Filter};
-use crate::api::{ApiError, Shared, openapi};
+use crate::api::{ApiError, ApiState, Shared, openapi};
 
 fn types() -> utoipa::openapi::schema::Object {
     let names: Vec<&str> = ACTIVITY_TYPES.iter().map(|(activity, _)| *activity).collect();
@@ -266,9 +266,20 @@ async fn of_agent(
     Path((company, agent)): Path<(String, String)>,
     Query(query): Query<AgentFeedQuery>,
 ) -> Result<Response, ApiError> {
-    let mut tx = caller.read(&state).await?;
-    let company = caller.company_id(&mut tx, &company).await?;
-    let agent = agents::find(&mut tx, company, &agent).await?.agent;
+    told_of(&state, &caller, &company, &agent, query).await
+}
+
+/// A page of what is told of an agent, newest first.
+async fn told_of(
+    state: &ApiState,
+    caller: &Caller,
+    company: &str,
+    agent: &str,
+    query: AgentFeedQuery,
+) -> Result<Response, ApiError> {
+    let mut tx = caller.read(state).await?;
+    let company = caller.company_id(&mut tx, company).await?;
+    let agent = agents::find(&mut tx, company, agent).await?.agent;
     let AgentFeedQuery { r#type, since, until, limit, cursor } = query;
     let query = FeedQuery { r#type, agent_id: None, since, until, stream: None, limit, cursor };
     let (account, company, agent) = (caller.account, Some(company), Some(agent));
@@ -322,15 +333,8 @@ async fn heartbeats(
     Path((company, agent)): Path<(String, String)>,
     Query(HeartbeatsQuery { limit, cursor }): Query<HeartbeatsQuery>,
 ) -> Result<Response, ApiError> {
-    let mut tx = caller.read(&state).await?;
-    let company = caller.company_id(&mut tx, &company).await?;
-    let agent = agents::find(&mut tx, company, &agent).await?.agent;
-    let r#type = Some("heartbeat".to_owned());
-    let query = FeedQuery { r#type, agent_id: None, since: None, until: None, stream: None, limit, cursor };
-    let (account, company, agent) = (caller.account, Some(company), Some(agent));
-    let feed = Feed { account, company, agent, query: &query, newest_first: true, limits: (25, 100) };
-    let page = read(&mut tx, feed).await?;
-    caller.list(page)
+    let query = AgentFeedQuery { r#type: Some("heartbeat".into()), since: None, until: None, limit, cursor };
+    told_of(&state, &caller, &company, &agent, query).await
 }
 
 /// What a stream shows, as far as its query says.

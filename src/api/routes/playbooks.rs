@@ -20,6 +20,7 @@ use super::Routes;
 use super::companies::Deleted;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Nothing, Path, Query, Several, limit, one_of};
+use crate::api::command::Command;
 use crate::api::reply::{Many, One, Page, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, Shared, openapi};
 
@@ -418,8 +419,18 @@ async fn update(
         yaml: body.yaml,
         tags: body.tags,
     };
-    engine::update(command.tx(), company, row.playbook, &changes).await?;
-    let mut rows = [find(command.tx(), company, &playbook).await?];
+    changed(command, company, row.playbook, &changes).await
+}
+
+/// Changes a playbook, and answers with what it is then.
+async fn changed(
+    mut command: Command<'_>,
+    company: CompanyId,
+    playbook: PlaybookId,
+    changes: &engine::UpdatePlaybook,
+) -> Result<Response, ApiError> {
+    engine::update(command.tx(), company, playbook, changes).await?;
+    let mut rows = [find(command.tx(), company, &playbook.to_string()).await?];
     usage::add_run_totals(command.tx(), &mut rows).await?;
     let [row] = rows;
     command.finish(StatusCode::OK, Playbook::new(row)).await
@@ -444,11 +455,7 @@ async fn rollback(
     let version = playbooks::version(command.tx(), company, row.playbook, body.version).await?;
     let version = version.ok_or_else(|| ApiError::field("version", "is no version of this playbook"))?;
     let changes = engine::UpdatePlaybook { name: None, description: None, yaml: Some(version.yaml), tags: None };
-    engine::update(command.tx(), company, row.playbook, &changes).await?;
-    let mut rows = [find(command.tx(), company, &playbook).await?];
-    usage::add_run_totals(command.tx(), &mut rows).await?;
-    let [row] = rows;
-    command.finish(StatusCode::OK, Playbook::new(row)).await
+    changed(command, company, row.playbook, &changes).await
 }
 
 /// Delete a playbook

@@ -13,6 +13,7 @@ use capx_core::engine::cancel::cancel_run;
 use capx_core::engine::start::{self, Started};
 use capx_core::store::approvals;
 use capx_core::store::runs::{self, JobRow, RunFilter, RunItemRow, RunRow, StepRow};
+use capx_core::store::tenants::CompanyRow;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
@@ -193,23 +194,10 @@ struct RunStep {
 }
 
 impl RunItem {
-    fn new(row: &RunRow) -> Self {
+    fn new(row: &RunItemRow, halted: bool) -> Self {
         Self {
             run_id: row.run,
             playbook_id: row.playbook,
-            status: shown_status(row.status, row.halted_since.is_some()).as_str(),
-            cost: row.cost.to_usd(),
-            total_cost: row.cost.to_usd(),
-            duration: row.duration_s,
-            started_at: row.started_at.map(Time),
-            completed_at: row.ended_at.map(Time),
-        }
-    }
-
-    fn of_list(row: &RunItemRow, playbook: PlaybookId, halted: bool) -> Self {
-        Self {
-            run_id: row.run,
-            playbook_id: playbook,
             status: shown_status(row.status, halted).as_str(),
             cost: row.cost.to_usd(),
             total_cost: row.cost.to_usd(),
@@ -377,7 +365,7 @@ struct ListQuery {
 async fn listed(
     tx: &mut PgConnection,
     caller: &Caller,
-    company: CompanyId,
+    company: &CompanyRow,
     playbook: PlaybookId,
     query: ListQuery,
 ) -> Result<Response, ApiError> {
@@ -389,14 +377,14 @@ async fn listed(
             ApiError::field("status", format!("must be one of {}", names.join(", ")))
         })?),
     };
-    let halted = !works(&caller.company_row(tx, &company.to_string()).await?.status);
+    let halted = !works(&company.status);
     let statuses = status.map(|shown| {
         let stored = RunStatus::ALL.iter().copied();
         stored.filter(|stored| shown_status(*stored, halted) == shown).collect()
     });
     let filter = RunFilter { playbook, statuses, before: cursor(query.cursor.as_deref())? };
-    let rows = runs::list(tx, company, &filter, limit + 1).await?;
-    caller.list(page(rows, limit, |row| id_cursor(row.run.0), |row| RunItem::of_list(&row, playbook, halted)))
+    let rows = runs::list(tx, company.company, &filter, limit + 1).await?;
+    caller.list(page(rows, limit, |row| id_cursor(row.run.0), |row| RunItem::new(&row, halted)))
 }
 
 /// List a playbook's runs
@@ -412,9 +400,9 @@ async fn list(
     Query(query): Query<ListQuery>,
 ) -> Result<Response, ApiError> {
     let mut tx = caller.read(&state).await?;
-    let company = caller.company_id(&mut tx, &company).await?;
-    let playbook = super::playbooks::find(&mut tx, company, &playbook).await?.playbook;
-    listed(&mut tx, &caller, company, playbook, query).await
+    let company = caller.company_row(&mut tx, &company).await?;
+    let playbook = super::playbooks::find(&mut tx, company.company, &playbook).await?.playbook;
+    listed(&mut tx, &caller, &company, playbook, query).await
 }
 
 /// List any playbook's runs
@@ -432,7 +420,8 @@ async fn list_of_account(
     let id: PlaybookId = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
     let mut tx = caller.read(&state).await?;
     let (company, playbook) = find_any(&mut tx, &caller, None, Some(id), None).await?;
-    listed(&mut tx, &caller, company, playbook, query).await
+    let company = caller.company_row(&mut tx, &company.to_string()).await?;
+    listed(&mut tx, &caller, &company, playbook, query).await
 }
 
 /// Get a run
@@ -493,7 +482,7 @@ async fn show(state: &ApiState, tx: &mut PgConnection, company: CompanyId, row: 
     };
     let plans = state.engine.plans.get(&mut *tx, &[(company.0, row.version.0)]).await?;
     let steps = plans.get(&row.version.0).map(|plan| step_list(plan, &row, &steps, job.as_ref()));
-    let item = RunItem::new(&row);
+    let item = RunItem::new(&row.item(), row.halted_since.is_some());
     Ok(Run { item, params: row.params, steps, waiting_on, output: row.output, error: row.error })
 }
 
