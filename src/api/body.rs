@@ -8,6 +8,7 @@ use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::request::Parts;
 use capx_core::domain::playbook::problem::did_you_mean;
 use capx_core::domain::storable;
+use capx_core::engine::FieldProblem;
 use http_body_util::LengthLimitError;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -105,41 +106,116 @@ fn too_complex(bytes: &[u8]) -> Option<String> {
     (values > VALUES_MAX).then(|| format!("the body holds more than {VALUES_MAX} keys and values"))
 }
 
+/// How many wrong fields of a body are told at once.
+const PROBLEMS_MAX: usize = 20;
+
+/// Reads a body, or says all that is wrong with its fields: what is wrong is
+/// put right in a copy, until serde comes to the end.
 fn read<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
     if !value.is_object() {
         return Err(ApiError::Invalid { message: "the body must be a JSON object".into(), fields: Vec::new() });
     }
-    serde_path_to_error::deserialize(value).map_err(|error| {
-        let path = error.path().to_string();
-        explain(&path, &error.into_inner().to_string())
-    })
+    let mut mended = value;
+    let mut problems: Vec<FieldProblem> = Vec::new();
+    // A missing field is put right in two goes: null tells its type.
+    for _ in 0..2 * PROBLEMS_MAX {
+        match serde_path_to_error::deserialize(&mended) {
+            Ok(read) if problems.is_empty() => return Ok(read),
+            Ok(_) => break,
+            Err(error) => {
+                let wrong = Wrong::of(error.path(), &error.inner().to_string());
+                let placeholder = wrong.placeholder;
+                // What follows from a problem that is told already is none.
+                let within = |known: &FieldProblem| {
+                    let rest = wrong.field.strip_prefix(&known.field);
+                    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+                };
+                if !problems.iter().any(within) {
+                    problems.push(FieldProblem::new(wrong.field, wrong.message));
+                }
+                if problems.len() == PROBLEMS_MAX || !mend(&mut mended, &wrong.at, placeholder) {
+                    break;
+                }
+            }
+        }
+    }
+    Err(ApiError::fields(problems))
 }
 
-/// serde's words, turned into a field and a sentence for the caller.
-fn explain(path: &str, said: &str) -> ApiError {
-    // serde_path_to_error writes `agents[0].role`; the contract has dots.
-    let path = path.replace('[', ".").replace(']', "");
-    let quoted = || said.split('`').nth(1).unwrap_or_default().to_owned();
-    let under = |name: &str| match path.as_str() {
-        "" | "." => name.to_owned(),
-        _ if path.ends_with(name) => path.clone(),
-        _ => format!("{path}.{name}"),
-    };
-    if said.starts_with("unknown field") {
-        let name = quoted();
-        let known: Vec<&str> =
-            said.split("expected").nth(1).unwrap_or_default().split('`').skip(1).step_by(2).collect();
-        let hint = did_you_mean(&name, known.iter().copied()).unwrap_or_else(|| match known.as_slice() {
-            [] => "it takes none".into(),
-            known => format!("it takes {}", known.join(", ")),
-        });
-        return ApiError::field(under(&name), format!("unknown field; {hint}"));
+/// Puts a value at a place, or takes away what is there; false where there is
+/// no such place.
+fn mend(body: &mut Value, at: &[String], value: Option<Value>) -> bool {
+    let Some((last, within)) = at.split_last() else { return false };
+    let mut holder = body;
+    for name in within {
+        let inner = match holder {
+            Value::Object(map) => map.get_mut(name),
+            Value::Array(list) => name.parse().ok().and_then(|at: usize| list.get_mut(at)),
+            _ => None,
+        };
+        let Some(inner) = inner else { return false };
+        holder = inner;
     }
-    if said.starts_with("missing field") {
-        return ApiError::field(under(&quoted()), "is required");
+    match (holder, value) {
+        (Value::Object(map), Some(value)) => map.insert(last.clone(), value).is_none_or(|before| before != map[last]),
+        (Value::Object(map), None) => map.remove(last).is_some(),
+        (Value::Array(list), Some(value)) => match last.parse().ok().and_then(|at: usize| list.get_mut(at)) {
+            Some(item) => std::mem::replace(item, value.clone()) != value,
+            None => false,
+        },
+        _ => false,
     }
-    let field = if path == "." { String::from("body") } else { path };
-    ApiError::field(field, said)
+}
+
+/// serde's words, turned into a field, a sentence for the caller, and what
+/// would do in its place.
+struct Wrong {
+    field: String,
+    message: String,
+    at: Vec<String>,
+    placeholder: Option<Value>,
+}
+
+impl Wrong {
+    fn of(path: &serde_path_to_error::Path, said: &str) -> Self {
+        use serde_path_to_error::Segment;
+        let mut at: Vec<String> = Vec::new();
+        for segment in path {
+            match segment {
+                Segment::Seq { index } => at.push(index.to_string()),
+                Segment::Map { key } => at.push(key.clone()),
+                Segment::Enum { .. } | Segment::Unknown => {}
+            }
+        }
+        let quoted = said.split('`').nth(1).unwrap_or_default();
+        let unknown = said.starts_with("unknown field");
+        if (unknown || said.starts_with("missing field")) && at.last().is_none_or(|last| last != quoted) {
+            at.push(quoted.to_owned());
+        }
+        let (message, placeholder) = if unknown {
+            let known: Vec<&str> =
+                said.split("expected").nth(1).unwrap_or_default().split('`').skip(1).step_by(2).collect();
+            let hint = did_you_mean(quoted, known.iter().copied()).unwrap_or_else(|| match known.as_slice() {
+                [] => "it takes none".into(),
+                known => format!("it takes {}", known.join(", ")),
+            });
+            (format!("unknown field; {hint}"), None)
+        } else if said.starts_with("missing field") {
+            ("is required".to_owned(), Some(Value::Null))
+        } else {
+            let expected = said.rsplit("expected ").next().unwrap_or_default();
+            let fitting = match expected {
+                _ if expected.contains("string") => Value::from(""),
+                _ if expected.contains("sequence") => Value::Array(Vec::new()),
+                _ if expected.contains("map") || expected.contains("struct") => Value::Object(serde_json::Map::new()),
+                _ if expected.contains("boolean") => Value::Bool(false),
+                _ => Value::from(0),
+            };
+            (said.to_owned(), Some(fitting))
+        };
+        let field = if at.is_empty() { "body".to_owned() } else { at.join(".") };
+        Self { field, message, at, placeholder }
+    }
 }
 
 /// The parts of a path.
@@ -198,8 +274,8 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Query<T
         let pairs = given.into_iter().map(|(name, value)| (name, Parameter(value)));
         let fields = serde::de::value::MapDeserializer::<_, serde::de::value::Error>::new(pairs);
         serde_path_to_error::deserialize(fields).map(Self).map_err(|error| {
-            let path = error.path().to_string();
-            explain(&path, &error.into_inner().to_string())
+            let wrong = Wrong::of(error.path(), &error.inner().to_string());
+            ApiError::field(wrong.field, wrong.message)
         })
     }
 }
@@ -295,20 +371,37 @@ mod tests {
         agents: Vec<Inner>,
     }
 
-    fn field_of(value: Value) -> (String, String) {
+    fn wrong(value: Value) -> Vec<(String, String)> {
         match read::<Outer>(value).expect_err("is refused") {
-            ApiError::Invalid { fields, .. } => (fields[0].field.clone(), fields[0].message.clone()),
+            ApiError::Invalid { fields, .. } => fields.into_iter().map(|f| (f.field, f.message)).collect(),
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
     fn a_wrong_field_is_named_by_its_path() {
-        let (field, message) = field_of(json!({"name": "x", "agents": [{"role": 3}]}));
-        assert_eq!(field, "agents.0.role");
-        assert!(message.contains("expected a string"), "{message}");
-        assert_eq!(field_of(json!({"agents": []})), ("name".into(), "is required".into()));
-        let (field, message) = field_of(json!({"name": "x", "agents": [{"role": "x", "rol": 1}]}));
-        assert_eq!((field.as_str(), message.as_str()), ("agents.0.rol", "unknown field; did you mean `role`?"));
+        let all = wrong(json!({"name": "x", "agents": [{"role": 3}]}));
+        assert_eq!(all[0].0, "agents.0.role");
+        assert!(all[0].1.contains("expected a string"), "{all:?}");
+        assert_eq!(wrong(json!({"agents": []})), [("name".into(), "is required".into())]);
+        let all = wrong(json!({"name": "x", "agents": [{"role": "x", "rol": 1}]}));
+        assert_eq!(all, [("agents.0.rol".into(), "unknown field; did you mean `role`?".into())]);
+    }
+
+    #[test]
+    fn all_wrong_fields_are_told_at_once() {
+        let all = wrong(json!({"nam": "x", "agents": [{"role": true}, {"rol": "x"}, 3, "x", {"role": "x"}]}));
+        let mut fields: Vec<&str> = all.iter().map(|(field, _)| field.as_str()).collect();
+        fields.sort_unstable();
+        let wanted = ["agents.0.role", "agents.1.rol", "agents.1.role", "agents.2", "agents.3", "nam", "name"];
+        assert_eq!(fields, wanted);
+        let all = wrong(json!({"name": {}, "agents": {}}));
+        assert_eq!(all.len(), 2, "{all:?}");
+    }
+
+    #[test]
+    fn there_is_an_end_to_what_is_told() {
+        let agents: Vec<Value> = (0..1_000).map(|_| json!({"rol": 1})).collect();
+        assert_eq!(wrong(json!({"name": "x", "agents": agents})).len(), PROBLEMS_MAX);
     }
 }

@@ -38,10 +38,17 @@ impl Stream {
         if let Some(last) = last {
             request = request.header("last-event-id", last);
         }
-        let response = request.send().await.unwrap();
-        if response.status() != 200 {
-            return Err(response.status().as_u16());
-        }
+        // As every client of a stream: a process that is too busy for a moment
+        // is asked again.
+        let began = std::time::Instant::now();
+        let response = loop {
+            let response = request.try_clone().unwrap().send().await.unwrap();
+            match response.status().as_u16() {
+                200 => break response,
+                503 if began.elapsed() < PATIENCE => tokio::time::sleep(Duration::from_millis(100)).await,
+                status => return Err(status),
+            }
+        };
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         Ok(Self { body: Box::pin(response.bytes_stream()), text: String::new() })
     }

@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::StoreError;
 use crate::domain::ids::{AccountId, CompanyId, KeyId};
+use crate::domain::money::Nanos;
 
 /// Finds an account by name, or makes it.
 pub async fn account(
@@ -166,6 +167,48 @@ pub async fn company(
     .fetch_optional(executor)
     .await?;
     Ok(row)
+}
+
+/// The same with all that it has spent: in one statement, since this is what is
+/// asked for most.
+pub async fn company_with_cost(
+    tx: &mut PgConnection,
+    account: AccountId,
+    bound: Option<CompanyId>,
+    company: CompanyId,
+) -> Result<Option<(CompanyRow, Nanos)>, StoreError> {
+    if bound.is_some_and(|bound| bound != company) {
+        return Ok(None);
+    }
+    let row = sqlx::query!(
+        r#"select c.id, c.account_id, c.name, c.description, c.status,
+                  c.config, c.governance, c.created_at, c.updated_at,
+                  (select count(*) from agents a where a.company_id = c.id and a.status <> 'removed') as "agent_count!",
+                  least((select coalesce(sum(t.nanos), 0) from cost_totals t where t.company_id = c.id)
+                      + (select coalesce(sum(d.nanos), 0) from cost_deltas d where d.company_id = c.id),
+                      9223372036854775807)::bigint as "nanos!"
+           from companies c
+           where c.id = $1 and c.account_id = $2"#,
+        company.0,
+        account.0,
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(row.map(|row| {
+        let company = CompanyRow {
+            company: CompanyId(row.id),
+            account: AccountId(row.account_id),
+            name: row.name,
+            description: row.description,
+            status: row.status,
+            config: row.config,
+            governance: row.governance,
+            agent_count: row.agent_count,
+            created_at: row.created_at,
+            updated_at: row.updated_at,
+        };
+        (company, Nanos(row.nanos))
+    }))
 }
 
 /// Whether an account has a company, and a key bound to one may see it.

@@ -11,20 +11,6 @@ use super::playbooks::PlaybookRow;
 use crate::domain::ids::{AgentId, CompanyId};
 use crate::domain::money::Nanos;
 
-/// All that a company has spent.
-pub async fn company_total(tx: &mut PgConnection, company: CompanyId) -> Result<Nanos, StoreError> {
-    Ok(Nanos(
-        sqlx::query_scalar!(
-            r#"select least((select coalesce(sum(nanos), 0) from cost_totals where company_id = $1)
-                          + (select coalesce(sum(nanos), 0) from cost_deltas where company_id = $1),
-                          9223372036854775807)::bigint as "nanos!""#,
-            company.0,
-        )
-        .fetch_one(tx)
-        .await?,
-    ))
-}
-
 /// What some agents of a company have spent in all.
 pub async fn add_agent_totals(
     tx: &mut PgConnection,

@@ -8,7 +8,6 @@ use capx_core::engine::FieldProblem;
 use capx_core::engine::lifecycle::{self, Change};
 use capx_core::engine::tenants::{CreateCompany, create_company_in};
 use capx_core::store::tenants::{self, CompanyRow};
-use capx_core::store::usage;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -405,8 +404,10 @@ async fn list(State(state): Shared, caller: Caller, Query(query): Query<ListQuer
     responses((status = 200, description = "The company.", body = One<Company>), (status = 304, description = "Not changed.")))]
 async fn one(State(state): Shared, caller: Caller, Path(company): Path<String>) -> Result<Response, ApiError> {
     let mut tx = caller.look_up(&state).await?;
-    let row = caller.company_row(&mut tx, &company).await?;
-    let cost = usage::company_total(&mut tx, row.company).await?;
+    let company: CompanyId = company.parse().map_err(|_| ApiError::NotFound("company"))?;
+    let (row, cost) = tenants::company_with_cost(&mut tx, caller.account, caller.company, company)
+        .await?
+        .ok_or(ApiError::NotFound("company"))?;
     let mut shown = Company::new(row);
     shown.total_cost = Some(cost.to_usd());
     caller.one(&shown)
