@@ -126,6 +126,7 @@ fn v1(state: &ApiState) -> openapi::Routes {
     let routes = routes::keys::routes(routes);
     let routes = routes::playbooks::routes(routes);
     let routes = routes::runs::routes(routes);
+    let routes = routes::run_changes::routes(routes);
     routes::approvals::routes(routes)
 }
 

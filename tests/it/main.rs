@@ -16,6 +16,7 @@ mod outage;
 mod process;
 mod proxy;
 mod queue;
+mod retries;
 mod rooms;
 mod runs;
 mod schedules;

@@ -225,10 +225,8 @@ async fn the_database_knows_the_same_transitions() {
     let db = Db::new().await;
     for from in RunStatus::ALL {
         for to in RunStatus::ALL {
-            let allowed = match from.is_terminal() {
-                true => false,
-                false => from == to || RunEvent::ALL.iter().any(|event| next(*from, *event) == Some(*to)),
-            };
+            let allowed = (from == to && !from.is_terminal())
+                || RunEvent::ALL.iter().any(|event| next(*from, *event) == Some(*to));
             let run = uuid::Uuid::now_v7();
             sqlx::query(
                 "insert into runs (company_id, id, playbook_id, version_id, job_id, status, trigger, params, waiting_on, ended_at)

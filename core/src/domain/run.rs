@@ -84,11 +84,24 @@ pub enum RunEvent {
     Fail,
     /// Somebody cancelled it.
     Cancel,
+    /// Somebody lets a failed run go on at its failed step.
+    Retry,
+    /// The same, where that step's gate is asked for again.
+    RetryAtGate,
 }
 
 impl RunEvent {
     /// Every event.
-    pub const ALL: [Self; 6] = [Self::Start, Self::Suspend, Self::Resume, Self::Complete, Self::Fail, Self::Cancel];
+    pub const ALL: [Self; 8] = [
+        Self::Start,
+        Self::Suspend,
+        Self::Resume,
+        Self::Complete,
+        Self::Fail,
+        Self::Cancel,
+        Self::Retry,
+        Self::RetryAtGate,
+    ];
 }
 
 /// The transition table of runs: what an event makes of a status, or `None`
@@ -103,12 +116,15 @@ pub fn next(status: RunStatus, event: RunEvent) -> Option<RunStatus> {
         // A suspended run fails when its gate is rejected or runs out.
         (S::Queued | S::Running | S::Suspended, E::Fail) => Some(S::Failed),
         (S::Queued | S::Running | S::Suspended, E::Cancel) => Some(S::Cancelled),
+        (S::Failed, E::Retry) => Some(S::Running),
+        (S::Failed, E::RetryAtGate) => Some(S::Suspended),
         _ => None,
     }
 }
 
 impl RunStatus {
-    /// Whether it never changes again.
+    /// Whether it has ended: nothing happens any more, but for a person's retry of
+    /// a failed one.
     pub fn is_terminal(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
     }
@@ -121,17 +137,16 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_order_of_events_leaves_a_terminal_state(order in prop::collection::vec(0usize..6, 0..40)) {
+        fn only_a_retry_leaves_an_end_and_only_a_failure(order in prop::collection::vec(0usize..8, 0..40)) {
             let mut status = RunStatus::Queued;
             let mut ended = None;
             for event in order.into_iter().map(|i| RunEvent::ALL[i]) {
                 if let Some(to) = next(status, event) {
-                    prop_assert!(ended.is_none(), "{status:?} -> {to:?} after the end");
+                    let retried = matches!(event, RunEvent::Retry | RunEvent::RetryAtGate);
+                    prop_assert_eq!(ended, retried.then_some(RunStatus::Failed), "{:?} -> {:?}", status, to);
                     status = to;
                 }
-                if status.is_terminal() {
-                    ended = Some(status);
-                }
+                ended = status.is_terminal().then_some(status);
             }
         }
     }
@@ -141,7 +156,7 @@ mod tests {
         for status in RunStatus::ALL {
             assert_eq!(RunStatus::from_name(status.as_str()), Some(*status));
             let exits = RunEvent::ALL.iter().filter(|e| next(*status, **e).is_some()).count();
-            assert_eq!(exits == 0, status.is_terminal());
+            assert_eq!(exits == 0, status.is_terminal() && *status != RunStatus::Failed);
         }
         for status in StepStatus::ALL {
             assert_eq!(StepStatus::from_name(status.as_str()), Some(*status));

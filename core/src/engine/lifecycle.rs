@@ -1,5 +1,7 @@
 //! Companies are paused, go on, are stopped and deleted.
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use serde_json::json;
 use sqlx::PgConnection;
@@ -34,6 +36,10 @@ pub async fn change(tx: &mut PgConnection, company: CompanyId, change: Change) -
     Ok(at)
 }
 
+/// What was decided before a company was deleted may be written after it was
+/// purged; it is purged once more after this time.
+const PURGED_AGAIN: Duration = Duration::from_secs(600);
+
 /// Deletes a company that is paused or stopped. What it holds is out of sight
 /// at once; a job takes it away.
 pub async fn delete(tx: &mut PgConnection, company: CompanyId) -> Result<(), EngineError> {
@@ -41,9 +47,11 @@ pub async fn delete(tx: &mut PgConnection, company: CompanyId) -> Result<(), Eng
     if !may_be_deleted(&status) {
         return Err(EngineError::Conflict(format!("the company is {status}; pause or stop it first")));
     }
-    let purge = NewJob { ref_id: Some(company.0), ..NewJob::new(queue::SYSTEM, kind::PURGE, company) };
     // Before the company goes, and with it the right to write what is its.
-    jobs::enqueue(&mut *tx, &purge).await?;
+    for delay in [Duration::ZERO, PURGED_AGAIN] {
+        let purge = NewJob { ref_id: Some(company.0), delay, ..NewJob::new(queue::SYSTEM, kind::PURGE, company) };
+        jobs::enqueue(&mut *tx, &purge).await?;
+    }
     tenants::delete_company(tx, company).await?;
     Ok(())
 }

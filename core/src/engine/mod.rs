@@ -21,6 +21,7 @@ pub mod keys;
 pub mod lifecycle;
 pub mod plans;
 pub mod playbooks;
+pub mod retry;
 pub mod start;
 pub mod sweep;
 pub mod tasks;

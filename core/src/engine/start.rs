@@ -88,9 +88,24 @@ pub async fn decide(
     params: Map<String, Value>,
     trigger: &'static str,
 ) -> Result<Prepared, EngineError> {
-    let found = playbooks::for_start(&mut *connection, account, company, playbook)
-        .await?
-        .ok_or(EngineError::NotFound("playbook"))?;
+    let version = may_start(&mut *connection, account, company, playbook).await?;
+    let plan = plan_of(engine, connection, company, version).await?;
+    if let Some(reason) = &plan.unreadable {
+        return Err(EngineError::Conflict(format!("{reason}; send a corrected version")));
+    }
+    let params = checked_params(&plan, params)?;
+    Ok(prepare((company, playbook, version), plan, params, trigger, Beginning::default()))
+}
+
+/// Whether runs of a playbook may be started now; its current version.
+pub(super) async fn may_start(
+    connection: &mut PgConnection,
+    account: Option<AccountId>,
+    company: CompanyId,
+    playbook: PlaybookId,
+) -> Result<VersionId, EngineError> {
+    let found =
+        playbooks::for_start(connection, account, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
     if found.status != "active" {
         return Err(EngineError::Conflict(format!("the playbook is {}; only an active one runs", found.status)));
     }
@@ -101,12 +116,7 @@ pub async fn decide(
             if found.company_status == "paused" { "resume it" } else { "make another one" }
         )));
     }
-    let plan = plan_of(engine, connection, company, found.version).await?;
-    if let Some(reason) = &plan.unreadable {
-        return Err(EngineError::Conflict(format!("{reason}; send a corrected version")));
-    }
-    let params = checked_params(&plan, params)?;
-    Ok(prepare(company, playbook, found.version, plan, params, trigger))
+    Ok(found.version)
 }
 
 /// Starts many runs of a playbook in one transaction, all with the same
@@ -124,13 +134,17 @@ pub async fn start_many(
         .version;
     let plan = plan_of(engine, &engine.pool, company, version).await?;
     let params = checked_params(&plan, params)?;
-    let all: Vec<Prepared> =
-        (0..count).map(|_| prepare(company, playbook, version, Arc::clone(&plan), params.clone(), "manual")).collect();
+    let all: Vec<Prepared> = (0..count)
+        .map(|_| {
+            let plan = Arc::clone(&plan);
+            prepare((company, playbook, version), plan, params.clone(), "manual", Beginning::default())
+        })
+        .collect();
     insert(&engine.pool, &engine.waker, &all).await?;
     Ok(all.iter().map(|new| new.run.run).collect())
 }
 
-async fn plan_of(
+pub(super) async fn plan_of(
     engine: &Engine,
     executor: impl Executor<'_, Database = Postgres>,
     company: CompanyId,
@@ -144,7 +158,7 @@ async fn plan_of(
         .ok_or_else(|| EngineError::Store(StoreError::Unreadable(format!("no version {version}"))))
 }
 
-fn checked_params(plan: &Playbook, params: Map<String, Value>) -> Result<Value, EngineError> {
+pub(super) fn checked_params(plan: &Playbook, params: Map<String, Value>) -> Result<Value, EngineError> {
     let params = inputs::resolve(plan, params).map_err(|problems| {
         let fields = problems.into_iter().map(|p| FieldProblem::new(format!("params.{}", p.name), p.message));
         EngineError::Invalid(fields.collect())
@@ -179,14 +193,29 @@ pub struct Prepared {
     gate: Option<(ApprovalId, crate::domain::plan::Gate)>,
 }
 
+impl Prepared {
+    /// The run's id, chosen here.
+    pub(super) fn run(&self) -> RunId {
+        self.run.run
+    }
+}
+
+/// Where a run begins: at its first step, unless it plays another again.
+#[derive(Debug, Default)]
+pub(super) struct Beginning {
+    pub step: usize,
+    /// What the steps before it have left.
+    pub outputs: HashMap<usize, Value>,
+    pub replay_of: Option<RunId>,
+}
+
 /// Decides how a run begins: at work, or behind a first gate.
-fn prepare(
-    company: CompanyId,
-    playbook: PlaybookId,
-    version: VersionId,
+pub(super) fn prepare(
+    (company, playbook, version): (CompanyId, PlaybookId, VersionId),
     plan: Arc<Playbook>,
     params: Value,
     trigger: &'static str,
+    beginning: Beginning,
 ) -> Prepared {
     let text = params.to_string();
     let context = RunContext {
@@ -195,12 +224,17 @@ fn prepare(
         run: RunId::new(),
         playbook: plan,
         inputs: Arc::new(params),
-        outputs: HashMap::new(),
+        outputs: beginning.outputs,
     };
-    let gate = context.gate(0).map(|gate| (ApprovalId::new(), gate));
+    let gate = context.gate(beginning.step).map(|gate| (ApprovalId::new(), gate));
     let mut events = vec![Event::new(
         PLAYBOOK_STARTED,
-        json!({"playbook_id": playbook, "playbook": context.playbook.name, "trigger": trigger}),
+        match beginning.replay_of {
+            None => json!({"playbook_id": playbook, "playbook": context.playbook.name, "trigger": trigger}),
+            Some(of) => json!({
+                "playbook_id": playbook, "playbook": context.playbook.name, "trigger": trigger, "replay_of": of,
+            }),
+        },
     )];
     let waiting = gate.as_ref().map(|(id, gate)| {
         let waiting = waiting_on(*id);
@@ -208,7 +242,7 @@ fn prepare(
         events.push(Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting})));
         waiting.to_string()
     });
-    let first = context.playbook.steps.first();
+    let first = context.playbook.steps.get(beginning.step);
     let run = NewRun {
         company,
         run: context.run,
@@ -218,6 +252,8 @@ fn prepare(
         trigger,
         params: text,
         waiting_on: waiting,
+        first_step: i32::try_from(beginning.step).unwrap_or(i32::MAX),
+        replay_of: beginning.replay_of,
         job_kind: if gate.is_some() { kind::GATE_TIMEOUT } else { kind::STEP },
         delay: gate.as_ref().map_or(Duration::ZERO, |(_, gate)| gate.approval.timeout),
         timeout: first.map_or(crate::domain::playbook::model::STEP_TIMEOUT, |step| step.timeout),

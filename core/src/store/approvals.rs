@@ -268,6 +268,48 @@ pub async fn pending_of(
     .map(ApprovalId))
 }
 
+/// The last gate before a step, whatever became of it.
+pub async fn latest_of(
+    tx: &mut PgConnection,
+    run: RunId,
+    step: i32,
+) -> Result<Option<(ApprovalId, String)>, StoreError> {
+    let row = sqlx::query!(
+        "select id, status from approvals where run_id = $1 and step = $2 order by id desc limit 1",
+        run.0,
+        step,
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(row.map(|row| (ApprovalId(row.id), row.status)))
+}
+
+/// Asks again what a gate has asked, word for word.
+pub async fn ask_again(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    old: ApprovalId,
+    new: ApprovalId,
+    job: i64,
+    timeout: std::time::Duration,
+) -> Result<Option<Value>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "insert into approvals (id, company_id, run_id, step, job_id, status, agent_id, role, action, playbook,
+                                step_name, context, digest, expires_at)
+         select $3, company_id, run_id, step, $4, 'pending', agent_id, role, action, playbook, step_name, context, digest,
+             now() + $5::bigint * interval '1 millisecond'
+         from approvals where company_id = $1 and id = $2
+         returning context",
+        company.0,
+        old.0,
+        new.0,
+        job,
+        millis(timeout),
+    )
+    .fetch_optional(tx)
+    .await?)
+}
+
 /// Decides a gate that is still pending; false when somebody else has.
 pub async fn decide(
     tx: &mut PgConnection,

@@ -34,6 +34,10 @@ pub struct NewRun {
     pub params: String,
     /// What it waits for, as JSON.
     pub waiting_on: Option<String>,
+    /// The step it begins with.
+    pub first_step: i32,
+    /// The run that it plays again.
+    pub replay_of: Option<RunId>,
     /// The kind of its job.
     pub job_kind: &'static str,
     /// When the job may be taken.
@@ -85,6 +89,8 @@ pub async fn start(
         &third.ids as &[Option<Uuid>],
         &third.names as &[Option<String>],
         &third.data as &[Option<String>],
+        &runs.iter().map(|r| r.first_step).collect::<Vec<_>>(),
+        &runs.iter().map(|r| r.replay_of.map(|run| run.0)).collect::<Vec<_>>() as &[Option<Uuid>],
     )
     .fetch_all(executor)
     .await?;
@@ -116,6 +122,8 @@ pub struct RunRow {
     pub version: VersionId,
     /// Its status.
     pub status: RunStatus,
+    /// The run that it plays again.
+    pub replay_of: Option<RunId>,
     /// Its parameters.
     pub params: Value,
     /// What it waits for.
@@ -145,6 +153,7 @@ macro_rules! run_row {
             version: VersionId(row.version_id),
             status: RunStatus::from_name(&row.status)
                 .ok_or_else(|| StoreError::Unreadable(format!("run status {}", row.status)))?,
+            replay_of: row.replay_of.map(RunId),
             params: row.params,
             waiting_on: row.waiting_on,
             output: row.output,
@@ -165,7 +174,7 @@ pub async fn get(
     run: RunId,
 ) -> Result<Option<RunRow>, StoreError> {
     let row = sqlx::query!(
-        "select r.id, r.playbook_id, r.version_id, r.status, r.params, r.waiting_on, r.output, r.error, r.cost_nanos,
+        "select r.id, r.playbook_id, r.version_id, r.status, r.replay_of, r.params, r.waiting_on, r.output, r.error, r.cost_nanos,
                   r.started_at, r.ended_at,
                   extract(epoch from coalesce(r.ended_at, clock_timestamp()) - r.started_at)::bigint as duration_s,
                   case when r.ended_at is null then case c.status when 'paused' then c.paused_at when 'stopped' then c.stopped_at end end as halted_since
@@ -318,6 +327,108 @@ pub async fn end_by_hand(
         company.0,
         run.0,
         status.as_str(),
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// The step at which a run failed.
+pub async fn failed_step(tx: &mut PgConnection, company: CompanyId, run: RunId) -> Result<Option<i32>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "select step from run_steps where company_id = $1 and run_id = $2 and status = 'failed' order by step limit 1",
+        company.0,
+        run.0,
+    )
+    .fetch_optional(tx)
+    .await?)
+}
+
+/// How a failed run goes on.
+#[derive(Debug)]
+pub struct Retry<'a> {
+    /// At this step.
+    pub step: i32,
+    /// With a job of this kind.
+    pub kind: &'a str,
+    /// When the job may be taken.
+    pub delay: Duration,
+    /// How long one attempt may take.
+    pub timeout: Duration,
+    /// What it waits for at its gate, as JSON.
+    pub waiting_on: Option<String>,
+}
+
+/// Lets a failed run that is locked go on with a new job; says which. What it
+/// had added to the sums of ended runs is taken back, and its dead letters go.
+pub async fn retry(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    retry: &Retry<'_>,
+) -> Result<Option<i64>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"with failed as (
+               select company_id, id, playbook_id, cost_nanos, started_at, ended_at
+               from runs where company_id = $1 and id = $2 and status = 'failed'
+           ),
+           counted as (
+               insert into run_deltas (company_id, playbook_id, started, ended, cost_nanos, duration_ms)
+               select company_id, playbook_id, 0, -1, -cost_nanos,
+                   -coalesce(extract(epoch from ended_at - started_at) * 1000, 0)::bigint
+               from failed
+           ),
+           letters as (
+               delete from dead_letters l using failed where l.company_id = failed.company_id and l.ref_id = failed.id
+           ),
+           step as (
+               update run_steps s
+               set status = case when $7::text is null then 'pending' else 'pending_approval' end, ended_at = null
+               from failed
+               where s.company_id = failed.company_id and s.run_id = failed.id and s.step = $3 and s.status = 'failed'
+           ),
+           job as (
+               insert into jobs (queue, kind, company_id, ref_id, step, state, due_at, timeout_ms)
+               select 'steps', $4, company_id, id, $3,
+                   case when $5::bigint > 0 then 'scheduled' else 'ready' end,
+                   now() + $5 * interval '1 millisecond', $6
+               from failed
+               returning id
+           )
+           update runs
+           set status = case when $7::text is null then 'running' else 'suspended' end,
+               waiting_on = $7::jsonb, job_id = job.id, error = null, ended_at = null
+           from job
+           where company_id = $1 and runs.id = $2 and status = 'failed'
+           returning job_id"#,
+        company.0,
+        run.0,
+        retry.step,
+        retry.kind,
+        millis(retry.delay),
+        millis(retry.timeout),
+        retry.waiting_on,
+    )
+    .fetch_optional(tx)
+    .await?)
+}
+
+/// Gives a run the checkpoints of another below a step; they cost nothing again.
+pub async fn copy_checkpoints(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    from: RunId,
+    to: RunId,
+    below: i32,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "insert into run_steps (company_id, run_id, step, status, agent_id, attempt, output, started_at, ended_at)
+         select company_id, $3, step, status, agent_id, attempt, output, started_at, ended_at
+         from run_steps where company_id = $1 and run_id = $2 and step < $4",
+        company.0,
+        from.0,
+        to.0,
+        below,
     )
     .execute(tx)
     .await?;

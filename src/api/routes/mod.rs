@@ -7,6 +7,7 @@ pub(super) mod companies;
 pub(super) mod costs;
 pub(super) mod keys;
 pub(super) mod playbooks;
+pub(super) mod run_changes;
 pub(super) mod runs;
 pub(super) mod tasks;
 mod templates;

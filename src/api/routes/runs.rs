@@ -1,4 +1,4 @@
-//! Runs: start, list, get, wait for the end, cancel.
+//! Runs: start, list, get, wait for the end, follow.
 
 use std::time::Duration;
 
@@ -9,7 +9,6 @@ use capx_core::domain::company::works;
 use capx_core::domain::ids::{AgentId, ApprovalId, CompanyId, PlaybookId, RunId};
 use capx_core::domain::playbook::Playbook;
 use capx_core::domain::run::{RunStatus, StepStatus};
-use capx_core::engine::cancel::cancel_run;
 use capx_core::engine::start::{self, Started};
 use capx_core::store::approvals;
 use capx_core::store::runs::{self, JobRow, RunFilter, RunItemRow, RunRow, StepRow};
@@ -22,7 +21,7 @@ use utoipa_axum::routes;
 
 use super::Routes;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Nothing, Path, Query, limit};
+use crate::api::body::{Body, Path, Query, limit};
 use crate::api::command::Command;
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, ApiState, Shared, openapi};
@@ -44,7 +43,6 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::PlaybooksRead, 1, routes!(list))
         .with(Scope::PlaybooksRead, 1, routes!(list_of_account))
         .with(Scope::PlaybooksRead, 1, routes!(one))
-        .with(Scope::PlaybooksWrite, 2, routes!(cancel))
         .with(Scope::PlaybooksRead, 1, routes!(stream))
 }
 
@@ -75,7 +73,7 @@ struct StartAnyRunBody {
     inputs: Option<Map<String, Value>>,
 }
 
-fn one_of_both(
+pub(super) fn one_of_both(
     params: Option<Map<String, Value>>,
     inputs: Option<Map<String, Value>>,
 ) -> Result<Map<String, Value>, ApiError> {
@@ -129,9 +127,13 @@ struct RunItem {
 
 /// A run.
 #[derive(Debug, Serialize, ToSchema)]
-struct Run {
+pub(super) struct Run {
     #[serde(flatten)]
     item: RunItem,
+    /// The run that this one plays again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    replay_of: Option<RunId>,
     /// Its parameters, defaults filled in.
     #[schema(value_type = Object)]
     params: Value,
@@ -228,7 +230,7 @@ fn brief(playbook: PlaybookId, started: Started) -> Run {
         started_at: Some(Time(started.at)),
         completed_at: None,
     };
-    Run { item, params: started.params, steps: None, waiting_on: None, output: None, error: None }
+    Run { item, replay_of: None, params: started.params, steps: None, waiting_on: None, output: None, error: None }
 }
 
 /// Run a playbook
@@ -441,9 +443,9 @@ async fn one(
     caller.one(&shown(&state, &caller, ids, wait.patience()?).await?)
 }
 
-type Ids = (CompanyId, PlaybookId, RunId);
+pub(super) type Ids = (CompanyId, PlaybookId, RunId);
 
-fn ids(company: &str, playbook: &str, run: &str) -> Result<Ids, ApiError> {
+pub(super) fn ids(company: &str, playbook: &str, run: &str) -> Result<Ids, ApiError> {
     Ok((
         company.parse().map_err(|_| ApiError::NotFound("company"))?,
         playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?,
@@ -451,7 +453,11 @@ fn ids(company: &str, playbook: &str, run: &str) -> Result<Ids, ApiError> {
     ))
 }
 
-async fn find(tx: &mut PgConnection, caller: &Caller, (company, playbook, run): Ids) -> Result<RunRow, ApiError> {
+pub(super) async fn find(
+    tx: &mut PgConnection,
+    caller: &Caller,
+    (company, playbook, run): Ids,
+) -> Result<RunRow, ApiError> {
     caller.company_id(tx, &company.to_string()).await?;
     let row = runs::get(tx, company, run).await?;
     row.filter(|row| row.playbook == playbook).ok_or(ApiError::NotFound("run"))
@@ -473,7 +479,12 @@ async fn shown(state: &ApiState, caller: &Caller, ids: Ids, patience: Duration) 
     }
 }
 
-async fn show(state: &ApiState, tx: &mut PgConnection, company: CompanyId, row: RunRow) -> Result<Run, ApiError> {
+pub(super) async fn show(
+    state: &ApiState,
+    tx: &mut PgConnection,
+    company: CompanyId,
+    row: RunRow,
+) -> Result<Run, ApiError> {
     let steps = runs::steps(&mut *tx, company, row.run).await?;
     let job = runs::job(&mut *tx, company, row.run).await?;
     let waiting_on = match shown_status(row.status, row.halted_since.is_some()) {
@@ -483,7 +494,15 @@ async fn show(state: &ApiState, tx: &mut PgConnection, company: CompanyId, row: 
     let plans = state.engine.plans.get(&mut *tx, &[(company.0, row.version.0)]).await?;
     let steps = plans.get(&row.version.0).map(|plan| step_list(plan, &row, &steps, job.as_ref()));
     let item = RunItem::new(&row.item(), row.halted_since.is_some());
-    Ok(Run { item, params: row.params, steps, waiting_on, output: row.output, error: row.error })
+    Ok(Run {
+        item,
+        replay_of: row.replay_of,
+        params: row.params,
+        steps,
+        waiting_on,
+        output: row.output,
+        error: row.error,
+    })
 }
 
 async fn waiting_on(tx: &mut PgConnection, company: CompanyId, run: &RunRow) -> Result<Vec<Waiting>, ApiError> {
@@ -540,29 +559,6 @@ fn step_status(run: RunStatus, row: Option<&StepRow>, job: Option<&JobRow>) -> &
         _ => StepStatus::Pending,
     }
     .as_str()
-}
-
-/// Cancel a run
-///
-/// One that has ended stays as it is: a 409 says how it ended. An attempt that
-/// is under way may still have an effect; its result is not taken.
-#[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/runs/{run}/cancel", tag = "Runs",
-    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"),
-        ("run" = String, Path, description = "`run_…`")),
-    responses((status = 200, description = "It is cancelled.", body = One<Run>)))]
-async fn cancel(
-    State(state): Shared,
-    caller: Caller,
-    Path((company, playbook, run)): Path<(String, String, String)>,
-    Body { digest, .. }: Body<Nothing>,
-) -> Result<Response, ApiError> {
-    let ids = ids(&company, &playbook, &run)?;
-    let mut command = caller.command(&state, digest).await?;
-    let row = find(command.tx(), &caller, ids).await?;
-    cancel_run(command.tx(), ids.0, row.run, &caller.key.to_string()).await?;
-    let row = find(command.tx(), &caller, ids).await?;
-    let shown = show(&state, command.tx(), ids.0, row).await?;
-    command.finish(StatusCode::OK, shown).await
 }
 
 /// Stream a run's events

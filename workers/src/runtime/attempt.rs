@@ -202,7 +202,7 @@ async fn heartbeat(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
 }
 
 async fn purge(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
-    match store::purge::some(&shared.engine.pool, job.company, job.lease.job).await {
+    match store::purge::some(&shared.engine.pool, job.company).await {
         Ok(true) => PlainOutcome::Again { delay: Duration::ZERO, charged: false },
         Ok(false) => PlainOutcome::Done,
         Err(error) => {

@@ -7,19 +7,21 @@ with d as materialized (
         $9::text[], $10::bigint[], $11::bigint[], $12::integer[],
         $13::uuid[], $14::text[], $15::text[],
         $16::uuid[], $17::text[], $18::text[],
-        $19::uuid[], $20::text[], $21::text[]
+        $19::uuid[], $20::text[], $21::text[],
+        $22::integer[], $23::uuid[]
     ) as d (
         company_id, run_id, playbook_id, version_id, status, trigger, params, waiting_on,
         job_kind, delay_ms, timeout_ms, event_count,
         event_1_id, event_1, data_1,
         event_2_id, event_2, data_2,
-        event_3_id, event_3, data_3
+        event_3_id, event_3, data_3,
+        first_step, replay_of
     )
 ),
 job as (
     insert into jobs (id, queue, kind, company_id, ref_id, step, priority, state, due_at, timeout_ms)
     overriding system value
-    select job_id, 'steps', job_kind, company_id, run_id, 0, 0,
+    select job_id, 'steps', job_kind, company_id, run_id, first_step, 0,
         case when delay_ms > 0 then 'scheduled' else 'ready' end,
         now() + delay_ms * interval '1 millisecond',
         timeout_ms
@@ -38,9 +40,9 @@ counted as (
     select company_id, playbook_id, count(*), 0, 0, 0, clock_timestamp() from d group by company_id, playbook_id
 )
 insert into runs (
-    company_id, id, playbook_id, version_id, job_id, status, trigger, params, waiting_on, event_seq, started_at
+    company_id, id, playbook_id, version_id, job_id, status, trigger, params, waiting_on, event_seq, started_at, replay_of
 )
 select company_id, run_id, playbook_id, version_id, job_id, status, trigger, params::jsonb, waiting_on::jsonb,
-    event_count, clock_timestamp()
+    event_count, clock_timestamp(), replay_of
 from d
 returning id, job_id, started_at as "started_at!"

@@ -1,0 +1,161 @@
+//! Runs go on after a failure, and are played again.
+//!
+//! A retry keeps the run: what is done stays done, what a person has allowed
+//! stays allowed, and the step that failed is tried anew. A replay is a new run
+//! of the same version, linked to the old one, that takes over the checkpoints
+//! before a step.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+use sqlx::PgConnection;
+
+use super::gates::waiting_on;
+use super::start::{self, Beginning, Prepared, Started};
+use super::{Engine, EngineError, FieldProblem};
+use crate::domain::company::works;
+use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_RESUMED, PLAYBOOK_SUSPENDED};
+use crate::domain::ids::{AccountId, ApprovalId, CompanyId, PlaybookId, RunId};
+use crate::domain::playbook::Playbook;
+use crate::domain::playbook::model::STEP_TIMEOUT;
+use crate::domain::playbook::problem::did_you_mean;
+use crate::domain::run::RunStatus;
+use crate::store::jobs::kind;
+use crate::store::runs::{Retry, StepRow};
+use crate::store::{approvals, events, runs, tenants};
+
+/// Lets a failed run go on at its failed step, in the caller's transaction, who
+/// wakes workers after it. A gate that was refused or ran out is asked for
+/// again; one that was opened stays open.
+pub async fn retry_run(
+    engine: &Engine,
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    by: &str,
+) -> Result<(), EngineError> {
+    let status = runs::lock_with_job(tx, company, run).await?.ok_or(EngineError::NotFound("run"))?;
+    if status != RunStatus::Failed {
+        return Err(EngineError::Conflict(format!("the run is {}; only a failed one is retried", status.as_str())));
+    }
+    let company_status = tenants::company_status(&mut *tx, company).await?.unwrap_or_default();
+    if !works(&company_status) {
+        return Err(EngineError::Conflict(format!("the company is {company_status}; nothing is retried meanwhile")));
+    }
+    let row = runs::get(&mut *tx, company, run).await?.ok_or(EngineError::NotFound("run"))?;
+    let step = runs::failed_step(tx, company, run)
+        .await?
+        .ok_or_else(|| EngineError::Conflict("the run failed at no step; replay it".into()))?;
+    let plan = start::plan_of(engine, &mut *tx, company, row.version).await?;
+    let planned = plan.steps.get(usize::try_from(step).unwrap_or(usize::MAX));
+    let refused = approvals::latest_of(tx, run, step).await?.filter(|(_, status)| status != "approved");
+    let gate = refused.map(|(old, _)| (old, ApprovalId::new()));
+    let patience = planned.and_then(|step| step.approval.as_ref()).map_or(Duration::ZERO, |gate| gate.timeout);
+    let waiting = gate.map(|(_, id)| waiting_on(id));
+    let retry = Retry {
+        step,
+        kind: if gate.is_some() { kind::GATE_TIMEOUT } else { kind::STEP },
+        delay: if gate.is_some() { patience } else { Duration::ZERO },
+        timeout: planned.map_or(STEP_TIMEOUT, |step| step.timeout),
+        waiting_on: waiting.as_ref().map(Value::to_string),
+    };
+    let job = runs::retry(tx, company, run, &retry).await?.ok_or(EngineError::NotFound("run"))?;
+    let resumed = json!({"step": planned.map(|step| &step.id), "index": step, "by": by});
+    events::append_to_run(&mut *tx, company, run, &Event::new(PLAYBOOK_RESUMED, resumed)).await?;
+    if let Some((old, id)) = gate {
+        let context = approvals::ask_again(tx, company, old, id, job, patience).await?;
+        let requested = Event::new(APPROVAL_REQUESTED, json!({"approval_id": id, "context": context}));
+        events::append_to_run(&mut *tx, company, run, &requested).await?;
+        let suspended = Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting}));
+        events::append_to_run(&mut *tx, company, run, &suspended).await?;
+    }
+    Ok(())
+}
+
+/// Where a replay begins.
+#[derive(Debug, Clone)]
+pub enum FromStep {
+    /// At the step with this id.
+    Id(String),
+    /// At the step in this place, from 0.
+    Index(usize),
+}
+
+/// Which run is played again, and how.
+#[derive(Debug)]
+pub struct Replay {
+    /// The run.
+    pub of: RunId,
+    /// Where it begins; without, at the first step.
+    pub from: Option<FromStep>,
+    /// Parameters that take the place of the old run's.
+    pub params: Map<String, Value>,
+}
+
+/// Plays a run again as a new one of the same version, in the caller's
+/// transaction, who wakes workers after it.
+pub async fn replay_run(
+    engine: &Engine,
+    tx: &mut PgConnection,
+    account: AccountId,
+    (company, playbook): (CompanyId, PlaybookId),
+    replay: Replay,
+) -> Result<Started, EngineError> {
+    start::may_start(&mut *tx, Some(account), company, playbook).await?;
+    let old = runs::get(&mut *tx, company, replay.of).await?.filter(|old| old.playbook == playbook);
+    let old = old.ok_or(EngineError::NotFound("run"))?;
+    let plan = start::plan_of(engine, &mut *tx, company, old.version).await?;
+    let from = place(&plan, replay.from.as_ref())?;
+    let done = runs::steps(&mut *tx, company, replay.of).await?;
+    let outputs = outputs_before(&plan, &done, from)?;
+    let params = match old.params {
+        Value::Object(mut params) if !replay.params.is_empty() => {
+            params.extend(replay.params);
+            start::checked_params(&plan, params)?
+        }
+        // As they were checked then.
+        params => params,
+    };
+    let beginning = Beginning { step: from, outputs, replay_of: Some(replay.of) };
+    let new: Prepared = start::prepare((company, playbook, old.version), plan, params, "replay", beginning);
+    let below = i32::try_from(from).unwrap_or(i32::MAX);
+    let run = new.run();
+    // Before the run's own rows, of which the gate's may be one.
+    runs::copy_checkpoints(tx, company, replay.of, run, below).await?;
+    start::start_in(tx, new).await
+}
+
+/// The place of the step to begin with.
+fn place(plan: &Playbook, from: Option<&FromStep>) -> Result<usize, EngineError> {
+    let wrong = |message: String| EngineError::Invalid(vec![FieldProblem::new("from_step", message)]);
+    match from {
+        None => Ok(0),
+        Some(FromStep::Index(at)) if *at < plan.steps.len() => Ok(*at),
+        Some(FromStep::Index(_)) => Err(wrong(format!("the run's version has {} steps, from 0", plan.steps.len()))),
+        Some(FromStep::Id(id)) => plan.step_index(id).ok_or_else(|| {
+            let ids = plan.steps.iter().map(|step| step.id.as_str());
+            let hint = did_you_mean(id, ids).unwrap_or_else(|| "it names a step of the run's version".into());
+            wrong(format!("no such step; {hint}"))
+        }),
+    }
+}
+
+/// The outputs that the steps before a place have left, all of which must be
+/// done.
+fn outputs_before(plan: &Playbook, done: &[StepRow], from: usize) -> Result<HashMap<usize, Value>, EngineError> {
+    let mut outputs = HashMap::new();
+    for (at, step) in plan.steps.iter().enumerate().take(from) {
+        let row = done.iter().find(|row| usize::try_from(row.step) == Ok(at) && row.status == "completed");
+        let row = row.ok_or_else(|| {
+            EngineError::Conflict(format!(
+                "step `{}` has not completed in that run; replay from it, or before",
+                step.id
+            ))
+        })?;
+        if step.last_use.is_some() {
+            outputs.insert(at, row.output.clone().unwrap_or(Value::Null));
+        }
+    }
+    Ok(outputs)
+}
