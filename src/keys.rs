@@ -4,11 +4,11 @@
 use anyhow::{Context, bail};
 use capx_core::domain::ids::{AccountId, CompanyId, KeyId};
 use capx_core::domain::key::{ApiKey, SCOPES};
-use capx_core::store::tenants::{self, NewKey};
+use capx_core::store::tenants::{self, KeyGrant, NewKey};
 use clap::Subcommand;
 use rand::Rng;
 use serde_json::json;
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 
 /// The account when none is named.
 const DEFAULT_ACCOUNT: &str = "default";
@@ -46,6 +46,17 @@ pub enum KeysCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Make a key that may do the same as another, which is revoked.
+    Rotate {
+        /// The old key's id (key_…).
+        id: KeyId,
+        /// Leave the old key active; revoke it when all have switched.
+        #[arg(long)]
+        keep: bool,
+        /// One JSON object with `id` and `key`.
+        #[arg(long)]
+        json: bool,
+    },
     /// Revoke a key for good.
     Revoke {
         /// The key's id (key_…).
@@ -71,15 +82,45 @@ pub async fn make(
     live: bool,
     scopes: &[String],
 ) -> anyhow::Result<Made> {
+    let mut tx = pool.begin().await?;
+    let grant = KeyGrant { account, company, name: name.to_owned(), live, scopes: scopes.to_vec() };
+    let made = make_in(&mut tx, &grant).await?;
+    tx.commit().await?;
+    Ok(made)
+}
+
+async fn make_in(tx: &mut PgConnection, grant: &KeyGrant) -> anyhow::Result<Made> {
+    let KeyGrant { account, company, name, live, scopes } = grant;
     // A generator seeded by the operating system, which is what it takes for
     // 220 bits that nobody can guess.
-    let key = ApiKey::generate(live, |below| rand::rng().random_range(0..below));
+    let key = ApiKey::generate(*live, |below| rand::rng().random_range(0..below));
     let hint = key.hint();
-    let new = NewKey { account, company, name, hash: key.hash(), hint: &hint, live, scopes };
-    let mut tx = pool.begin().await?;
-    let id = capx_core::engine::keys::create(&mut tx, &new).await?;
-    tx.commit().await?;
+    let new = NewKey { account: *account, company: *company, name, hash: key.hash(), hint: &hint, live: *live, scopes };
+    let id = capx_core::engine::keys::create(tx, &new).await?;
     Ok(Made { id, key: key.reveal().to_owned() })
+}
+
+/// Makes a key that may do the same as another, which is revoked unless it is
+/// kept.
+pub async fn rotate(pool: &PgPool, old: KeyId, keep: bool) -> anyhow::Result<Made> {
+    let mut tx = pool.begin().await?;
+    let grant = tenants::grant_of(&mut tx, old).await?.with_context(|| format!("there is no active key {old}"))?;
+    if !keep {
+        tenants::revoke_key(&mut *tx, old).await?;
+    }
+    let made = make_in(&mut tx, &grant).await?;
+    tx.commit().await?;
+    Ok(made)
+}
+
+#[expect(clippy::print_stdout, reason = "the command's output")]
+fn show(made: &Made, as_json: bool) {
+    if as_json {
+        println!("{}", json!({"id": made.id, "key": made.key}));
+    } else {
+        println!("{}", made.key);
+        println!("id {}; the key is shown this once, keep it safe", made.id);
+    }
 }
 
 /// Runs a command.
@@ -97,12 +138,11 @@ pub async fn run(pool: &PgPool, command: KeysCommand) -> anyhow::Result<()> {
                     .with_context(|| format!("the account has no company {company}"))?;
             }
             let made = make(pool, account, company, &name, !test, &scopes).await?;
-            if json {
-                println!("{}", json!({"id": made.id, "key": made.key}));
-            } else {
-                println!("{}", made.key);
-                println!("id {}; the key is shown this once, keep it safe", made.id);
-            }
+            show(&made, json);
+            Ok(())
+        }
+        KeysCommand::Rotate { id, keep, json } => {
+            show(&rotate(pool, id, keep).await?, json);
             Ok(())
         }
         KeysCommand::List { json } => {

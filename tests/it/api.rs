@@ -227,8 +227,17 @@ async fn keys_are_asked_for_their_scope_and_their_account() {
     {
         assert_eq!(stranger.get(&path).await.0, 404, "{path}");
     }
-    assert!(capx_core::store::tenants::revoke_key(&db.pool, made.id).await.unwrap());
-    assert_eq!(stranger.get("/v1/companies").await.0, 401);
+    // A key that takes its place may do the same; the old one goes unless it is
+    // kept for a while.
+    let beside = capx::keys::rotate(&db.pool, made.id, true).await.unwrap();
+    assert_eq!((stranger.get("/v1/companies").await.0, with(&beside.key).get("/v1/companies").await.0), (200, 200));
+    let after = capx::keys::rotate(&db.pool, made.id, false).await.unwrap();
+    assert_eq!(with(&after.key).get("/v1/companies").await.0, 200);
+    eventually("the old key to be refused", || async { stranger.get("/v1/companies").await.0 == 401 }).await;
+    assert!(capx::keys::rotate(&db.pool, made.id, false).await.is_err());
+    assert!(capx_core::store::tenants::revoke_key(&db.pool, after.id).await.unwrap());
+    let after = with(&after.key);
+    eventually("the key to be refused", || async { after.get("/v1/companies").await.0 == 401 }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -437,7 +437,8 @@ async fn a_paused_company_rests_and_goes_on_and_a_stopped_one_ends() {
     for sql in [
         "select count(*) from runs",
         "select count(*) from events",
-        "select count(*) from jobs",
+        // The second purge is for what may still be written.
+        "select count(*) from jobs where kind <> 'purge' or state <> 'scheduled'",
         "select count(*) from agents",
     ] {
         eventually("everything to go", || async { db.count(sql).await == 0 }).await;

@@ -488,9 +488,42 @@ pub async fn revoke_key_of(
 }
 
 /// Revokes a key; false when there is no such active one.
-pub async fn revoke_key(pool: &PgPool, key: KeyId) -> Result<bool, StoreError> {
+pub async fn revoke_key(executor: impl Executor<'_, Database = Postgres>, key: KeyId) -> Result<bool, StoreError> {
     let done = sqlx::query!("update api_keys set revoked_at = now() where id = $1 and revoked_at is null", key.0)
-        .execute(pool)
+        .execute(executor)
         .await?;
     Ok(done.rows_affected() == 1)
+}
+
+/// What a key may do and for whom.
+#[derive(Debug)]
+pub struct KeyGrant {
+    /// Whose it is.
+    pub account: AccountId,
+    /// The one company it sees, when it is bound.
+    pub company: Option<CompanyId>,
+    /// For people.
+    pub name: String,
+    /// Spends credits and has effects.
+    pub live: bool,
+    /// What it may do.
+    pub scopes: Vec<String>,
+}
+
+/// What an active key may do.
+pub async fn grant_of(tx: &mut PgConnection, key: KeyId) -> Result<Option<KeyGrant>, StoreError> {
+    let row = sqlx::query!(
+        "select account_id, company_id, name, live, scopes from api_keys
+         where id = $1 and revoked_at is null for update",
+        key.0,
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(row.map(|row| KeyGrant {
+        account: AccountId(row.account_id),
+        company: row.company_id.map(CompanyId),
+        name: row.name,
+        live: row.live,
+        scopes: row.scopes,
+    }))
 }
