@@ -11,8 +11,8 @@ use super::backoff::RETRY_AFTER_MAX;
 use super::digest;
 use super::ids::{CompanyId, PlaybookId, RunId};
 use super::outcome::{ErrorClass, Failure, Outcome};
+use super::playbook::expr::{Reference, Scope};
 use super::playbook::model::{Approval, Playbook, Step};
-use super::playbook::template::{Reference, Scope};
 
 /// Deaths of workers under one step, without a checkpoint between, after
 /// which it is put into quarantine (contract, "Defaults").
@@ -119,9 +119,11 @@ impl Scope for RunScope<'_> {
         match reference.name(0)? {
             "inputs" => Some((&self.context.inputs, 1)),
             "run" => Some((&self.run, 1)),
-            "steps" if reference.name(2)? == "output" => {
+            "steps" => {
                 let index = self.context.playbook.step_index(reference.name(1)?)?;
-                self.context.outputs.get(&index).map(|output| (output, 3))
+                let output = self.context.outputs.get(&index)?;
+                // `steps.x.name` is `steps.x.output.name` for short.
+                Some((output, if reference.name(2) == Some("output") { 3 } else { 2 }))
             }
             _ => None,
         }

@@ -5,6 +5,7 @@
 //! with its place, cause and suggestion, [`template`] is the language inside
 //! `${…}`, [`inputs`] checks what a run is started with.
 
+pub mod expr;
 pub mod inputs;
 pub mod load;
 pub mod model;

@@ -1,12 +1,11 @@
 //! Checks over the whole playbook: references lead somewhere, schedules fire.
 
 use super::Loader;
+use crate::domain::playbook::expr::Reference;
 use crate::domain::playbook::model::{InputSpec, Step};
-use crate::domain::playbook::problem::{Pos, did_you_mean};
-use crate::domain::playbook::template::{Reference, Template};
+use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
+use crate::domain::playbook::template::Template;
 
-/// What a step shows to later ones: `steps.ID.…`.
-const STEP_FIELDS: &[&str] = &["output"];
 const ROOTS: &[&str] = &["inputs", "steps", "run"];
 /// What `run.…` holds.
 const RUN_FIELDS: &[&str] = &["id", "playbook", "company_id"];
@@ -61,9 +60,9 @@ fn check(
                     format!("`${{{reference}}}`: there is no step `{name}`")
                 };
                 loader.suggest(at, path, message, did_you_mean(name, ids));
-            } else if !STEP_FIELDS.contains(&reference.name(2).unwrap_or_default()) {
-                let rest = reference.to_string().split('.').skip(2).collect::<Vec<_>>().join(".");
-                let tail = if rest.is_empty() { String::new() } else { format!(".{rest}") };
+            } else if nearest(reference.name(2).unwrap_or_default(), ["output"]).is_some() {
+                let tail: String =
+                    reference.to_string().split('.').skip(3).map(|segment| format!(".{segment}")).collect();
                 loader.suggest(
                     at,
                     path,

@@ -67,14 +67,20 @@ fn every_problem_is_told_at_once_with_its_place() {
 
 #[test]
 fn references_must_lead_to_what_comes_before() {
-    let head = "name: x\ninputs: {topic: string}\nsteps:\n  - {id: a, role: w, action: t, params: {v: '";
+    let head = "name: x\ninputs: {topic: string}\nsteps:\n  - {id: a, role: w, action: t}\n  - {id: c, role: w, action: t, params: {v: '";
     let tail = "'}}\n  - {id: b, role: w, action: t}\n";
+    for good in
+        ["${steps.a}", "${steps.a.output}", "${steps.a.title}", "${steps.a.score > 0.5 and len(inputs.topic) < 9}"]
+    {
+        load(&format!("{head}{good}{tail}")).expect(good);
+    }
     for (reference, expected) in [
         ("${inputs.topc}", "there is no input `topc`; did you mean `topic`?"),
         ("${steps.b.output}", "the step `b` does not come before this one"),
         ("${secrets.x}", "there is no `secrets`; begin with"),
+        ("${steps.a.outptu.x}", "write `${steps.a.output.x}`"),
         ("${run.idd}", "a run has no `idd`"),
-        ("${inputs.topic", "has no closing brace"),
+        ("${inputs.topic", "has no closing `}`"),
     ] {
         let found = problems(&format!("{head}{reference}{tail}"));
         assert!(found[0].contains(expected), "{reference}: {found:?}");

@@ -1,0 +1,199 @@
+//! The one small language of conditions and templates: `if:`, `${…}`, `{{…}}`.
+//!
+//! Pure and total: it has no loops, no clock and no names but those that its
+//! scope gives it, so that an expression always ends and always says the same
+//! (hazard S11). What it knows:
+//!
+//! - literals: `null`, `true`, `false`, `12`, `0.5`, `'text'`, `"text"`, `[1, 2]`
+//! - paths: `inputs.topic`, `steps.draft.output.items[0]`, `item['a name']`. A
+//!   name may hold `-`, so a minus needs a space in front
+//! - `or` `||`, `and` `&&`, `not` `!`, `==` `!=` `<` `<=` `>` `>=`, `in`, `??`,
+//!   `+` `-` `*` `/` `%`, parentheses
+//! - functions, see [`functions`], called as `len(x)` or as `x | len`
+//!
+//! What is not there is an error, but for the left side of `??` and the argument
+//! of `defined` and `default`. As a condition, `null`, `false`, `0` and whatever
+//! is empty count as false.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde_json::Value;
+
+mod eval;
+pub mod functions;
+mod parse;
+
+pub(super) use parse::parse_prefix;
+pub use parse::{parse, parse_reference};
+
+/// How deep an expression may be nested.
+pub const DEPTH_MAX: usize = 64;
+/// Of how many parts an expression may consist.
+pub const NODES_MAX: usize = 1_000;
+/// What an expression may make, in bytes of JSON.
+pub const RESULT_BYTES_MAX: usize = 1024 * 1024;
+
+/// A path such as `steps.draft.output.title`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reference(pub Vec<Segment>);
+
+/// One part of a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Segment {
+    /// `.name`
+    Name(String),
+    /// `[3]`
+    Index(usize),
+}
+
+impl fmt::Display for Reference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, segment) in self.0.iter().enumerate() {
+            match segment {
+                Segment::Name(name) if i == 0 => f.write_str(name)?,
+                Segment::Name(name) if is_name(name) => write!(f, ".{name}")?,
+                Segment::Name(name) => write!(f, "['{name}']")?,
+                Segment::Index(index) => write!(f, "[{index}]")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-')
+}
+
+impl Reference {
+    /// The name at a place of the path.
+    pub fn name(&self, at: usize) -> Option<&str> {
+        match self.0.get(at) {
+            Some(Segment::Name(name)) => Some(name),
+            _ => None,
+        }
+    }
+}
+
+/// What references are looked up in.
+pub trait Scope {
+    /// The value of the longest prefix that the scope knows and how many
+    /// segments that took; `None` when there is nothing of the name.
+    fn lookup(&self, reference: &Reference) -> Option<(&Value, usize)>;
+}
+
+/// A parsed expression.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Expr {
+    /// As written.
+    Literal(Value),
+    /// `[a, b]`
+    List(Vec<Expr>),
+    /// To be looked up.
+    Path(Reference),
+    /// `a[b]`, where `b` is no literal, or `a` no path.
+    Index(Box<Expr>, Box<Expr>),
+    /// `not a`
+    Not(Box<Expr>),
+    /// `-a`
+    Negative(Box<Expr>),
+    /// `a op b`
+    Binary(Op, Box<Expr>, Box<Expr>),
+    /// `name(a, b)`
+    Call(functions::Function, Vec<Expr>),
+}
+
+/// What stands between two parts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(missing_docs, reason = "named like what they are")]
+pub enum Op {
+    Or,
+    And,
+    Equal,
+    Unequal,
+    Less,
+    LessOrEqual,
+    Greater,
+    GreaterOrEqual,
+    In,
+    Else,
+    Add,
+    Subtract,
+    Multiply,
+    Divide,
+    Remainder,
+}
+
+/// Why an expression gives no value.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum EvalError {
+    /// A reference to what is not there.
+    #[error("`{0}` is not defined")]
+    Undefined(String),
+    /// Something that cannot be done with these values.
+    #[error("{0}")]
+    Type(String),
+    /// More than [`RESULT_BYTES_MAX`].
+    #[error("`{0}` makes it larger than {RESULT_BYTES_MAX} bytes; pass less on, or a file")]
+    Large(String),
+}
+
+impl Expr {
+    /// Its value. `left` is how many bytes it may still make.
+    pub fn eval<'a>(&'a self, scope: &'a impl Scope, left: &mut usize) -> Result<Cow<'a, Value>, EvalError> {
+        eval::eval(self, scope, left)
+    }
+
+    /// Whether it holds, as a condition.
+    pub fn holds(&self, scope: &impl Scope) -> Result<bool, EvalError> {
+        let mut left = RESULT_BYTES_MAX;
+        self.eval(scope, &mut left).map(|value| is_true(&value))
+    }
+
+    /// Every path inside.
+    pub fn references(&self) -> Vec<&Reference> {
+        let mut found = Vec::new();
+        self.collect(&mut found);
+        found
+    }
+
+    fn collect<'a>(&'a self, found: &mut Vec<&'a Reference>) {
+        match self {
+            Self::Literal(_) => {}
+            Self::Path(reference) => found.push(reference),
+            Self::List(items) | Self::Call(_, items) => items.iter().for_each(|item| item.collect(found)),
+            Self::Not(inner) | Self::Negative(inner) => inner.collect(found),
+            Self::Index(a, b) | Self::Binary(_, a, b) => {
+                a.collect(found);
+                b.collect(found);
+            }
+        }
+    }
+}
+
+/// Whether a value counts as true.
+pub fn is_true(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::Bool(b) => *b,
+        Value::Number(n) => n.as_f64() != Some(0.0),
+        Value::String(s) => !s.is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+    }
+}
+
+/// A value's type, in words.
+pub fn kind_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "a map",
+    }
+}
+
+#[cfg(test)]
+mod tests;
