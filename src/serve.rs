@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use capx_core::domain::address::Rules;
 use capx_core::domain::duration;
 use capx_core::engine::{Engine, Waker};
 use capx_core::store::{self, PoolKind, SchemaState};
 use capx_workers::adapters::Providers;
-use capx_workers::egress::{Egress, Rules};
+use capx_workers::egress::Egress;
 use capx_workers::{Hands, Worker, WorkerConfig};
 use clap::Args;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
@@ -99,11 +100,7 @@ impl WorkerArgs {
 
     /// What attempts can reach, from the environment.
     pub fn hands(&self, dev: bool) -> anyhow::Result<Hands> {
-        let mut rules =
-            Rules::parse(&std::env::var("CAPX_EGRESS_ALLOW").unwrap_or_default()).map_err(anyhow::Error::msg)?;
-        if dev {
-            rules = rules.with_loopback();
-        }
+        let rules = egress_rules(dev)?;
         let set = |name: &str| std::env::var(name).is_ok_and(|value| !value.is_empty());
         let providers = Providers {
             offline: dev || std::env::var("CAPX_OFFLINE_MODEL").is_ok_and(|v| v == "1"),
@@ -113,6 +110,13 @@ impl WorkerArgs {
         let egress = Egress::new(rules).map_err(anyhow::Error::msg)?;
         Ok(Hands::new(egress, &self.workspace, providers))
     }
+}
+
+/// Which addresses may be reached from here, from the environment; a developer's
+/// own machine too.
+pub fn egress_rules(dev: bool) -> anyhow::Result<Rules> {
+    let rules = Rules::parse(&std::env::var("CAPX_EGRESS_ALLOW").unwrap_or_default()).map_err(anyhow::Error::msg)?;
+    Ok(if dev { rules.with_loopback() } else { rules })
 }
 
 /// Refuses a database that would lose what it has acknowledged, or whose
@@ -196,6 +200,7 @@ pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationTok
         tenants: store::pool(url, PoolKind::Tenants, API_CONNECTIONS)?,
         admission: Admission::start(store::pool(url, PoolKind::Meter, METER_CONNECTIONS)?, auth_failures()?),
         proxies: TrustedProxies::parse(&proxies).map_err(anyhow::Error::msg)?,
+        rules: Arc::new(egress_rules(false)?),
         hub,
         document: Arc::from(""),
         metrics,
@@ -238,6 +243,7 @@ pub async fn health(url: &str, bind: &str, stop: &CancellationToken) -> anyhow::
         admission: Admission::shut(pool.clone()),
         hub: Hub::silent(pool),
         proxies: TrustedProxies::default(),
+        rules: Arc::default(),
         document: Arc::from(""),
         metrics: metrics()?,
         stopping: stop.child_token(),

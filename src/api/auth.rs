@@ -66,6 +66,14 @@ scopes! {
     ApprovalsRead = "approvals:read",
     /// Decide approvals.
     ApprovalsWrite = "approvals:write",
+    /// List and retrieve webhooks.
+    WebhooksRead = "webhooks:read",
+    /// Register and change webhooks.
+    WebhooksWrite = "webhooks:write",
+    /// See workers and dead letters.
+    OpsRead = "ops:read",
+    /// Retry dead letters.
+    OpsWrite = "ops:write",
 }
 
 /// What a route asks of whoever calls it.

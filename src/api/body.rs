@@ -211,7 +211,13 @@ impl Wrong {
                 _ if expected.contains("boolean") => Value::Bool(false),
                 _ => Value::from(0),
             };
-            (said.to_owned(), Some(fitting))
+            // `invalid type: integer `7`, expected a string`
+            let found = said.strip_prefix("invalid type: ").and_then(|rest| rest.split_once(", expected "));
+            let message = match found {
+                Some((found, expected)) => format!("must be {expected}, not {found}"),
+                None => said.to_owned(),
+            };
+            (message, Some(fitting))
         };
         let field = if at.is_empty() { "body".to_owned() } else { at.join(".") };
         Self { field, message, at, placeholder }
@@ -382,7 +388,7 @@ mod tests {
     fn a_wrong_field_is_named_by_its_path() {
         let all = wrong(json!({"name": "x", "agents": [{"role": 3}]}));
         assert_eq!(all[0].0, "agents.0.role");
-        assert!(all[0].1.contains("expected a string"), "{all:?}");
+        assert_eq!(all[0].1, "must be a string, not integer `3`");
         assert_eq!(wrong(json!({"agents": []})), [("name".into(), "is required".into())]);
         let all = wrong(json!({"name": "x", "agents": [{"role": "x", "rol": 1}]}));
         assert_eq!(all, [("agents.0.rol".into(), "unknown field; did you mean `role`?".into())]);

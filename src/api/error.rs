@@ -28,6 +28,8 @@ pub enum ApiError {
     Unauthorized(&'static str),
     /// 403: the key lacks this scope.
     Forbidden(&'static str),
+    /// 403: what the account that runs the server may do alone.
+    NotOperator,
     /// 404: there is no such thing for this caller.
     NotFound(&'static str),
     /// 405.
@@ -85,7 +87,7 @@ impl ApiError {
         match self {
             Self::Invalid { .. } => (StatusCode::BAD_REQUEST, "invalid_request"),
             Self::Unauthorized(_) => (StatusCode::UNAUTHORIZED, "unauthorized"),
-            Self::Forbidden(_) => (StatusCode::FORBIDDEN, "forbidden"),
+            Self::Forbidden(_) | Self::NotOperator => (StatusCode::FORBIDDEN, "forbidden"),
             Self::NotFound(_) => (StatusCode::NOT_FOUND, "not_found"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::TooSlow(_) => (StatusCode::REQUEST_TIMEOUT, "request_timeout"),
@@ -111,6 +113,7 @@ impl ApiError {
             Self::UriTooLong => format!("the address is longer than {} bytes", super::URI_BYTES_MAX),
             Self::Unauthorized(why) => (*why).to_owned(),
             Self::Forbidden(scope) => format!("the key lacks the scope `{scope}`"),
+            Self::NotOperator => "only keys of the account that runs the server see this".into(),
             Self::NotFound(what) => format!("there is no such {what}, or the key does not reach it"),
             Self::MethodNotAllowed => "this path does not take this method".into(),
             Self::TooSlow(limit) => {

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::routing::get;
+use capx_core::domain::address::Rules;
 use capx_core::engine::Engine;
 use metrics_exporter_prometheus::PrometheusHandle;
 use sqlx::PgPool;
@@ -84,6 +85,8 @@ pub struct ApiState {
     pub admission: Admission,
     /// The reader of the log for streams.
     pub hub: Hub,
+    /// Which addresses webhooks may name.
+    pub rules: Arc<Rules>,
     /// Whom to believe where a request comes from.
     pub proxies: TrustedProxies,
     /// The OpenAPI document, as JSON.
@@ -127,6 +130,8 @@ fn v1(state: &ApiState) -> openapi::Routes {
     let routes = routes::playbooks::routes(routes);
     let routes = routes::runs::routes(routes);
     let routes = routes::run_changes::routes(routes);
+    let routes = routes::webhooks::routes(routes);
+    let routes = routes::ops::routes(routes);
     routes::approvals::routes(routes)
 }
 

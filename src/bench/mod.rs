@@ -9,13 +9,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{AccountId, CompanyId, PlaybookId};
 use capx_core::engine::playbooks::CreatePlaybook;
 use capx_core::engine::{Engine, Waker, playbooks};
 use capx_core::store::tenants::NewCompany;
 use capx_core::store::{self, PoolKind, tenants};
 use capx_workers::adapters::Providers;
-use capx_workers::egress::{Egress, Rules};
+use capx_workers::egress::Egress;
 use capx_workers::{Hands, Worker, WorkerConfig};
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};

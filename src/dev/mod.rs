@@ -5,6 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection};
 use tokio_util::sync::CancellationToken;
 
+use crate::api::ApiState;
 use crate::keys;
 use crate::serve::{self, WorkerArgs};
 
@@ -169,7 +171,8 @@ async fn with_database(
     let pool = store::pool(url, PoolKind::Owner, DEV_CONNECTIONS)?;
     store::migrate(&pool).await.context("cannot bring the database up to date")?;
     let key = first_key(args, &pool).await?;
-    let state = serve::api_state(url, serve::metrics()?, stop.clone())?;
+    let rules = Arc::new(serve::egress_rules(true)?);
+    let state = ApiState { rules, ..serve::api_state(url, serve::metrics()?, stop.clone())? };
     let engine = state.engine.clone();
     let base_url = format!("http://{}", listener.local_addr()?);
     let api = tokio::spawn(serve::api(listener, state));

@@ -130,8 +130,12 @@ async fn bad_requests_are_told_what_is_wrong_and_change_nothing() {
 
     // Wrong types and unknown fields, named by their path.
     for (body, wanted, hint) in [
-        (json!({"name": 3, "agents": []}), "name", "expected a string"),
-        (json!({"name": "x", "agents": [{"role": 1, "adapter": "claude"}]}), "agents.0.role", "expected a string"),
+        (json!({"name": 3, "agents": []}), "name", "must be a string, not integer"),
+        (
+            json!({"name": "x", "agents": [{"role": 1, "adapter": "claude"}]}),
+            "agents.0.role",
+            "must be a string, not integer",
+        ),
         (json!({"name": "x", "agnts": []}), "agnts", "did you mean `agents`?"),
         (json!({"name": "x", "agents": []}), "agents", "at least one"),
         (

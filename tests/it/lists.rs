@@ -21,6 +21,8 @@ const TABLES: &[&str] = &[
     "cost_totals",
     "run_totals",
     "companies",
+    "dead_letters",
+    "webhooks",
 ];
 
 async fn execute(db: &Db, sql: &str, company: CompanyId) {
@@ -63,6 +65,11 @@ async fn grow(db: &Db, company: CompanyId, playbook: uuid::Uuid, agent: uuid::Uu
              from generate_series(1, $2) n"
         )
         .replace("AGENT", &capx_core::domain::ids::AgentId(agent).to_string()),
+        format!(
+            "insert into dead_letters (company_id, id, queue, kind, step, reason, attempt, crash_count, error)
+             select $1, {id}, 'steps', 'step', 0, case when {rare} then 'quarantined' else 'invalid' end, 1, 0, '{{}}'
+             from generate_series(1, $2) n"
+        ),
         "insert into cost_rollups (company_id, quarter, agent_id, category, nanos)
          select $1, date_trunc('hour', now()) - interval '60 days' - n * interval '15 minutes', '00000000-0000-0000-0000-000000000000', 'inference', 1
          from generate_series(1, $2) n".into(),
@@ -94,6 +101,9 @@ async fn no_list_walks_what_it_does_not_show() {
          from generate_series(1, $2) n".into(),
         "insert into events (company_id, id, event, data)
          select $1, gen_random_uuid(), 'task.created', '{}' from generate_series(1, $2) n".into(),
+        format!("insert into webhooks (id, account_id, company_id, url, events, secret)
+         select ('ff900000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid, '{}', $1, 'https://x', '{{*}}', sha256('')
+         from generate_series(1, $2) n", other.0),
     ] {
         execute(&db, &sql, others).await;
     }
@@ -137,6 +147,10 @@ async fn no_list_walks_what_it_does_not_show() {
         ("/v1/activity?type=task".into(), 20),
         ("/v1/activity?limit=10".into(), 10),
         (format!("{co}/agents"), 1),
+        ("/v1/dead-letters".into(), 25),
+        ("/v1/dead-letters?reason=quarantined".into(), 20),
+        (format!("/v1/dead-letters?reason=exhausted&company_id={company}"), 0),
+        ("/v1/webhooks".into(), 0),
     ] {
         let (status, answer) = api.get(&path).await;
         assert_eq!(status, 200, "{path}: {answer}");

@@ -4,11 +4,12 @@
 
 use std::time::Duration;
 
+use capx_core::domain::address::Rules;
 use capx_core::domain::run::RunStatus;
 use capx_core::engine::{Engine, Waker};
 use capx_core::store::{self, PoolKind};
 use capx_workers::adapters::Providers;
-use capx_workers::egress::{Egress, Rules};
+use capx_workers::egress::Egress;
 use capx_workers::{Hands, Worker, WorkerConfig};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;

@@ -29,7 +29,13 @@ impl Api {
         }
     }
 
-    async fn raw(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Option<&str>) -> reqwest::Response {
+    pub async fn raw(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Option<&str>,
+    ) -> reqwest::Response {
         let mut request = self
             .client
             .request(method.parse().unwrap(), format!("{}{path}", self.base))
@@ -311,7 +317,15 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
     let (_, agents) = api.get(&format!("{base}/agents")).await;
     let (_, task) = api.post(&format!("{base}/tasks"), json!({"title": "t"})).await;
     let (_, key) = api.post("/v1/keys", json!({"name": "k"})).await;
+    let (_, webhook) = api.post("/v1/webhooks", json!({"url": "https://example.com/", "events": ["*"]})).await;
+    let yaml = "name: f\nsteps: [{id: a, action: file.read, params: {path: none}}]\n";
+    let (_, failing) = api.post(&format!("{base}/playbooks"), json!({"yaml": yaml})).await;
+    let failing = failing["data"]["id"].as_str().unwrap();
+    api.post(&format!("{base}/playbooks/{failing}/run?wait=20"), json!({})).await;
+    let (_, letters) = api.get("/v1/dead-letters").await;
     let ids = [
+        ("{webhook}", webhook["data"]["id"].as_str().unwrap()),
+        ("{letter}", letters["data"][0]["id"].as_str().unwrap()),
         ("{company}", co.as_str()),
         ("{playbook}", pb),
         ("{run}", run["data"]["run_id"].as_str().unwrap()),
@@ -338,6 +352,8 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "select count(*) from approvals where status = 'pending'",
             "select count(*) from tasks where status = 'pending'",
             "select count(*) from api_keys where name = 'k' and revoked_at is null",
+            "select count(*) from webhooks where secret is not null and old_secret is null",
+            "select count(*) from dead_letters",
         ] {
             counts.push(db.count(sql).await);
         }
@@ -353,6 +369,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "DirectiveBody" => json!({"objective": "x"}),
             "RollbackBody" => json!({"version": 1}),
             "RejectBody" => json!({"feedback": "no"}),
+            "CreateWebhookBody" => json!({"url": "https://example.com/", "events": ["*"]}),
             _ => json!({}),
         }
     };

@@ -6,12 +6,12 @@
 //! the resolver's answer, since a public name may point inside. There are no
 //! redirects and no proxies, so the first URL is the only one.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use capx_core::domain::address::{Refused, Rules, WrongUrl};
 use capx_core::domain::outcome::{ErrorClass, Failure};
-use ipnet::IpNet;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::{Client, Method, Url};
 
@@ -25,103 +25,6 @@ const USER_AGENT: &str = concat!("capx/", env!("CARGO_PKG_VERSION"));
 pub struct Egress {
     client: Client,
     rules: Arc<Rules>,
-}
-
-/// Which private networks may be reached although they are private.
-#[derive(Debug, Default)]
-pub struct Rules {
-    allow: Vec<IpNet>,
-}
-
-impl Rules {
-    /// Reads a list of CIDRs parted by commas, as in `CAPX_EGRESS_ALLOW`.
-    pub fn parse(list: &str) -> Result<Self, String> {
-        let allow = list
-            .split(',')
-            .map(str::trim)
-            .filter(|part| !part.is_empty())
-            .map(|part| {
-                let address = part.parse::<IpAddr>().map(IpNet::from);
-                part.parse::<IpNet>().or(address).map_err(|_| {
-                    format!("CAPX_EGRESS_ALLOW: `{part}` is no network; write CIDRs such as 10.0.0.0/8,127.0.0.1/32")
-                })
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(Self { allow })
-    }
-
-    /// Loopback too, for a developer's own machine.
-    #[must_use]
-    pub fn with_loopback(mut self) -> Self {
-        self.allow.extend([
-            IpNet::from(IpAddr::V4(Ipv4Addr::LOCALHOST)).supernet_to(8),
-            IpNet::from(IpAddr::V6(Ipv6Addr::LOCALHOST)),
-        ]);
-        self
-    }
-
-    fn permits(&self, address: IpAddr) -> bool {
-        let address = canonical(address);
-        is_public(address) || self.allow.iter().any(|net| net.contains(&address))
-    }
-}
-
-trait Supernet {
-    fn supernet_to(self, prefix: u8) -> IpNet;
-}
-
-impl Supernet for IpNet {
-    fn supernet_to(self, prefix: u8) -> IpNet {
-        IpNet::new(self.addr(), prefix).map_or(self, |net| net.trunc())
-    }
-}
-
-/// The address that is really meant: IPv4 inside of IPv6 in any of its forms.
-fn canonical(address: IpAddr) -> IpAddr {
-    let IpAddr::V6(v6) = address else { return address };
-    if let Some(v4) = v6.to_ipv4_mapped() {
-        return IpAddr::V4(v4);
-    }
-    let s = v6.segments();
-    let low = |high: u16, low: u16| {
-        let [a, b] = high.to_be_bytes();
-        let [c, d] = low.to_be_bytes();
-        IpAddr::V4(Ipv4Addr::new(a, b, c, d))
-    };
-    match s {
-        // NAT64, 6to4 and the deprecated compatible form.
-        [0x64, 0xff9b, 0, 0, 0, 0, h, l] => low(h, l),
-        [0x2002, h, l, ..] => low(h, l),
-        [0, 0, 0, 0, 0, 0, h, l] if h != 0 => low(h, l),
-        _ => address,
-    }
-}
-
-/// Whether an address belongs to the public internet (the special-purpose
-/// registries of IANA, RFC 6890 and its successors).
-fn is_public(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => {
-            let [a, b, c, _] = v4.octets();
-            !(v4.is_private()
-                || v4.is_loopback()
-                || v4.is_link_local()
-                || v4.is_multicast()
-                || v4.is_documentation()
-                || a == 0
-                || a >= 240
-                || (a == 100 && (64..128).contains(&b))
-                || (a == 192 && b == 0 && c == 0)
-                || (a == 192 && b == 88 && c == 99)
-                || (a == 198 && (18..20).contains(&b)))
-        }
-        IpAddr::V6(v6) => {
-            let s = v6.segments();
-            // Global unicast is 2000::/3; inside it, documentation, Teredo,
-            // benchmarking and ORCHID are not.
-            s[0] & 0xe000 == 0x2000 && !(s[0] == 0x2001 && (s[1] < 0x0200 || s[1] == 0x0db8)) && s[0] != 0x3fff
-        }
-    }
 }
 
 struct Guard(Arc<Rules>);
@@ -139,10 +42,6 @@ impl Resolve for Guard {
         })
     }
 }
-
-#[derive(Debug, thiserror::Error)]
-#[error("`{0}` is not a public address; add its network to CAPX_EGRESS_ALLOW to reach it")]
-struct Refused(String);
 
 /// An outgoing call.
 #[derive(Debug)]
@@ -224,22 +123,10 @@ impl Egress {
     }
 
     fn check(&self, url: &str) -> Result<Url, Failure> {
-        let url =
-            Url::parse(url).map_err(|error| Failure::invalid(format!("`{}` is no URL: {error}", excerpt(url))))?;
-        if !matches!(url.scheme(), "http" | "https") {
-            return Err(Failure::invalid(format!("the scheme `{}` is not allowed; use https or http", url.scheme())));
-        }
-        if !url.username().is_empty() || url.password().is_some() {
-            return Err(Failure::invalid("a URL must not carry credentials; use a header"));
-        }
-        let host = url.host_str().unwrap_or_default();
-        let literal = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-        if let Ok(address) = literal
-            && !self.rules.permits(address)
-        {
-            return Err(Failure::new(ErrorClass::Governance, Refused(host.to_owned()).to_string()));
-        }
-        Ok(url)
+        self.rules.check(url).map_err(|wrong| match wrong {
+            WrongUrl::Refused(refused) => Failure::new(ErrorClass::Governance, refused.to_string()),
+            other => Failure::invalid(other.to_string()),
+        })
     }
 
     /// Makes a call. An answer of any status is an answer; trouble on the way

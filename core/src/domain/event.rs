@@ -4,6 +4,7 @@
 use serde_json::Value;
 
 use super::ids::EventId;
+use super::playbook::problem::did_you_mean;
 
 /// One thing that happened, before it is stored.
 #[derive(Debug, Clone)]
@@ -65,6 +66,54 @@ pub const TASK_RETRIED: &str = "task.retried";
 pub const APPROVAL_REQUESTED: &str = "approval.requested";
 /// A gate was decided or ran out.
 pub const APPROVAL_RESOLVED: &str = "approval.resolved";
+
+/// Every name that is written today.
+pub const NAMES: &[&str] = &[
+    COMPANY_CREATED,
+    COMPANY_STATUS_CHANGED,
+    AGENT_STATE_CHANGED,
+    HEARTBEAT_FIRED,
+    PLAYBOOK_STARTED,
+    PLAYBOOK_SUSPENDED,
+    PLAYBOOK_RESUMED,
+    PLAYBOOK_COMPLETED,
+    PLAYBOOK_FAILED,
+    PLAYBOOK_CANCELLED,
+    STEP_STARTED,
+    STEP_COMPLETED,
+    STEP_FAILED,
+    TASK_CREATED,
+    TASK_UPDATED,
+    TASK_APPROVED,
+    TASK_REJECTED,
+    TASK_CANCELLED,
+    TASK_RETRIED,
+    APPROVAL_REQUESTED,
+    APPROVAL_RESOLVED,
+];
+
+/// Whether a pattern (`step.failed`, `step.*`, `*`) takes a name in.
+pub fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(prefix) => name.starts_with(prefix),
+        None => pattern == name,
+    }
+}
+
+/// What is wrong with a pattern, when it takes in nothing that happens.
+pub fn pattern_problem(pattern: &str) -> Option<String> {
+    let whole = pattern == "*" || pattern.ends_with(".*") || !pattern.contains('*');
+    if whole && NAMES.iter().any(|name| matches(pattern, name)) {
+        return None;
+    }
+    let families = NAMES.iter().filter_map(|name| name.split_once('.')).map(|(family, _)| format!("{family}.*"));
+    let known: Vec<String> = NAMES.iter().map(|name| (*name).to_owned()).chain(families).collect();
+    let near = did_you_mean(pattern, known.iter().map(String::as_str));
+    Some(near.map_or_else(
+        || "no such event; write a name such as playbook.failed, a family such as step.*, or *".to_owned(),
+        |near| format!("no such event; {near}"),
+    ))
+}
 
 /// The activity types, each with the first parts of the dotted names that are
 /// filed under it.
@@ -153,6 +202,19 @@ mod tests {
         assert_eq!(activity_type(STEP_FAILED), "playbook");
         assert_eq!(activity_type(APPROVAL_REQUESTED), "governance");
         assert_eq!((activity_action(TASK_CREATED), activity_action("x")), ("created", "x"));
+    }
+
+    #[test]
+    fn patterns_take_in_what_happens() {
+        for good in ["*", "step.*", "step.failed", "company.created"] {
+            assert_eq!(pattern_problem(good), None, "{good}");
+        }
+        assert!(pattern_problem("step.faild").is_some_and(|said| said.contains("`step.failed`")));
+        assert!(pattern_problem("steps.*").is_some_and(|said| said.contains("`step.*`")));
+        for bad in ["", "st*", "*.failed", "nothing", "step.*.x"] {
+            assert!(pattern_problem(bad).is_some(), "{bad}");
+        }
+        assert!(matches("step.*", "step.failed") && !matches("step.*", "steps.x") && !matches("step", "step.failed"));
     }
 
     #[test]

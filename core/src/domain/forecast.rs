@@ -37,7 +37,8 @@ pub struct Forecast {
 pub fn forecast(days: &[Nanos]) -> Forecast {
     let usd: Vec<f64> = days.iter().map(|day| day.to_usd()).collect();
     let n = usd.len().max(1) as f64;
-    let mean = usd.iter().sum::<f64>() / n;
+    // From a positive zero: an empty sum of floats is the negative one.
+    let mean = usd.iter().fold(0.0, |sum, day| sum + day) / n;
     let variance = usd.iter().map(|day| (day - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
     let deviation = variance.sqrt();
     let margin = QUANTILE_80 * deviation * MONTH.sqrt();
@@ -100,7 +101,11 @@ mod tests {
 
     #[test]
     fn nothing_spent_and_nothing_known_are_told_apart() {
-        assert_eq!(forecast(&[]).confidence, 0.0);
+        let unknown = forecast(&[]);
+        assert_eq!(unknown.confidence, 0.0);
+        for amount in [unknown.daily_avg, unknown.weekly_estimate, unknown.monthly_estimate, unknown.monthly_high] {
+            assert!(amount == 0.0 && amount.is_sign_positive());
+        }
         assert_eq!(forecast(&days(&[0.0; 14])).confidence, 1.0);
         assert_eq!(forecast(&days(&[0.0; 14])).trend, "stable");
     }

@@ -127,6 +127,8 @@ typed_id!(/// A piece of work for an agent.
     TaskId, "tsk");
 typed_id!(/// A job that gave up.
     DeadLetterId, "dl");
+typed_id!(/// An address that is told of events.
+    WebhookId, "wh");
 typed_id!(/// One request to the API.
     RequestId, "req");
 

@@ -2,6 +2,7 @@
 //! does I/O or knows SQL: what varies is an argument, so that every rule can
 //! be tested as a function.
 
+pub mod address;
 pub mod backoff;
 pub mod company;
 pub mod digest;

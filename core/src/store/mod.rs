@@ -14,6 +14,7 @@ pub mod agents;
 pub mod approvals;
 pub mod error;
 pub mod events;
+pub mod fleet;
 pub mod grants;
 pub mod idempotency;
 pub mod jobs;
@@ -26,6 +27,7 @@ pub mod tasks;
 pub mod tenancy;
 pub mod tenants;
 pub mod usage;
+pub mod webhooks;
 
 pub use error::StoreError;
 

@@ -21,6 +21,7 @@ const TABLES: &[&str] = &[
     "cost_totals",
     "run_deltas",
     "run_totals",
+    "webhooks",
     // Last, since no index finds them by their company: work that is still
     // claimed finds no run, and ends.
     "jobs",

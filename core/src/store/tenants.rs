@@ -17,7 +17,7 @@ pub async fn account(
 ) -> Result<AccountId, StoreError> {
     Ok(AccountId(
         sqlx::query_scalar!(
-            "insert into accounts (id, name, tier) values ($1, $2, $3)
+            "insert into accounts (id, name, tier, operator) values ($1, $2, $3, not exists (select from accounts))
              on conflict (name) do update set name = excluded.name returning id",
             AccountId::new().0,
             name,
@@ -26,6 +26,12 @@ pub async fn account(
         .fetch_one(executor)
         .await?,
     ))
+}
+
+/// Whether an account runs the fleet.
+pub async fn is_operator(tx: &mut PgConnection, account: AccountId) -> Result<bool, StoreError> {
+    let operator = sqlx::query_scalar!("select operator from accounts where id = $1", account.0);
+    Ok(operator.fetch_optional(tx).await?.unwrap_or(false))
 }
 
 /// A key to be stored: its hash, never itself.

@@ -6,10 +6,12 @@ pub(super) mod approvals;
 pub(super) mod companies;
 pub(super) mod costs;
 pub(super) mod keys;
+pub(super) mod ops;
 pub(super) mod playbooks;
 pub(super) mod run_changes;
 pub(super) mod runs;
 pub(super) mod tasks;
 mod templates;
+pub(super) mod webhooks;
 
 use super::openapi::Routes;

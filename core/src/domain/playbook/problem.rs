@@ -81,8 +81,9 @@ pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
     known
         .into_iter()
         .map(|candidate| (strsim::damerau_levenshtein(word, candidate), candidate))
-        // A third of the word may differ, so that short words do not match all.
-        .filter(|(distance, _)| *distance > 0 && *distance * 3 <= word_chars.max(3))
+        // A third of the word may differ, and never all of it, so that short
+        // words do not match all.
+        .filter(|(distance, _)| *distance > 0 && *distance < word_chars && *distance * 3 <= word_chars.max(3))
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, candidate)| candidate)
 }
@@ -97,6 +98,7 @@ mod tests {
         assert_eq!(did_you_mean("timout", known).as_deref(), Some("did you mean `timeout`?"));
         assert_eq!(did_you_mean("colour", known), None);
         assert_eq!(did_you_mean("id", known), None);
+        assert_eq!(did_you_mean("b", ["a"]), None);
     }
 
     #[test]

@@ -1,0 +1,332 @@
+//! Webhooks: register, list, get, change, rotate the secret, delete.
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Response;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use capx_core::domain::address::Rules;
+use capx_core::domain::event::{NAMES, pattern_problem};
+use capx_core::domain::ids::{CompanyId, WebhookId};
+use capx_core::engine::FieldProblem;
+use capx_core::store::webhooks::{self as store, Change, NewWebhook, Owner, WEBHOOKS_MAX, WebhookRow};
+use rand::RngCore;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::routes;
+
+use super::Routes;
+use super::companies::Deleted;
+use crate::api::auth::{Caller, Scope};
+use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
+use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
+use crate::api::{ApiError, Shared, openapi};
+
+const URL_CHARS_MAX: usize = 2_048;
+const EVENTS_MAX: usize = 50;
+const DESCRIPTION_CHARS_MAX: usize = 1_000;
+const STATUSES: &[&str] = &["active", "disabled"];
+
+fn statuses() -> utoipa::openapi::schema::Object {
+    openapi::names(STATUSES)
+}
+
+pub(in crate::api) fn routes(routes: Routes) -> Routes {
+    routes
+        .with(Scope::WebhooksRead, 1, routes!(list))
+        .with(Scope::WebhooksWrite, 2, routes!(create))
+        .with(Scope::WebhooksRead, 1, routes!(one))
+        .with(Scope::WebhooksWrite, 2, routes!(update))
+        .with(Scope::WebhooksWrite, 2, routes!(rotate))
+        .with(Scope::WebhooksWrite, 1, routes!(delete))
+}
+
+/// A webhook to be.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct CreateWebhookBody {
+    /// Where to: `https://…`.
+    #[schema(min_length = 1, max_length = 2_048)]
+    url: String,
+    /// Names of events such as `playbook.failed`, families such as `step.*`, or
+    /// `*` for everything.
+    #[schema(min_items = 1, max_items = 50)]
+    events: Vec<String>,
+    /// `co_…`: only what happens in this company.
+    company_id: Option<String>,
+    /// For people.
+    #[schema(max_length = 1_000)]
+    description: Option<String>,
+}
+
+/// Changes of a webhook; what is left out stays.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct UpdateWebhookBody {
+    /// Where to.
+    #[schema(min_length = 1, max_length = 2_048)]
+    url: Option<String>,
+    /// Names of events, families, or `*`; replaces those that it has.
+    #[schema(min_items = 1, max_items = 50)]
+    events: Option<Vec<String>>,
+    /// For people.
+    #[schema(max_length = 1_000)]
+    description: Option<String>,
+    /// `active` or `disabled`.
+    #[schema(schema_with = statuses)]
+    status: Option<String>,
+}
+
+/// A webhook.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+struct Webhook {
+    /// `wh_…`
+    #[schema(value_type = String)]
+    id: WebhookId,
+    url: String,
+    events: Vec<String>,
+    #[schema(required, value_type = Option<String>)]
+    company_id: Option<CompanyId>,
+    #[schema(required)]
+    description: Option<String>,
+    /// `active` or `disabled`.
+    status: String,
+    /// Why it is disabled.
+    #[schema(required)]
+    disabled_reason: Option<String>,
+    created_at: Time,
+    updated_at: Time,
+}
+
+/// A webhook with its secret.
+#[derive(Debug, Serialize, ToSchema)]
+struct SecretWebhook {
+    #[serde(flatten)]
+    webhook: Webhook,
+    /// `whsec_…`, this once: null where the request is answered again.
+    #[schema(required)]
+    secret: Option<String>,
+}
+
+impl From<WebhookRow> for Webhook {
+    fn from(row: WebhookRow) -> Self {
+        Self {
+            id: WebhookId(row.id),
+            url: row.url,
+            events: row.events,
+            company_id: row.company_id.map(CompanyId),
+            description: row.description,
+            status: row.status,
+            disabled_reason: row.disabled_reason,
+            created_at: Time(row.created_at),
+            updated_at: Time(row.updated_at),
+        }
+    }
+}
+
+fn check_url(rules: &Rules, url: &str, problems: &mut Vec<FieldProblem>) {
+    let wrong = if url.chars().count() > URL_CHARS_MAX {
+        Some(format!("must be at most {URL_CHARS_MAX} characters"))
+    } else {
+        match rules.check(url) {
+            Err(error) => Some(error.to_string()),
+            Ok(url) if url.scheme() != "https" && !rules.allows_plain(&url) => {
+                Some("must be https; plain http is spoken to networks of CAPX_EGRESS_ALLOW alone".into())
+            }
+            Ok(_) => None,
+        }
+    };
+    problems.extend(wrong.map(|message| FieldProblem::new("url", message)));
+}
+
+fn check_events(events: &[String], problems: &mut Vec<FieldProblem>) {
+    if events.is_empty() || events.len() > EVENTS_MAX {
+        let message = format!("must name 1 to {EVENTS_MAX} events, of {}", NAMES.join(", "));
+        problems.push(FieldProblem::new("events", message));
+        return;
+    }
+    for (at, pattern) in events.iter().enumerate() {
+        problems.extend(pattern_problem(pattern).map(|message| FieldProblem::new(format!("events.{at}"), message)));
+    }
+}
+
+fn check_description(description: Option<&str>, problems: &mut Vec<FieldProblem>) {
+    if description.is_some_and(|text| text.chars().count() > DESCRIPTION_CHARS_MAX) {
+        let message = format!("must be at most {DESCRIPTION_CHARS_MAX} characters");
+        problems.push(FieldProblem::new("description", message));
+    }
+}
+
+fn none_wrong(problems: Vec<FieldProblem>) -> Result<(), ApiError> {
+    if problems.is_empty() { Ok(()) } else { Err(ApiError::fields(problems)) }
+}
+
+/// A new secret: 32 bytes of a generator that the operating system has seeded.
+fn secret() -> [u8; 32] {
+    let mut secret = [0; 32];
+    rand::rng().fill_bytes(&mut secret);
+    secret
+}
+
+fn written(secret: [u8; 32]) -> String {
+    format!("whsec_{}", STANDARD.encode(secret))
+}
+
+fn owner(caller: &Caller) -> Owner {
+    (caller.account, caller.company)
+}
+
+fn id(text: &str) -> Result<WebhookId, ApiError> {
+    text.parse().map_err(|_| ApiError::NotFound("webhook"))
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct ListQuery {
+    /// Results of a page.
+    #[param(minimum = 1, maximum = 100, default = 25)]
+    limit: Option<i64>,
+    /// `meta.cursor` of the page before.
+    #[param(schema_with = openapi::id_cursor, required = false)]
+    cursor: Option<String>,
+}
+
+/// List webhooks
+///
+/// Newest first.
+#[utoipa::path(get, path = "/webhooks", tag = "Webhooks", params(ListQuery),
+    responses((status = 200, description = "A page.", body = Many<Webhook>)))]
+async fn list(State(state): Shared, caller: Caller, Query(query): Query<ListQuery>) -> Result<Response, ApiError> {
+    let limit = limit(query.limit, 25, 100)?;
+    let before = cursor(query.cursor.as_deref())?;
+    let mut tx = caller.read(&state).await?;
+    let rows = store::list(&mut tx, owner(&caller), before, limit + 1).await?;
+    caller.list(page(rows, limit, |row| id_cursor(row.id), Webhook::from))
+}
+
+/// Register a webhook
+///
+/// Its secret is shown this once. An account has at most a hundred webhooks.
+/// This version keeps webhooks and does not send to them yet.
+#[utoipa::path(post, path = "/webhooks", tag = "Webhooks", request_body = CreateWebhookBody,
+    responses((status = 201, description = "The webhook.", body = One<SecretWebhook>)))]
+async fn create(
+    State(state): Shared,
+    caller: Caller,
+    Body { body, digest }: Body<CreateWebhookBody>,
+) -> Result<Response, ApiError> {
+    let mut problems = Vec::new();
+    check_url(&state.rules, &body.url, &mut problems);
+    check_events(&body.events, &mut problems);
+    check_description(body.description.as_deref(), &mut problems);
+    none_wrong(problems)?;
+    let mut command = caller.command(&state, digest).await?;
+    let company = match body.company_id.as_deref() {
+        Some(id) => Some(caller.company_id(command.tx(), id).await?),
+        None => caller.company,
+    };
+    let secret = secret();
+    let new = NewWebhook {
+        webhook: WebhookId::new(),
+        account: caller.account,
+        company,
+        url: &body.url,
+        events: &body.events,
+        description: body.description.as_deref(),
+        secret,
+    };
+    let row = store::insert(command.tx(), &new).await?.ok_or_else(|| {
+        ApiError::Conflict(format!("the account has {WEBHOOKS_MAX} webhooks already; delete one first"))
+    })?;
+    let webhook = Webhook::from(row);
+    let kept = SecretWebhook { webhook: webhook.clone(), secret: None };
+    let shown = SecretWebhook { webhook, secret: Some(written(secret)) };
+    command.finish_with_secret(StatusCode::CREATED, shown, kept).await
+}
+
+/// Get a webhook
+#[utoipa::path(get, path = "/webhooks/{webhook}", tag = "Webhooks",
+    params(("webhook" = String, Path, description = "`wh_…`")),
+    responses((status = 200, description = "The webhook.", body = One<Webhook>), (status = 304, description = "Not changed.")))]
+async fn one(State(state): Shared, caller: Caller, Path(webhook): Path<String>) -> Result<Response, ApiError> {
+    let id = id(&webhook)?;
+    let mut tx = caller.read(&state).await?;
+    let row = store::get(&mut tx, owner(&caller), id).await?.ok_or(ApiError::NotFound("webhook"))?;
+    caller.one(&Webhook::from(row))
+}
+
+/// Update a webhook
+///
+/// Only what is given changes.
+#[utoipa::path(patch, path = "/webhooks/{webhook}", tag = "Webhooks", request_body = UpdateWebhookBody,
+    params(("webhook" = String, Path, description = "`wh_…`")),
+    responses((status = 200, description = "The webhook.", body = One<Webhook>)))]
+async fn update(
+    State(state): Shared,
+    caller: Caller,
+    Path(webhook): Path<String>,
+    Body { body, digest }: Body<UpdateWebhookBody>,
+) -> Result<Response, ApiError> {
+    let id = id(&webhook)?;
+    let status = one_of("status", body.status.as_deref(), STATUSES)?;
+    let mut problems = Vec::new();
+    if let Some(url) = &body.url {
+        check_url(&state.rules, url, &mut problems);
+    }
+    if let Some(events) = &body.events {
+        check_events(events, &mut problems);
+    }
+    check_description(body.description.as_deref(), &mut problems);
+    none_wrong(problems)?;
+    let change = Change {
+        url: body.url.as_deref(),
+        events: body.events.as_deref(),
+        description: body.description.as_deref(),
+        active: status.map(|status| status == "active"),
+    };
+    let mut command = caller.command(&state, digest).await?;
+    let row = store::update(command.tx(), owner(&caller), id, &change).await?;
+    let row = row.ok_or(ApiError::NotFound("webhook"))?;
+    command.finish(StatusCode::OK, Webhook::from(row)).await
+}
+
+/// Rotate a webhook's secret
+///
+/// The new one is shown this once; the old one signs too for 24 hours.
+#[utoipa::path(post, path = "/webhooks/{webhook}/rotate-secret", tag = "Webhooks",
+    params(("webhook" = String, Path, description = "`wh_…`")),
+    responses((status = 200, description = "The webhook.", body = One<SecretWebhook>)))]
+async fn rotate(
+    State(state): Shared,
+    caller: Caller,
+    Path(webhook): Path<String>,
+    Body { digest, .. }: Body<Nothing>,
+) -> Result<Response, ApiError> {
+    let id = id(&webhook)?;
+    let mut command = caller.command(&state, digest).await?;
+    let secret = secret();
+    let row = store::rotate(command.tx(), owner(&caller), id, secret).await?.ok_or(ApiError::NotFound("webhook"))?;
+    let webhook = Webhook::from(row);
+    let kept = SecretWebhook { webhook: webhook.clone(), secret: None };
+    let shown = SecretWebhook { webhook, secret: Some(written(secret)) };
+    command.finish_with_secret(StatusCode::OK, shown, kept).await
+}
+
+/// Delete a webhook
+#[utoipa::path(delete, path = "/webhooks/{webhook}", tag = "Webhooks",
+    params(("webhook" = String, Path, description = "`wh_…`")),
+    responses((status = 200, description = "It is deleted.", body = One<Deleted<String>>)))]
+async fn delete(
+    State(state): Shared,
+    caller: Caller,
+    Path(webhook): Path<String>,
+    Body { digest, .. }: Body<Nothing>,
+) -> Result<Response, ApiError> {
+    let id = id(&webhook)?;
+    let mut command = caller.command(&state, digest).await?;
+    if !store::delete(command.tx(), owner(&caller), id).await? {
+        return Err(ApiError::NotFound("webhook"));
+    }
+    command.finish(StatusCode::OK, Deleted { id, deleted: true }).await
+}
