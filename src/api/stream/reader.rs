@@ -25,6 +25,10 @@ const COMMENT: Duration = Duration::from_secs(15);
 const KEY_CHECK: Duration = Duration::from_secs(2);
 /// Events of one read while catching up.
 const PAGE: i64 = 500;
+/// How often in a row a stream tries to read the log before it gives up, and how
+/// long it waits in between: it outlives a database that is busy for a moment.
+const READ_TRIES: u32 = 5;
+const READ_PAUSE: Duration = Duration::from_millis(500);
 
 /// Where a stream's events come from.
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +65,8 @@ pub(super) struct Reader {
     /// What is to be sent next.
     pieces: VecDeque<Bytes>,
     over: bool,
+    /// Reads that failed in a row.
+    failures: u32,
     comment: Instant,
     key_check: Instant,
 }
@@ -86,6 +92,7 @@ impl Reader {
             // Sent at once: a client knows by it that it is connected.
             pieces: [Bytes::from_static(b": capx\n\n")].into(),
             over: false,
+            failures: 0,
             comment: at + COMMENT,
             key_check: at + KEY_CHECK,
         }
@@ -127,7 +134,8 @@ impl Reader {
             Source::Log { place, live } if place < live => {
                 let (state, caller, filter) =
                     (Arc::clone(&self.state), Arc::clone(&self.caller), Arc::clone(&self.filter));
-                let page = told_by(tokio::spawn(async move { page(&state, &caller, &filter, place).await })).await?;
+                let read = tokio::spawn(async move { page(&state, &caller, &filter, place).await });
+                let Some(page) = self.told_by(read).await? else { return Ok(()) };
                 self.take(&page, place);
                 let place = page.last().map_or(place, |last| last.max(place));
                 let place = if page.len() < PAGE as usize { place.max(live) } else { place };
@@ -148,7 +156,7 @@ impl Reader {
             Source::Run { company, run, after, ahead: true } => {
                 let (state, caller) = (Arc::clone(&self.state), Arc::clone(&self.caller));
                 let read = tokio::spawn(async move { numbered(&state, &caller, company, run, after).await });
-                let Numbered { batch, last, over } = told_by(read).await?;
+                let Some(Numbered { batch, last, over }) = self.told_by(read).await? else { return Ok(()) };
                 self.take(&batch, FIRST);
                 self.over = over;
                 let ahead = batch.len() == PAGE as usize;
@@ -164,6 +172,28 @@ impl Reader {
             }
         }
         Ok(())
+    }
+
+    /// What a read has brought; `None` where it is to be tried again. It has a task
+    /// of its own, so that a client that goes away drops no call half-way (hazard
+    /// H6), and a stream that waits holds no memory for its reads.
+    async fn told_by<T>(&mut self, read: JoinHandle<Result<T, ApiError>>) -> Result<Option<T>, Over> {
+        match read.await {
+            Ok(Ok(read)) => {
+                self.failures = 0;
+                return Ok(Some(read));
+            }
+            Ok(Err(ApiError::Unavailable)) if self.failures + 1 < READ_TRIES => self.failures += 1,
+            failed => {
+                let error = failed.map(Result::err);
+                tracing::debug!(?error, "a stream could not read the log; its client may resume it");
+                return Err(Over);
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(READ_PAUSE) => Ok(None),
+            () = self.state.stopping.cancelled() => Err(Over),
+        }
     }
 
     /// What is shown of a batch behind a place is to be sent.
@@ -196,20 +226,6 @@ enum Told {
     Batch(Arc<Batch>),
     /// Too much to keep.
     Missed,
-}
-
-/// What a read has brought. It has a task of its own, so that a client that goes
-/// away drops no call half-way (hazard H6), and a stream that waits holds no
-/// memory for its reads.
-async fn told_by<T>(read: JoinHandle<Result<T, ApiError>>) -> Result<T, Over> {
-    match read.await {
-        Ok(Ok(read)) => Ok(read),
-        failed => {
-            let error = failed.map(Result::err);
-            tracing::debug!(?error, "a stream could not read the log; its client may resume it");
-            Err(Over)
-        }
-    }
 }
 
 async fn page(state: &ApiState, caller: &Caller, filter: &Filter, after: Place) -> Result<Batch, ApiError> {
