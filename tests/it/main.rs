@@ -8,6 +8,7 @@ mod contract;
 mod crash;
 mod deaths;
 mod dev;
+mod flow;
 mod gates;
 mod harness;
 mod hostile;

@@ -8,11 +8,11 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use super::backoff::RETRY_AFTER_MAX;
-use super::digest;
 use super::ids::{CompanyId, PlaybookId, RunId};
 use super::outcome::{ErrorClass, Failure, Outcome};
-use super::playbook::expr::{Reference, Scope};
-use super::playbook::model::{Approval, Playbook, Step};
+use super::playbook::expr::{self, Reference, Scope};
+use super::playbook::model::{Approval, OnFailure, Pause, Playbook, Step, StepKind};
+use super::{digest, duration};
 
 /// Deaths of workers under one step, without a checkpoint between, after
 /// which it is put into quarantine (contract, "Defaults").
@@ -37,6 +37,11 @@ pub struct RunContext {
     /// The outputs of finished steps that a later step or the run's output
     /// still refers to, by step index.
     pub outputs: HashMap<usize, Value>,
+    /// Why steps have failed that the run went past, as far as anybody refers to
+    /// them.
+    pub failures: HashMap<usize, Value>,
+    /// How often each `goto` has jumped.
+    pub jumps: HashMap<usize, u32>,
 }
 
 /// A gate that must open before a step may be tried.
@@ -52,22 +57,59 @@ pub struct Gate {
     pub approval: Approval,
 }
 
-/// What to do with the run and its job.
+/// What a run comes upon next.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Decision {
-    /// Keep the output; go on with the step `next`, behind a gate if one
-    /// stands there.
-    Advance {
-        /// The next step's index.
-        next: usize,
-        /// What it must wait for.
-        gate: Option<Gate>,
+pub enum Next {
+    /// A step that may be tried at once.
+    Step(usize),
+    /// A step behind a gate.
+    Gate(Gate),
+    /// A pause: its step may be tried when it is over.
+    Sleep {
+        /// The step.
+        step: usize,
+        /// How long.
+        delay: Duration,
     },
-    /// Keep the output; the run has ended well.
-    Complete {
+    /// Nothing: the run has ended well.
+    End {
         /// The run's own output, where the playbook names one.
         output: Option<Value>,
     },
+}
+
+/// What a run went past without trying it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Passed {
+    /// A step whose condition does not hold.
+    Skipped(usize),
+    /// A `goto` that jumped back.
+    Jumped {
+        /// The `goto`.
+        step: usize,
+        /// Where to.
+        target: usize,
+        /// How often so far, this time included.
+        jumps: u32,
+    },
+}
+
+/// The way from one try to the next.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Walk {
+    /// In order.
+    pub passed: Vec<Passed>,
+    /// Where it leads.
+    pub next: Next,
+}
+
+/// What to do with the run and its job.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Decision {
+    /// Keep the output; go on.
+    Advance(Walk),
+    /// The step gives up and the run goes on without it.
+    GoPast(Walk),
     /// Try the same step again after a delay.
     Retry {
         /// How long to wait.
@@ -119,13 +161,24 @@ impl Scope for RunScope<'_> {
         match reference.name(0)? {
             "inputs" => Some((&self.context.inputs, 1)),
             "run" => Some((&self.run, 1)),
-            "steps" => {
-                let index = self.context.playbook.step_index(reference.name(1)?)?;
-                let output = self.context.outputs.get(&index)?;
-                // `steps.x.name` is `steps.x.output.name` for short.
-                Some((output, if reference.name(2) == Some("output") { 3 } else { 2 }))
-            }
+            "steps" => self.step(self.context.playbook.step_index(reference.name(1)?)?, reference.name(2)),
             _ => None,
+        }
+    }
+}
+
+impl RunScope<'_> {
+    /// What is known of a step under a name.
+    fn step(&self, index: usize, name: Option<&str>) -> Option<(&Value, usize)> {
+        let output = self.context.outputs.get(&index);
+        match name {
+            Some("output") => output.map(|output| (output, 3)),
+            // Why it failed, or null: a condition may ask that of any step.
+            Some("error") if output.and_then(|output| output.get("error")).is_none() => {
+                Some((self.context.failures.get(&index).unwrap_or(&Value::Null), 3))
+            }
+            // `steps.x.name` is `steps.x.output.name` for short.
+            _ => output.map(|output| (output, 2)),
         }
     }
 }
@@ -165,6 +218,7 @@ impl RunContext {
     /// that nothing needs any more.
     pub fn remember(&mut self, step: usize, output: &Value) {
         let steps = &self.playbook.steps;
+        self.failures.remove(&step);
         self.outputs.retain(|earlier, _| steps.get(*earlier).is_some_and(|earlier| earlier.last_use > Some(step)));
         if steps.get(step).is_some_and(|step| step.last_use.is_some()) {
             self.outputs.insert(step, output.clone());
@@ -197,33 +251,112 @@ impl RunContext {
             Outcome::Failed { failure, .. } => self.after_failure(step, attempt, failure, draw),
             Outcome::Done { output, .. } => {
                 self.remember(step, output);
-                let next = step + 1;
-                if next < self.playbook.steps.len() {
-                    return Decision::Advance { next, gate: self.gate(next) };
-                }
-                let rendered = self.playbook.output.as_ref().map(|t| t.render(&self.scope()));
-                match rendered {
-                    None => Decision::Complete { output: None },
-                    // An output that does not render is told as such: all the
-                    // steps are done, so the run is not failed for it.
-                    Some(Err(error)) => {
-                        Decision::Complete { output: Some(serde_json::json!({"error": error.to_string()})) }
-                    }
-                    Some(Ok(value)) => Decision::Complete { output: Some(value) },
-                }
+                Decision::Advance(self.walk(step + 1))
             }
         }
     }
 
-    fn after_failure(&self, step: usize, attempt: u32, failure: &Failure, draw: f64) -> Decision {
-        if failure.class == ErrorClass::Crash {
-            return Decision::Fail { reason: DeadReason::Quarantined };
+    /// Goes on from a place until there is something to try or to wait for: leaves
+    /// out steps whose conditions do not hold, and jumps where a `goto` says so.
+    /// A step whose condition gives no value is tried, and fails with the reason.
+    ///
+    /// It ends: each turn goes one step on, or uses up a jump.
+    pub fn walk(&mut self, from: usize) -> Walk {
+        let playbook = Arc::clone(&self.playbook);
+        let (mut at, mut passed) = (from, Vec::new());
+        let next = loop {
+            let Some(step) = playbook.steps.get(at) else { break Next::End { output: self.output() } };
+            let holds = match self.holds(step) {
+                Ok(holds) => holds,
+                Err(_) => break Next::Step(at),
+            };
+            match &step.kind {
+                StepKind::Goto { target, jumps_max } => {
+                    let jumps = self.jumps.get(&at).copied().unwrap_or(0) + 1;
+                    if holds && jumps <= *jumps_max {
+                        self.jumps.insert(at, jumps);
+                        passed.push(Passed::Jumped { step: at, target: *target, jumps });
+                        at = *target;
+                        continue;
+                    }
+                }
+                _ if !holds => {
+                    self.outputs.remove(&at);
+                    passed.push(Passed::Skipped(at));
+                }
+                StepKind::Sleep(pause) => match self.pause(pause) {
+                    Ok(delay) => break Next::Sleep { step: at, delay },
+                    Err(_) => break Next::Step(at),
+                },
+                StepKind::Work => break self.gate(at).map_or(Next::Step(at), Next::Gate),
+            }
+            at += 1;
+        };
+        Walk { passed, next }
+    }
+
+    /// Whether a step's condition holds; without one it does.
+    pub fn holds(&self, step: &Step) -> Result<bool, Failure> {
+        let Some(condition) = &step.condition else { return Ok(true) };
+        condition.holds(&self.scope()).map_err(|error| Failure::invalid(format!("if: {error}")))
+    }
+
+    /// How long a step sleeps.
+    pub fn pause(&self, pause: &Pause) -> Result<Duration, Failure> {
+        let wrong = |what: String| Failure::invalid(format!("sleep: {what}"));
+        let template = match pause {
+            Pause::Fixed(delay) => return Ok(*delay),
+            Pause::Computed(template) => template,
+        };
+        match template.render(&self.scope()).map_err(|error| wrong(error.to_string()))? {
+            Value::String(text) => duration::parse(&text).map_err(|error| wrong(error.to_string())),
+            Value::Number(seconds) => Duration::try_from_secs_f64(seconds.as_f64().unwrap_or(-1.0))
+                .ok()
+                .filter(|delay| *delay <= duration::DURATION_MAX)
+                .ok_or_else(|| wrong(format!("{seconds} is no number of seconds from 0 to ten years"))),
+            other => Err(wrong(format!("must be a duration such as 2h, or seconds, not {}", expr::kind_of(&other)))),
         }
-        let Some(step) = self.playbook.steps.get(step) else {
+    }
+
+    /// The run's own output. One that does not render is told as such: all the
+    /// steps are done, so the run is not failed for it.
+    fn output(&self) -> Option<Value> {
+        let rendered = self.playbook.output.as_ref()?.render(&self.scope());
+        Some(rendered.unwrap_or_else(|error| serde_json::json!({"error": error.to_string()})))
+    }
+
+    /// How often the run has jumped: the effects of a step that it comes to again
+    /// are others.
+    pub fn round(&self) -> u32 {
+        self.jumps.values().sum()
+    }
+
+    /// The step gives up: the run with it, unless it goes past.
+    fn give_up(&mut self, at: usize, failure: &Failure, reason: DeadReason) -> Decision {
+        let to = match self.playbook.steps.get(at).map(|step| step.on_failure) {
+            None | Some(OnFailure::Abort) => return Decision::Fail { reason },
+            Some(OnFailure::Continue) => at + 1,
+            Some(OnFailure::Goto(target)) => target,
+        };
+        self.outputs.remove(&at);
+        let told = serde_json::json!({"code": failure.class.as_str(), "message": failure.message});
+        self.failures.insert(at, told);
+        let mut walk = self.walk(to);
+        let left_out: Vec<Passed> = (at + 1..to).map(Passed::Skipped).collect();
+        walk.passed.splice(0..0, left_out);
+        Decision::GoPast(walk)
+    }
+
+    fn after_failure(&mut self, at: usize, attempt: u32, failure: &Failure, draw: f64) -> Decision {
+        if failure.class == ErrorClass::Crash {
+            return self.give_up(at, failure, DeadReason::Quarantined);
+        }
+        let playbook = Arc::clone(&self.playbook);
+        let Some(step) = playbook.steps.get(at) else {
             return Decision::Fail { reason: DeadReason::Invalid };
         };
         if !step.retry.on.contains(&failure.class) {
-            return Decision::Fail { reason: DeadReason::Invalid };
+            return self.give_up(at, failure, DeadReason::Invalid);
         }
         // A server that names a time is obeyed, and costs no try.
         // One that names next to none is treated like any failure, or it could
@@ -232,112 +365,11 @@ impl RunContext {
             return Decision::Retry { delay: after.min(RETRY_AFTER_MAX), charged: false };
         }
         if attempt >= step.retry.max_attempts {
-            return Decision::Fail { reason: DeadReason::Exhausted };
+            return self.give_up(at, failure, DeadReason::Exhausted);
         }
         Decision::Retry { delay: step.retry.backoff.delay(attempt, draw), charged: true }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::domain::playbook;
-    use proptest::prelude::*;
-    use serde_json::json;
-
-    fn context(yaml: &str, inputs: Value) -> RunContext {
-        RunContext {
-            company: CompanyId::new(),
-            playbook_id: PlaybookId::new(),
-            run: RunId::new(),
-            playbook: Arc::new(playbook::load(yaml).expect("loads")),
-            inputs: Arc::new(inputs),
-            outputs: HashMap::new(),
-        }
-    }
-
-    const THREE: &str = "name: x\nsteps:\n  - {id: a, role: w, action: t, retry: {max_attempts: 3, jitter: false}}\n  - {id: b, role: w, action: t, params: {v: '${steps.a.output.n}'}}\n  - {id: c, role: w, action: t, params: {v: 1}, approval: required}\noutput: '${steps.b.output}'\n";
-
-    #[test]
-    fn steps_follow_one_another_to_the_end() {
-        let mut run = context(THREE, json!({}));
-        let done = |v| Outcome::done(json!({"n": v}));
-        assert_eq!(run.decide(0, 1, &done(7), 0.0), Decision::Advance { next: 1, gate: None });
-        let step = run.playbook.steps[1].clone();
-        assert_eq!(run.params(&step), Ok(json!({"v": 7}).as_object().cloned().expect("a map")));
-        let Decision::Advance { next: 2, gate: Some(gate) } = run.decide(1, 1, &done(8), 0.0) else {
-            panic!("a gate stands before c")
-        };
-        assert_eq!(gate.context["params"], json!({"v": 1}));
-        assert_eq!(run.decide(2, 1, &done(9), 0.0), Decision::Complete { output: Some(json!({"n": 8})) });
-        // Only what is still referred to is carried along.
-        assert_eq!(run.outputs.keys().collect::<Vec<_>>(), [&1]);
-    }
-
-    #[test]
-    fn run_parameters_override_where_no_inputs_are_declared() {
-        let run = context(
-            "name: x\nsteps:\n  - {role: w, action: t, params: {topic: a, depth: b}}\n",
-            json!({"topic": "z", "extra": 1}),
-        );
-        let params = run.params(&run.playbook.steps[0]).expect("renders");
-        assert_eq!(Value::Object(params), json!({"topic": "z", "depth": "b"}));
-    }
-
-    #[test]
-    fn classes_decide_about_retries() {
-        let mut run = context(THREE, json!({}));
-        let failed = |class| Outcome::failed(Failure::new(class, "x"));
-        assert_eq!(
-            run.decide(0, 2, &failed(ErrorClass::Transient), 0.0),
-            Decision::Retry { delay: Duration::from_secs(2), charged: true }
-        );
-        assert_eq!(
-            run.decide(0, 3, &failed(ErrorClass::Transient), 0.0),
-            Decision::Fail { reason: DeadReason::Exhausted }
-        );
-        assert_eq!(run.decide(0, 1, &failed(ErrorClass::Invalid), 0.0), Decision::Fail { reason: DeadReason::Invalid });
-        assert_eq!(
-            run.decide(0, 1, &failed(ErrorClass::Crash), 0.0),
-            Decision::Fail { reason: DeadReason::Quarantined }
-        );
-        let mut asked = Failure::new(ErrorClass::RateLimited, "slow down");
-        asked.retry_after = Some(Duration::from_secs(99_999_999));
-        assert_eq!(
-            run.decide(0, 3, &Outcome::failed(asked.clone()), 0.0),
-            Decision::Retry { delay: RETRY_AFTER_MAX, charged: false }
-        );
-        asked.retry_after = Some(Duration::ZERO);
-        let hurried = Outcome::failed(asked);
-        assert!(!matches!(run.decide(0, 3, &hurried, 0.0), Decision::Retry { charged: false, .. }));
-    }
-
-    proptest! {
-        /// However the attempts fall out, a run ends: tries are bounded, and
-        /// each success moves it on by exactly one step.
-        #[test]
-        fn every_run_ends_within_its_tries(fates in prop::collection::vec(0u8..3, 200)) {
-            let mut run = context(THREE, json!({}));
-            let (mut step, mut attempt, mut ended) = (0usize, 0u32, false);
-            for fate in fates {
-                attempt += 1;
-                let outcome = match fate {
-                    0 => Outcome::done(json!({"n": 1})),
-                    1 => Outcome::failed(Failure::new(ErrorClass::Transient, "x")),
-                    _ => Outcome::failed(Failure::new(ErrorClass::Timeout, "x")),
-                };
-                match run.decide(step, attempt, &outcome, 0.5) {
-                    Decision::Advance { next, .. } => {
-                        prop_assert_eq!(next, step + 1);
-                        (step, attempt) = (next, 0);
-                    }
-                    Decision::Complete { .. } => { prop_assert_eq!(step, 2); ended = true; break }
-                    Decision::Fail { .. } => { ended = true; break }
-                    Decision::Retry { .. } => prop_assert!(attempt < run.playbook.steps[step].retry.max_attempts),
-                    Decision::Release { .. } => prop_assert!(false),
-                }
-            }
-            prop_assert!(ended);
-        }
-    }
-}
+mod tests;

@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::claim::StepWork;
 use super::gates::{approval_of, waiting_on};
@@ -19,19 +19,22 @@ use crate::domain::event::{
 use crate::domain::ids::{AgentId, ApprovalId, RunId};
 use crate::domain::money::Nanos;
 use crate::domain::outcome::{Failure, Outcome};
-use crate::domain::plan::{DeadReason, Decision, Gate};
+use crate::domain::plan::{DeadReason, Decision, Gate, Next, Passed, RunContext, Walk};
+use crate::domain::playbook::Step;
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::domain::storable::{self, OUTPUT_BYTES_MAX};
 use crate::failpoint;
 use crate::store::approvals::{NewApproval, NewDeadLetter};
 use crate::store::jobs::{ClaimedJob, Lease, kind, queue};
-use crate::store::steps::{NextJob, RunChange, StepChange, StepCommit};
+use crate::store::steps::{NextJob, Passing, RunChange, StepChange, StepCommit};
 use crate::store::{StoreError, approvals, jobs, steps};
 
 /// How many steps of a run one worker does in a row before the run queues
 /// again, and for how long, so that others get their turn.
 const CHAIN_STEPS_MAX: u32 = 16;
 const CHAIN_TIME_MAX: Duration = Duration::from_secs(1);
+/// A pause is one, however short.
+const SLEEP_MIN: Duration = Duration::from_millis(1);
 
 /// A finished attempt at a step.
 #[derive(Debug)]
@@ -65,6 +68,8 @@ pub enum Committed {
 pub struct Decided {
     /// Under the attempt's lease.
     pub commit: StepCommit,
+    /// What the run went past, and where it waits.
+    pub passed: Vec<Passing>,
     /// The gate that the run has come to.
     pub approval: Option<NewApproval>,
     /// Why the step gave up.
@@ -225,6 +230,7 @@ fn unstorable(decided: Decided, error: &StoreError) -> Decided {
             events: vec![Event::new(PLAYBOOK_FAILED, json!({"error": error}))],
             ..commit
         },
+        passed: Vec::new(),
         approval: None,
         letter: Some(letter),
         next: None,
@@ -237,7 +243,7 @@ async fn write(engine: &Engine, decided: &[Decided]) -> Result<Vec<bool>, Engine
 
 async fn write_once(engine: &Engine, decided: &[Decided]) -> Result<Vec<bool>, EngineError> {
     let commits: Vec<StepCommit> = decided.iter().map(|d| d.commit.clone()).collect();
-    let plain = decided.iter().all(|d| d.approval.is_none() && d.letter.is_none());
+    let plain = decided.iter().all(|d| d.passed.is_empty() && d.approval.is_none() && d.letter.is_none());
     if failpoint::reach("commit.before").await {
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
@@ -247,6 +253,7 @@ async fn write_once(engine: &Engine, decided: &[Decided]) -> Result<Vec<bool>, E
         let mut tx = engine.pool.begin().await?;
         let held = steps::commit(&mut *tx, &commits).await?;
         for (decided, _) in decided.iter().zip(&held).filter(|(_, held)| **held) {
+            steps::pass(&mut tx, decided.commit.company, decided.commit.run, &decided.passed).await?;
             if let Some(approval) = &decided.approval {
                 approvals::insert(&mut *tx, approval).await?;
             }
@@ -275,9 +282,8 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
     let agent = work.agent(step).map(|agent| agent.agent);
     let facts = Facts { job, work, outcome, output, took, agent, stay };
     match decision {
-        Decision::Advance { next, gate: None } => facts.advance(next),
-        Decision::Advance { next, gate: Some(gate) } => facts.suspend(next, &gate),
-        Decision::Complete { output } => facts.complete(output),
+        Decision::Advance(walk) => facts.go_on(walk, StepStatus::Completed),
+        Decision::GoPast(walk) => facts.go_on(walk, StepStatus::Failed),
         Decision::Retry { delay, charged } => facts.retry(delay, charged),
         Decision::Fail { reason } => facts.fail(reason),
         Decision::Release { delay } => facts.release(delay),
@@ -323,14 +329,16 @@ impl Facts {
         }
     }
 
+    fn step(&self) -> Option<&Step> {
+        self.work.context.playbook.steps.get(usize::try_from(self.job.step).ok()?)
+    }
+
     fn step_id(&self) -> &str {
-        let index = usize::try_from(self.job.step).unwrap_or(usize::MAX);
-        self.work.context.playbook.steps.get(index).map_or("", |step| &step.id)
+        self.step().map_or("", |step| &step.id)
     }
 
     fn completed_event(&self) -> Event {
-        let index = usize::try_from(self.job.step).unwrap_or(usize::MAX);
-        let step = self.work.context.playbook.steps.get(index);
+        let step = self.step();
         Event::new(
             STEP_COMPLETED,
             json!({
@@ -357,7 +365,27 @@ impl Facts {
         Event::new(STEP_FAILED, data)
     }
 
+    /// How the step has ended, and what the run went past after it. A run that
+    /// went past all its steps has ended without one.
+    fn ended_events(&self, ended: StepStatus, passed: &[Passed]) -> Vec<Event> {
+        if self.step().is_none() {
+            return Vec::new();
+        }
+        let mut event = match ended {
+            StepStatus::Completed => self.completed_event(),
+            _ => self.failed_event(None),
+        };
+        if ended == StepStatus::Failed {
+            event.data["goes_on"] = true.into();
+        }
+        if let Some(told) = told(&self.work.context, passed) {
+            event.data["passed"] = told;
+        }
+        vec![event]
+    }
+
     fn checkpoint(&self, status: StepStatus) -> Option<StepChange> {
+        self.step()?;
         Some(StepChange {
             status,
             agent: self.agent,
@@ -389,7 +417,7 @@ impl Facts {
     }
 
     fn plain(self, commit: StepCommit) -> Decided {
-        Decided { commit, approval: None, letter: None, next: None }
+        Decided { commit, passed: Vec::new(), approval: None, letter: None, next: None }
     }
 
     fn next_job(&self, held: bool, kind: &'static str, next: usize, delay: Duration, attempt: i32) -> NextJob {
@@ -400,14 +428,33 @@ impl Facts {
         NextJob { held, kind, step, delay, timeout, attempt, crash_count }
     }
 
+    /// On to what the walk has come upon. What it went past is told with the end
+    /// of the step, and written beside it.
+    fn go_on(self, walk: Walk, ended: StepStatus) -> Decided {
+        let mut passed = passing(&walk.passed);
+        if let Next::Sleep { step, .. } = walk.next {
+            passed.push(Passing::Waiting(place(step)));
+        }
+        let events = self.ended_events(ended, &walk.passed);
+        let checkpoint = self.checkpoint(ended);
+        let decided = match walk.next {
+            Next::Step(next) => self.advance(next, checkpoint, events),
+            Next::Gate(gate) => self.wait_at(&gate, checkpoint, events),
+            Next::Sleep { step, delay } => self.sleep(step, delay, checkpoint, events),
+            Next::End { output } => self.complete(output, checkpoint, events),
+        };
+        Decided { passed, ..decided }
+    }
+
     /// The next step: by this worker when it may stay, else by the queue.
-    fn advance(mut self, next: usize) -> Decided {
+    fn advance(mut self, next: usize, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
         let held =
             self.stay && self.work.chain + 1 < CHAIN_STEPS_MAX && self.work.chain_began.elapsed() < CHAIN_TIME_MAX;
-        let job = self.next_job(held, kind::STEP, next, Duration::ZERO, i32::from(held));
+        let mut job = self.next_job(held, kind::STEP, next, Duration::ZERO, i32::from(held));
+        // Even of a loop of one step: a checkpoint lies in between.
+        job.crash_count = 0;
         let timeout = job.timeout;
-        let events = vec![self.completed_event()];
-        let commit = self.commit(Some(job), RunChange::default(), self.checkpoint(StepStatus::Completed), events);
+        let commit = self.commit(Some(job), RunChange::default(), checkpoint, events);
         if !held {
             return self.plain(commit);
         }
@@ -420,46 +467,52 @@ impl Facts {
             timeout,
             ..self.job
         };
-        Decided { commit, approval: None, letter: None, next: Some((next_job, self.work)) }
+        Decided { commit, passed: Vec::new(), approval: None, letter: None, next: Some((next_job, self.work)) }
     }
 
-    /// The next step waits for a person: the job becomes the gate's timer.
-    fn suspend(self, next: usize, gate: &Gate) -> Decided {
-        let id = ApprovalId::new();
-        let waiting = waiting_on(id);
-        let job = self.next_job(false, kind::GATE_TIMEOUT, next, gate.approval.timeout, 0);
-        let events = vec![
-            self.completed_event(),
-            Event::new(APPROVAL_REQUESTED, json!({"approval_id": id, "context": gate.context})),
-            Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting})),
-        ];
+    /// The run holds nothing while it waits, but for the one job that ends the
+    /// wait.
+    fn suspend(self, job: NextJob, waiting: &Value, checkpoint: Option<StepChange>, mut events: Vec<Event>) -> Decided {
+        events.push(Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting})));
         let change = RunChange {
             status: Some(RunStatus::Suspended),
             waiting_on: Some(waiting.to_string()),
             ..RunChange::default()
         };
-        let commit = self.commit(Some(job), change, self.checkpoint(StepStatus::Completed), events);
-        let agent = self.work.agent(next).map(|agent| agent.agent);
-        let approval = approval_of(id, gate, &self.work.context, self.job.lease.job, agent);
-        Decided { commit, approval: Some(approval), letter: None, next: None }
+        let commit = self.commit(Some(job), change, checkpoint, events);
+        self.plain(commit)
     }
 
-    fn complete(self, output: Option<serde_json::Value>) -> Decided {
+    /// The next step waits for a person: the job becomes the gate's timer.
+    fn wait_at(self, gate: &Gate, checkpoint: Option<StepChange>, mut events: Vec<Event>) -> Decided {
+        let id = ApprovalId::new();
+        let job = self.next_job(false, kind::GATE_TIMEOUT, gate.step, gate.approval.timeout, 0);
+        events.push(Event::new(APPROVAL_REQUESTED, json!({"approval_id": id, "context": gate.context})));
+        let agent = self.work.agent(gate.step).map(|agent| agent.agent);
+        let approval = approval_of(id, gate, &self.work.context, self.job.lease.job, agent);
+        Decided { approval: Some(approval), ..self.suspend(job, &waiting_on(id), checkpoint, events) }
+    }
+
+    /// The next step is a pause: its job is due when that is over.
+    fn sleep(self, step: usize, delay: Duration, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
+        let job = self.next_job(false, kind::STEP, step, delay.max(SLEEP_MIN), 0);
+        let waiting = sleeping(&self.work.context, step);
+        self.suspend(job, &waiting, checkpoint, events)
+    }
+
+    fn complete(self, output: Option<Value>, checkpoint: Option<StepChange>, mut events: Vec<Event>) -> Decided {
         // All the steps are done, so the run is not failed for an output that
         // cannot be kept; it says why there is none.
         let output = output.map(|value| {
             storable::to_json(&value, OUTPUT_BYTES_MAX)
                 .unwrap_or_else(|error| json!({"error": format!("the run's output {error}")}).to_string())
         });
-        let events = vec![
-            self.completed_event(),
-            Event::new(
-                PLAYBOOK_COMPLETED,
-                json!({"playbook_id": self.work.context.playbook_id, "step_count": self.work.context.playbook.steps.len()}),
-            ),
-        ];
+        events.push(Event::new(
+            PLAYBOOK_COMPLETED,
+            json!({"playbook_id": self.work.context.playbook_id, "step_count": self.work.context.playbook.steps.len()}),
+        ));
         let change = RunChange { status: Some(RunStatus::Completed), output, ..RunChange::default() };
-        let commit = self.commit(None, change, self.checkpoint(StepStatus::Completed), events);
+        let commit = self.commit(None, change, checkpoint, events);
         self.plain(commit)
     }
 
@@ -489,7 +542,7 @@ impl Facts {
             crash_count: i32::from(self.job.crash_count),
             error,
         };
-        Decided { commit, approval: None, letter: Some(letter), next: None }
+        Decided { letter: Some(letter), ..self.plain(commit) }
     }
 
     fn release(self, delay: Duration) -> Decided {
@@ -498,6 +551,39 @@ impl Facts {
         let commit = self.commit(Some(job), RunChange::default(), None, Vec::new());
         self.plain(commit)
     }
+}
+
+/// How a run that sleeps says what it waits for. Since when and until when stands
+/// in the step's row and its job, by the database's clock.
+pub(super) fn sleeping(context: &RunContext, step: usize) -> Value {
+    json!([{"type": "timer", "id": context.playbook.steps.get(step).map(|step| step.id.as_str())}])
+}
+
+/// What a run went past, as rows.
+pub(super) fn passing(passed: &[Passed]) -> Vec<Passing> {
+    let rows = passed.iter().map(|passed| match passed {
+        Passed::Skipped(step) => Passing::Skipped(place(*step)),
+        Passed::Jumped { step, target, jumps } => Passing::Jumped {
+            step: place(*step),
+            target: place(*target),
+            jumps: i32::try_from(*jumps).unwrap_or(i32::MAX),
+        },
+    });
+    rows.collect()
+}
+
+/// What a run went past, as events tell it.
+pub(super) fn told(context: &RunContext, passed: &[Passed]) -> Option<Value> {
+    let id = |step: &usize| context.playbook.steps.get(*step).map_or("", |step| step.id.as_str());
+    let told = passed.iter().map(|passed| match passed {
+        Passed::Skipped(step) => json!({"skipped": id(step)}),
+        Passed::Jumped { target, jumps, .. } => json!({"back_to": id(target), "jumps": jumps}),
+    });
+    (!passed.is_empty()).then(|| told.collect())
+}
+
+pub(super) fn place(step: usize) -> i32 {
+    i32::try_from(step).unwrap_or(i32::MAX)
 }
 
 /// What is shown of an attempt that lives longer than a blink.

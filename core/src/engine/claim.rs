@@ -5,15 +5,20 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
 use uuid::Uuid;
 
 use super::{Engine, EngineError};
 use crate::domain::company::works as works_on;
+use crate::domain::event::{Event, PLAYBOOK_RESUMED};
 use crate::domain::ids::{CompanyId, PlaybookId, RunId};
 use crate::domain::plan::RunContext;
+use crate::domain::playbook::model::StepKind;
+use crate::domain::run::StepStatus;
 use crate::failpoint;
 use crate::store::agents::AgentRow;
 use crate::store::jobs::{self, ClaimedJob, Looked, Tenant, Turn, kind};
+use crate::store::steps::LoadedRun;
 use crate::store::{StoreError, agents, steps};
 
 /// A claimed job and what to do about it.
@@ -244,7 +249,8 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
     failpoint::reach("load.before").await;
     let (companies, run_ids): (Vec<Uuid>, Vec<Uuid>) =
         claimed.iter().filter_map(|job| Some((job.company.0, job.ref_id?))).unzip();
-    let runs = steps::load_runs(&engine.pool, &companies, &run_ids).await?;
+    let mut runs = steps::load_runs(&engine.pool, &companies, &run_ids).await?;
+    resume(engine, claimed, &mut runs).await?;
     let (runs, halted): (Vec<_>, Vec<_>) = runs.into_iter().partition(|run| works_on(&run.company_status));
     let halted: HashMap<Uuid, bool> =
         halted.into_iter().map(|run| (run.run.0, run.company_status == "stopped")).collect();
@@ -261,11 +267,14 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
                 playbook,
                 inputs: Arc::new(run.params),
                 outputs: HashMap::new(),
+                failures: HashMap::new(),
+                jumps: HashMap::new(),
             };
             Some((run.run.0, context))
         })
         .collect();
     load_outputs(engine, claimed, &mut contexts).await?;
+    load_states(engine, &mut contexts).await?;
     let agents = load_agents(engine, contexts.values()).await?;
     let none = Arc::new(HashMap::new());
     let now = Instant::now();
@@ -308,6 +317,45 @@ async fn load_outputs(
             context.outputs.insert(step, output);
         }
     }
+    Ok(())
+}
+
+/// How often runs have jumped and what they went past, where their playbooks have
+/// any of that.
+async fn load_states(engine: &Engine, contexts: &mut HashMap<Uuid, RunContext>) -> Result<(), EngineError> {
+    let told = |context: &&RunContext| context.playbook.jumps() || context.playbook.forgives();
+    let wanted: Vec<_> = contexts.values().filter(told).map(|context| (context.company, context.run)).collect();
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    for row in steps::load_states(&engine.pool, &wanted).await? {
+        let (Some(context), Ok(step)) = (contexts.get_mut(&row.run), usize::try_from(row.step)) else { continue };
+        match context.playbook.steps.get(step).map(|step| &step.kind) {
+            Some(StepKind::Goto { .. }) => {
+                context.jumps.insert(step, u32::try_from(row.attempt).unwrap_or(0));
+            }
+            Some(_) if row.status == StepStatus::Failed.as_str() => {
+                context.failures.insert(step, row.error.unwrap_or_default());
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Runs whose wait is over go on; of a company that is halted they wait on. A run
+/// that does not go on, since the lease of its job is gone, is left out.
+async fn resume(engine: &Engine, claimed: &[&ClaimedJob], runs: &mut Vec<LoadedRun>) -> Result<(), EngineError> {
+    let waited = |run: &&LoadedRun| run.waited && works_on(&run.company_status);
+    let due: HashMap<Uuid, CompanyId> = runs.iter().filter(waited).map(|run| (run.run.0, run.company)).collect();
+    if due.is_empty() {
+        return Ok(());
+    }
+    let jobs = claimed.iter().filter_map(|job| Some((job, job.ref_id?)));
+    let jobs: Vec<_> = jobs.filter_map(|(job, run)| Some((job.lease, *due.get(&run)?, RunId(run)))).collect();
+    let events: Vec<_> = jobs.iter().map(|_| Event::new(PLAYBOOK_RESUMED, json!({"after": "timer"}))).collect();
+    let resumed = steps::resume(&engine.pool, &jobs, &events).await?;
+    runs.retain(|run| !due.contains_key(&run.run.0) || resumed.contains(&run.run.0));
     Ok(())
 }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 
+use super::advance::place as place_of;
 use super::gates::waiting_on;
 use super::start::{self, Beginning, Prepared, Started};
 use super::{Engine, EngineError, FieldProblem};
@@ -18,9 +19,9 @@ use crate::domain::company::works;
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_RESUMED, PLAYBOOK_SUSPENDED};
 use crate::domain::ids::{AccountId, ApprovalId, CompanyId, PlaybookId, RunId};
 use crate::domain::playbook::Playbook;
-use crate::domain::playbook::model::STEP_TIMEOUT;
+use crate::domain::playbook::model::{OnFailure, STEP_TIMEOUT, StepKind};
 use crate::domain::playbook::problem::did_you_mean;
-use crate::domain::run::RunStatus;
+use crate::domain::run::{RunStatus, StepStatus};
 use crate::store::jobs::kind;
 use crate::store::runs::{Retry, StepRow};
 use crate::store::{approvals, events, runs, tenants};
@@ -108,7 +109,7 @@ pub async fn replay_run(
     let plan = start::plan_of(engine, &mut *tx, company, old.version).await?;
     let from = place(&plan, replay.from.as_ref())?;
     let done = runs::steps(&mut *tx, company, replay.of).await?;
-    let outputs = outputs_before(&plan, &done, from)?;
+    let Before { outputs, failures, kept } = before(&plan, &done, from)?;
     let params = match old.params {
         Value::Object(mut params) if !replay.params.is_empty() => {
             params.extend(replay.params);
@@ -117,12 +118,10 @@ pub async fn replay_run(
         // As they were checked then.
         params => params,
     };
-    let beginning = Beginning { step: from, outputs, replay_of: Some(replay.of) };
+    let beginning = Beginning { step: from, outputs, failures, replay_of: Some(replay.of) };
     let new: Prepared = start::prepare((company, playbook, old.version), plan, params, "replay", beginning);
-    let below = i32::try_from(from).unwrap_or(i32::MAX);
-    let run = new.run();
     // Before the run's own rows, of which the gate's may be one.
-    runs::copy_checkpoints(tx, company, replay.of, run, below).await?;
+    runs::copy_checkpoints(tx, company, replay.of, new.run(), &kept).await?;
     start::start_in(tx, new).await
 }
 
@@ -141,21 +140,38 @@ fn place(plan: &Playbook, from: Option<&FromStep>) -> Result<usize, EngineError>
     }
 }
 
-/// The outputs that the steps before a place have left, all of which must be
-/// done.
-fn outputs_before(plan: &Playbook, done: &[StepRow], from: usize) -> Result<HashMap<usize, Value>, EngineError> {
-    let mut outputs = HashMap::new();
+/// What the steps before a place have left.
+struct Before {
+    outputs: HashMap<usize, Value>,
+    failures: HashMap<usize, Value>,
+    /// The steps whose checkpoints are taken over. A `goto` jumps as often again.
+    kept: Vec<i32>,
+}
+
+/// All the steps before a place must be over: done, left out, or failed and gone
+/// past.
+fn before(plan: &Playbook, done: &[StepRow], from: usize) -> Result<Before, EngineError> {
+    let mut before = Before { outputs: HashMap::new(), failures: HashMap::new(), kept: Vec::new() };
     for (at, step) in plan.steps.iter().enumerate().take(from) {
-        let row = done.iter().find(|row| usize::try_from(row.step) == Ok(at) && row.status == "completed");
-        let row = row.ok_or_else(|| {
-            EngineError::Conflict(format!(
-                "step `{}` has not completed in that run; replay from it, or before",
-                step.id
-            ))
-        })?;
-        if step.last_use.is_some() {
-            outputs.insert(at, row.output.clone().unwrap_or(Value::Null));
+        if matches!(step.kind, StepKind::Goto { .. }) {
+            continue;
         }
+        let row = done.iter().find(|row| usize::try_from(row.step) == Ok(at));
+        let status = row.and_then(|row| StepStatus::from_name(&row.status));
+        match (row, status) {
+            (Some(row), Some(StepStatus::Completed)) if step.last_use.is_some() => {
+                before.outputs.insert(at, row.output.clone().unwrap_or(Value::Null));
+            }
+            (Some(_), Some(StepStatus::Completed | StepStatus::Skipped)) => {}
+            (Some(row), Some(StepStatus::Failed)) if step.on_failure != OnFailure::Abort => {
+                before.failures.insert(at, row.error.clone().unwrap_or(Value::Null));
+            }
+            _ => {
+                let message = format!("step `{}` has not completed in that run; replay from it, or before", step.id);
+                return Err(EngineError::Conflict(message));
+            }
+        }
+        before.kept.push(place_of(at));
     }
-    Ok(outputs)
+    Ok(before)
 }

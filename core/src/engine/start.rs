@@ -9,20 +9,23 @@ use serde_json::{Map, Value, json};
 use sqlx::{Connection, Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
+use super::advance::{passing, place, sleeping, told};
 use super::batch::Batcher;
 use super::gates::{approval_of, waiting_on};
 use super::{Engine, EngineError, FieldProblem, Waker, repeating};
 use crate::domain::company::works;
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
 use crate::domain::ids::{AccountId, ApprovalId, CompanyId, PlaybookId, RunId, VersionId};
-use crate::domain::plan::RunContext;
+use crate::domain::plan::{Next, RunContext};
+use crate::domain::playbook::model::STEP_TIMEOUT;
 use crate::domain::playbook::{Playbook, inputs};
 use crate::domain::run::RunStatus;
 use crate::domain::storable;
 use crate::failpoint;
 use crate::store::jobs::kind;
 use crate::store::runs::{NewRun, StartedRun};
-use crate::store::{StoreError, approvals, playbooks, runs};
+use crate::store::steps::Passing;
+use crate::store::{StoreError, approvals, playbooks, runs, steps};
 
 /// The largest parameters of a run, in bytes of JSON.
 pub const PARAMS_BYTES_MAX: usize = 1024 * 1024;
@@ -190,10 +193,16 @@ pub(super) fn group_commit(pool: PgPool, waker: Waker) -> Starts {
 pub struct Prepared {
     run: NewRun,
     context: RunContext,
+    passed: Vec<Passing>,
     gate: Option<(ApprovalId, crate::domain::plan::Gate)>,
 }
 
 impl Prepared {
+    /// Whether one statement writes it.
+    fn is_plain(&self) -> bool {
+        self.gate.is_none() && self.passed.is_empty()
+    }
+
     /// The run's id, chosen here.
     pub(super) fn run(&self) -> RunId {
         self.run.run
@@ -206,6 +215,8 @@ pub(super) struct Beginning {
     pub step: usize,
     /// What the steps before it have left.
     pub outputs: HashMap<usize, Value>,
+    /// Why those have failed that the old run went past.
+    pub failures: HashMap<usize, Value>,
     pub replay_of: Option<RunId>,
 }
 
@@ -218,48 +229,72 @@ pub(super) fn prepare(
     beginning: Beginning,
 ) -> Prepared {
     let text = params.to_string();
-    let context = RunContext {
+    let mut context = RunContext {
         company,
         playbook_id: playbook,
         run: RunId::new(),
         playbook: plan,
         inputs: Arc::new(params),
         outputs: beginning.outputs,
+        failures: beginning.failures,
+        jumps: HashMap::new(),
     };
-    let gate = context.gate(beginning.step).map(|gate| (ApprovalId::new(), gate));
-    let mut events = vec![Event::new(
-        PLAYBOOK_STARTED,
-        match beginning.replay_of {
-            None => json!({"playbook_id": playbook, "playbook": context.playbook.name, "trigger": trigger}),
-            Some(of) => json!({
-                "playbook_id": playbook, "playbook": context.playbook.name, "trigger": trigger, "replay_of": of,
-            }),
-        },
-    )];
-    let waiting = gate.as_ref().map(|(id, gate)| {
-        let waiting = waiting_on(*id);
-        events.push(Event::new(APPROVAL_REQUESTED, json!({"approval_id": id, "context": gate.context})));
+    let walk = context.walk(beginning.step);
+    let mut passed = passing(&walk.passed);
+    // Past everything there is nothing to do but to end, which is a job's, too.
+    let (first, delay) = match &walk.next {
+        Next::Step(step) => (*step, Duration::ZERO),
+        Next::Gate(gate) => (gate.step, gate.approval.timeout),
+        Next::Sleep { step, delay } => (*step, *delay),
+        Next::End { .. } => (context.playbook.steps.len(), Duration::ZERO),
+    };
+    let mut started = json!({"playbook_id": playbook, "playbook": context.playbook.name, "trigger": trigger});
+    if let Some(of) = beginning.replay_of {
+        started["replay_of"] = json!(of);
+    }
+    if let Some(told) = told(&context, &walk.passed) {
+        started["passed"] = told;
+    }
+    let mut events = vec![Event::new(PLAYBOOK_STARTED, started)];
+    let waits = match &walk.next {
+        Next::Sleep { step, .. } => {
+            passed.push(Passing::Waiting(place(*step)));
+            Some(sleeping(&context, *step))
+        }
+        _ => None,
+    };
+    let gate = match walk.next {
+        Next::Gate(gate) => Some((ApprovalId::new(), gate)),
+        _ => None,
+    };
+    let waits = match &gate {
+        Some((id, gate)) => {
+            events.push(Event::new(APPROVAL_REQUESTED, json!({"approval_id": id, "context": gate.context})));
+            Some(waiting_on(*id))
+        }
+        None => waits,
+    };
+    if let Some(waiting) = &waits {
         events.push(Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting})));
-        waiting.to_string()
-    });
-    let first = context.playbook.steps.get(beginning.step);
+    }
+    let timeout = context.playbook.steps.get(first).map_or(STEP_TIMEOUT, |step| step.timeout);
     let run = NewRun {
         company,
         run: context.run,
         playbook,
         version,
-        status: if gate.is_some() { RunStatus::Suspended } else { RunStatus::Running },
+        status: if waits.is_some() { RunStatus::Suspended } else { RunStatus::Running },
         trigger,
         params: text,
-        waiting_on: waiting,
-        first_step: i32::try_from(beginning.step).unwrap_or(i32::MAX),
+        waiting_on: waits.map(|waiting| waiting.to_string()),
+        first_step: place(first),
         replay_of: beginning.replay_of,
         job_kind: if gate.is_some() { kind::GATE_TIMEOUT } else { kind::STEP },
-        delay: gate.as_ref().map_or(Duration::ZERO, |(_, gate)| gate.approval.timeout),
-        timeout: first.map_or(crate::domain::playbook::model::STEP_TIMEOUT, |step| step.timeout),
+        delay,
+        timeout,
         events,
     };
-    Prepared { run, context, gate }
+    Prepared { run, context, passed, gate }
 }
 
 /// How often a start is written again whose answer was lost.
@@ -295,7 +330,7 @@ async fn insert_once(pool: &PgPool, waker: &Waker, all: &[Prepared]) -> Result<V
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
     let mut connection = pool.acquire().await.map_err(StoreError::from)?;
-    let times = if all.len() <= BULK_MAX && all.iter().all(|prepared| prepared.gate.is_none()) {
+    let times = if all.len() <= BULK_MAX && all.iter().all(Prepared::is_plain) {
         // One statement is its own transaction.
         insert_batch(&mut connection, all).await?
     } else {
@@ -322,6 +357,7 @@ async fn insert_batch(connection: &mut PgConnection, batch: &[Prepared]) -> Resu
     let mut times = Vec::with_capacity(batch.len());
     for prepared in batch {
         let row = started.get(&prepared.run.run.0).ok_or(StoreError::Unavailable(sqlx::Error::RowNotFound))?;
+        steps::pass(&mut *connection, prepared.run.company, prepared.run.run, &prepared.passed).await?;
         if let Some((id, gate)) = &prepared.gate {
             approvals::insert(&mut *connection, &approval_of(*id, gate, &prepared.context, row.job, None)).await?;
         }

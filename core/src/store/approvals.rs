@@ -46,6 +46,9 @@ pub async fn insert(executor: impl Executor<'_, Database = Postgres>, new: &NewA
         "with step as (
              insert into run_steps (company_id, run_id, step, status, agent_id)
              values ($2, $3, $4, 'pending_approval', $6)
+             -- A loop has come here before.
+             on conflict (company_id, run_id, step) do update
+             set status = excluded.status, agent_id = excluded.agent_id, ended_at = null
          )
          insert into approvals (id, company_id, run_id, step, job_id, status, agent_id, role, action, playbook,
                                 step_name, context, digest, expires_at)

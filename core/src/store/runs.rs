@@ -336,7 +336,9 @@ pub async fn end_by_hand(
 /// The step at which a run failed.
 pub async fn failed_step(tx: &mut PgConnection, company: CompanyId, run: RunId) -> Result<Option<i32>, StoreError> {
     Ok(sqlx::query_scalar!(
-        "select step from run_steps where company_id = $1 and run_id = $2 and status = 'failed' order by step limit 1",
+        "select s.step from runs r
+         join run_steps s on s.company_id = r.company_id and s.run_id = r.id
+         where r.company_id = $1 and r.id = $2 and s.status = 'failed' and s.step = (r.error ->> 'index')::integer",
         company.0,
         run.0,
     )
@@ -413,22 +415,22 @@ pub async fn retry(
     .await?)
 }
 
-/// Gives a run the checkpoints of another below a step; they cost nothing again.
+/// Gives a run some checkpoints of another; they cost nothing again.
 pub async fn copy_checkpoints(
     tx: &mut PgConnection,
     company: CompanyId,
     from: RunId,
     to: RunId,
-    below: i32,
+    steps: &[i32],
 ) -> Result<(), StoreError> {
     sqlx::query!(
-        "insert into run_steps (company_id, run_id, step, status, agent_id, attempt, output, started_at, ended_at)
-         select company_id, $3, step, status, agent_id, attempt, output, started_at, ended_at
-         from run_steps where company_id = $1 and run_id = $2 and step < $4",
+        "insert into run_steps (company_id, run_id, step, status, agent_id, attempt, output, error, started_at, ended_at)
+         select company_id, $3, step, status, agent_id, attempt, output, error, started_at, ended_at
+         from run_steps where company_id = $1 and run_id = $2 and step = any ($4)",
         company.0,
         from.0,
         to.0,
-        below,
+        steps,
     )
     .execute(tx)
     .await?;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::{Executor, PgPool, Postgres};
+use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
@@ -27,18 +27,21 @@ pub struct LoadedRun {
     pub params: serde_json::Value,
     /// Its company's status.
     pub company_status: String,
+    /// It was suspended, until what it waits for came: its job is due.
+    pub waited: bool,
 }
 
-/// Loads the runs that are to go on; one that is not running is left out.
+/// Loads the runs that are to go on; one that has ended is left out.
 pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Result<Vec<LoadedRun>, StoreError> {
     let rows = sqlx::query!(
-        "select r.company_id, r.id, r.playbook_id, r.version_id, r.params, c.status as company_status
+        r#"select r.company_id, r.id, r.playbook_id, r.version_id, r.params, c.status as company_status,
+             r.status = 'suspended' as "waited!"
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          cross join lateral (
              select * from runs r where r.company_id = k.company_id and r.id = k.id offset 0
          ) r
          cross join lateral (select c.status from companies c where c.id = k.company_id offset 0) c
-         where r.status = 'running'",
+         where r.status in ('running', 'suspended')"#,
         companies,
         runs,
     )
@@ -53,8 +56,83 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
             version: row.version_id,
             params: row.params,
             company_status: row.company_status,
+            waited: row.waited,
         })
         .collect())
+}
+
+/// Lets runs go on whose time has come, each under the lease of its job; says
+/// which. `events` are what is told of it.
+pub async fn resume(
+    pool: &PgPool,
+    jobs: &[(Lease, CompanyId, RunId)],
+    events: &[Event],
+) -> Result<Vec<Uuid>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"with d as (
+               select * from unnest($1::bigint[], $2::bigint[], $3::bigint[], $4::uuid[], $5::uuid[], $6::uuid[], $7::jsonb[])
+                   as d (job_id, epoch, session, company_id, run_id, event_id, data)
+           ),
+           held as (
+               select d.* from d
+               cross join lateral (
+                   select from jobs j
+                   where j.id = d.job_id and j.lease_epoch = d.epoch and j.session_id = d.session and j.state = 'running'
+                   for update
+               ) j
+           ),
+           run as (
+               update runs r set status = 'running', waiting_on = null, event_seq = r.event_seq + 1
+               from held d
+               where r.id = any (array[d.run_id]) and r.company_id is not distinct from d.company_id and r.status = 'suspended'
+               returning d.*, r.event_seq
+           ),
+           event as (
+               insert into events (company_id, id, run_id, seq, event, data)
+               select company_id, event_id, run_id, event_seq, 'playbook.resumed', data from run
+           )
+           select run_id as "run_id!" from run"#,
+        &jobs.iter().map(|(lease, ..)| lease.job).collect::<Vec<_>>(),
+        &jobs.iter().map(|(lease, ..)| lease.epoch).collect::<Vec<_>>(),
+        &jobs.iter().map(|(lease, ..)| lease.session).collect::<Vec<_>>(),
+        &jobs.iter().map(|(_, company, _)| company.0).collect::<Vec<_>>(),
+        &jobs.iter().map(|(.., run)| run.0).collect::<Vec<_>>(),
+        &events.iter().map(|event| event.id.0).collect::<Vec<_>>(),
+        &events.iter().map(|event| event.data.clone()).collect::<Vec<_>>(),
+    )
+    .fetch_all(pool)
+    .await?)
+}
+
+/// How a step of a run stands.
+#[derive(Debug)]
+pub struct StateRow {
+    /// Which run.
+    pub run: Uuid,
+    /// Which step.
+    pub step: i32,
+    /// Its status.
+    pub status: String,
+    /// Its tries; of a `goto`, its jumps.
+    pub attempt: i32,
+    /// What went wrong last.
+    pub error: Option<serde_json::Value>,
+}
+
+/// How all steps of some runs stand that have begun.
+pub async fn load_states(pool: &PgPool, runs: &[(CompanyId, RunId)]) -> Result<Vec<StateRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        StateRow,
+        r#"select s.run_id as run, s.step, s.status, s.attempt, s.error
+           from unnest($1::uuid[], $2::uuid[]) as k (company_id, run_id)
+           cross join lateral (
+               select * from run_steps s where s.company_id = k.company_id and s.run_id = k.run_id offset 0
+           ) s"#,
+        &runs.iter().map(|(company, _)| company.0).collect::<Vec<_>>(),
+        &runs.iter().map(|(_, run)| run.0).collect::<Vec<_>>(),
+    )
+    .fetch_all(pool)
+    .await?)
 }
 
 /// The stored outputs of some steps of runs: run, step, output.
@@ -69,7 +147,7 @@ pub async fn load_outputs(
                select * from run_steps s
                where s.company_id = k.company_id and s.run_id = k.run_id and s.step = k.step offset 0
            ) s
-           where s.status = 'completed' and s.output is not null"#,
+           where s.output is not null"#,
         &wanted.iter().map(|(company, ..)| company.0).collect::<Vec<_>>(),
         &wanted.iter().map(|(_, run, _)| run.0).collect::<Vec<_>>(),
         &wanted.iter().map(|(.., step)| i32::try_from(*step).unwrap_or(i32::MAX)).collect::<Vec<_>>(),
@@ -126,6 +204,64 @@ pub struct StepChange {
     pub error: Option<String>,
     /// How long the attempt took.
     pub took: Duration,
+}
+
+/// What a run goes past, and where it waits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Passing {
+    /// A step that is left out.
+    Skipped(i32),
+    /// A `goto` that has jumped.
+    Jumped {
+        /// The `goto`.
+        step: i32,
+        /// Where to.
+        target: i32,
+        /// How often so far.
+        jumps: i32,
+    },
+    /// A step that waits for its time.
+    Waiting(i32),
+}
+
+/// Writes what a run goes past, in order, in the transaction that moves it.
+pub async fn pass(tx: &mut PgConnection, company: CompanyId, run: RunId, passed: &[Passing]) -> Result<(), StoreError> {
+    for passing in passed {
+        let (step, status, attempt) = match passing {
+            Passing::Skipped(step) => (*step, StepStatus::Skipped, 0),
+            Passing::Jumped { step, jumps, .. } => (*step, StepStatus::Completed, *jumps),
+            Passing::Waiting(step) => (*step, StepStatus::Waiting, 0),
+        };
+        sqlx::query!(
+            "insert into run_steps as s (company_id, run_id, step, status, attempt, started_at, ended_at)
+             values ($1, $2, $3, $4, $5, clock_timestamp(), case when $4 <> 'waiting' then clock_timestamp() end)
+             on conflict (company_id, run_id, step) do update
+             set status = excluded.status, attempt = excluded.attempt, output = null, error = null,
+                 started_at = excluded.started_at, ended_at = excluded.ended_at",
+            company.0,
+            run.0,
+            step,
+            status.as_str(),
+            attempt,
+        )
+        .execute(&mut *tx)
+        .await?;
+        if let Passing::Jumped { step, target, .. } = passing {
+            // They are to be done again; what they said stays until they are.
+            sqlx::query!(
+                "update run_steps set status = 'pending', ended_at = null
+                 where company_id = $1 and run_id = $2 and step >= $3 and step < $4
+                     and status in ('completed', 'failed', 'skipped')",
+                company.0,
+                run.0,
+                target,
+                step,
+            )
+            .execute(&mut *tx)
+            .await?;
+        }
+    }
+    Ok(())
 }
 
 /// One attempt's commit, decided.

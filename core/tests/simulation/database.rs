@@ -192,6 +192,8 @@ impl Database {
             playbook: Arc::clone(&self.runs[run].playbook),
             inputs: Arc::new(json!({})),
             outputs: HashMap::new(),
+            failures: HashMap::new(),
+            jumps: HashMap::new(),
         }
     }
 

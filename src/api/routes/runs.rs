@@ -154,9 +154,9 @@ pub(super) struct Run {
 /// What a run waits for.
 #[derive(Debug, Serialize, ToSchema)]
 struct Waiting {
-    /// `approval` or `company`.
+    /// `approval`, `timer` or `company`.
     r#type: &'static str,
-    /// Of what it waits for.
+    /// Of what it waits for: of a timer, the step.
     id: String,
     since: Time,
     /// When the wait ends by itself.
@@ -488,7 +488,7 @@ pub(super) async fn show(
     let steps = runs::steps(&mut *tx, company, row.run).await?;
     let job = runs::job(&mut *tx, company, row.run).await?;
     let waiting_on = match shown_status(row.status, row.halted_since.is_some()) {
-        RunStatus::Suspended => Some(waiting_on(&mut *tx, company, &row).await?),
+        RunStatus::Suspended => Some(waiting_on(&mut *tx, company, &row, &steps, job.as_ref()).await?),
         _ => None,
     };
     let plans = state.engine.plans.get(&mut *tx, &[(company.0, row.version.0)]).await?;
@@ -505,7 +505,13 @@ pub(super) async fn show(
     })
 }
 
-async fn waiting_on(tx: &mut PgConnection, company: CompanyId, run: &RunRow) -> Result<Vec<Waiting>, ApiError> {
+async fn waiting_on(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: &RunRow,
+    steps: &[StepRow],
+    job: Option<&JobRow>,
+) -> Result<Vec<Waiting>, ApiError> {
     let gates = approvals::pending_of_run(&mut *tx, company, run.run).await?;
     let gate = |(id, since, until): (ApprovalId, _, _)| Waiting {
         r#type: "approval",
@@ -514,6 +520,20 @@ async fn waiting_on(tx: &mut PgConnection, company: CompanyId, run: &RunRow) -> 
         expires_at: Some(Time(until)),
     };
     let mut waiting: Vec<_> = gates.into_iter().map(gate).collect();
+    // What else it waits for stands in the run, and since when in the step.
+    let others = run.waiting_on.as_ref().and_then(Value::as_array).into_iter().flatten();
+    for other in others.filter(|other| other["type"] == "timer") {
+        let job = job.filter(|job| job.kind == "step");
+        let step = job.and_then(|job| steps.iter().find(|step| step.step == job.step));
+        if let Some(since) = step.and_then(|step| step.started_at) {
+            waiting.push(Waiting {
+                r#type: "timer",
+                id: other["id"].as_str().unwrap_or_default().to_owned(),
+                since: Time(since),
+                expires_at: job.and_then(|job| job.due_at).map(Time),
+            });
+        }
+    }
     if let Some(since) = run.halted_since {
         waiting.push(Waiting { r#type: "company", id: company.to_string(), since: Time(since), expires_at: None });
     }
@@ -548,7 +568,8 @@ fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], job: Option<&JobRo
 /// A step's status: its own row, corrected by what its job is doing now.
 fn step_status(run: RunStatus, row: Option<&StepRow>, job: Option<&JobRow>) -> &'static str {
     let stored = row.and_then(|row| StepStatus::from_name(&row.status));
-    if let Some(done @ (StepStatus::Completed | StepStatus::Failed | StepStatus::PendingApproval)) = stored {
+    use StepStatus::{Completed, Failed, PendingApproval, Skipped};
+    if let Some(done @ (Completed | Failed | Skipped | PendingApproval)) = stored {
         return done.as_str();
     }
     match (run, job.map(|job| job.state.as_str())) {

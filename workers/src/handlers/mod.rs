@@ -9,6 +9,7 @@ use capx_core::domain::ids::{CompanyId, RunId};
 use capx_core::domain::outcome::{Failure, Outcome};
 use capx_core::domain::playbook::Step;
 use capx_core::domain::playbook::load::TOOLS;
+use capx_core::domain::playbook::model::StepKind;
 use capx_core::engine::claim::StepWork;
 use capx_core::store::agents::AgentRow;
 use capx_core::store::jobs::ClaimedJob;
@@ -63,11 +64,25 @@ impl Hands {
     pub async fn step(&self, job: &ClaimedJob, work: &StepWork) -> Outcome {
         let index = usize::try_from(job.step).unwrap_or(usize::MAX);
         let Some(step) = work.context.playbook.steps.get(index) else {
+            // The run went past all that was left: it only needs to end.
+            if index == work.context.playbook.steps.len() && work.context.playbook.unreadable.is_none() {
+                return Outcome::done(Value::Null);
+            }
             let why = work.context.playbook.unreadable.clone();
             return Outcome::failed(Failure::invalid(
                 why.unwrap_or_else(|| format!("the playbook has no step {index}")),
             ));
         };
+        // What gave no value when the run came here gives its reason now.
+        let asked = work.context.holds(step).and_then(|_| match &step.kind {
+            StepKind::Sleep(pause) => work.context.pause(pause).map(drop),
+            _ => Ok(()),
+        });
+        match (asked, &step.kind) {
+            (Err(failure), _) => return Outcome::failed(failure),
+            (Ok(()), StepKind::Sleep(_) | StepKind::Goto { .. }) => return Outcome::done(Value::Null),
+            (Ok(()), StepKind::Work) => {}
+        }
         let params = match work.context.params(step) {
             Ok(params) => params,
             Err(failure) => return Outcome::failed(failure),
@@ -83,7 +98,7 @@ impl Hands {
             step,
             params,
             agent: work.agent(index),
-            idempotency_key: digest::idempotency_key(work.context.run, &step.id),
+            idempotency_key: digest::idempotency_key(work.context.run, &step.id, work.context.round()),
             timeout: job.timeout,
             began: Instant::now(),
         };

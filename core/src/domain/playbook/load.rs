@@ -14,6 +14,7 @@ use super::{INPUTS_MAX, STEPS_MAX};
 
 mod check;
 mod fields;
+mod flow;
 mod step;
 
 pub(crate) use fields::Fields;
@@ -95,7 +96,7 @@ impl Loader {
             description,
             trigger: trigger?,
             inputs,
-            steps: with_uses(steps.into_iter().map(|(step, _)| step).collect(), output.as_ref()),
+            steps: with_uses(steps.into_iter().map(|read| read.step).collect(), output.as_ref()),
             rubric,
             output,
             unreadable: None,
@@ -281,7 +282,7 @@ impl Loader {
         found
     }
 
-    fn steps(&mut self, root: &Node, node: Option<&Node>) -> Vec<(Step, Pos)> {
+    fn steps(&mut self, root: &Node, node: Option<&Node>) -> Vec<step::Read> {
         let Some(node) = node else {
             self.error(root.at, "steps", "a playbook needs `steps`");
             return Vec::new();
@@ -306,9 +307,11 @@ impl Loader {
         let mut taken = HashSet::new();
         let mut steps = Vec::with_capacity(items.len());
         for (index, item) in items.iter().enumerate() {
-            if let Some(step) = step::step(self, item, index, &mut taken) {
-                steps.push((step, item.at));
-            }
+            steps.extend(step::step(self, item, index, &mut taken));
+        }
+        // A step that could not be read would shift the places of the others.
+        if steps.len() == items.len() {
+            flow::resolve(self, &mut steps);
         }
         steps
     }
@@ -330,16 +333,33 @@ fn params(loader: &mut Loader, node: Option<&Node>, path: &str) -> Map<String, V
 /// Notes at each step where its output is used last, so that a run carries no
 /// output for longer than somebody refers to it.
 fn with_uses(mut steps: Vec<Step>, output: Option<&template::Template>) -> Vec<Step> {
-    let mut last_use: HashMap<String, usize> = HashMap::new();
-    let templates = steps.iter().map(|step| &step.template).chain(output);
-    for (at, template) in templates.enumerate() {
-        for reference in template.references().iter().filter(|r| r.name(0) == Some("steps")) {
-            // The run's output comes last, however many steps there are.
-            last_use.insert(reference.name(1).unwrap_or_default().to_owned(), at);
+    let mut uses: HashMap<String, Vec<usize>> = HashMap::new();
+    // The run's output comes last, however many steps there are.
+    let places = steps.iter().map(Step::references).chain(output.map(template::Template::references));
+    for (at, references) in places.enumerate() {
+        for reference in references.iter().filter(|r| r.name(0) == Some("steps")) {
+            uses.entry(reference.name(1).unwrap_or_default().to_owned()).or_default().push(at);
         }
     }
+    // What is used inside a loop is used as long as the loop may come again.
+    let loops: Vec<(usize, usize)> =
+        steps.iter().enumerate().filter_map(|(at, step)| step.jumps_back_from(at)).collect();
     for step in &mut steps {
-        step.last_use = last_use.get(&step.id).copied();
+        let uses: &[usize] = uses.get(&step.id).map_or(&[], Vec::as_slice);
+        let mut last = uses.iter().copied().max();
+        // A loop may lie within another, or reach into it.
+        loop {
+            let used_in = |(first, end): &&(usize, usize)| {
+                let inside = |at: &usize| (first..=end).contains(&at);
+                uses.iter().any(inside) || last.iter().any(inside)
+            };
+            let end = loops.iter().filter(used_in).map(|(_, end)| *end).max();
+            if end <= last {
+                break;
+            }
+            last = end;
+        }
+        step.last_use = last;
     }
     steps
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use super::expr::{Expr, Reference};
 use super::template::Template;
 use crate::domain::backoff::Backoff;
 use crate::domain::outcome::ErrorClass;
@@ -140,6 +141,12 @@ impl InputKind {
 pub struct Step {
     /// Unique within the playbook; what `steps.ID.output` names.
     pub id: String,
+    /// What it is: work, a jump, a pause.
+    pub kind: StepKind,
+    /// It is left out where this does not hold; a jump, not taken.
+    pub condition: Option<Expr>,
+    /// What becomes of the run when it gives up.
+    pub on_failure: OnFailure,
     /// Whose work it is; a registered tool can do without.
     pub role: Option<String>,
     /// A tool's name, or what the role's agent is asked to do.
@@ -162,6 +169,47 @@ pub struct Step {
     /// as one more; `None` when nothing does.
     pub last_use: Option<usize>,
 }
+
+/// What a step is.
+#[derive(Debug, Clone)]
+pub enum StepKind {
+    /// Something is done, by a tool or an agent.
+    Work,
+    /// The run goes on at another step, so often at most; then it goes past.
+    Goto {
+        /// Where.
+        target: usize,
+        /// How often at most.
+        jumps_max: u32,
+    },
+    /// The run goes on later.
+    Sleep(Pause),
+}
+
+/// How long a step sleeps.
+#[derive(Debug, Clone)]
+pub enum Pause {
+    /// As written.
+    Fixed(Duration),
+    /// As it turns out: a text such as `2h`, or a number of seconds.
+    Computed(Template),
+}
+
+/// What becomes of a run when a step of it gives up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnFailure {
+    /// It fails.
+    #[default]
+    Abort,
+    /// It goes on with the next step.
+    Continue,
+    /// It goes on at a later one.
+    Goto(usize),
+}
+
+/// How often all the jumps of a playbook together may take steps again, and how
+/// many steps a run has at most.
+pub const RUN_STEPS_MAX: usize = 10_000;
 
 /// The hard limit of one attempt when the step names none.
 pub const STEP_TIMEOUT: Duration = Duration::from_secs(3600);
@@ -221,6 +269,27 @@ impl Default for Approval {
     }
 }
 
+impl Step {
+    /// Every path that it looks up.
+    pub fn references(&self) -> Vec<&Reference> {
+        let mut found = self.template.references();
+        found.extend(self.condition.iter().flat_map(Expr::references));
+        if let StepKind::Sleep(Pause::Computed(template)) = &self.kind {
+            found.extend(template.references());
+        }
+        found
+    }
+
+    /// The loop that it closes, from its first step to itself, when it stands at
+    /// a place.
+    pub fn jumps_back_from(&self, at: usize) -> Option<(usize, usize)> {
+        match self.kind {
+            StepKind::Goto { target, .. } => Some((target, at)),
+            _ => None,
+        }
+    }
+}
+
 impl Playbook {
     /// Stands for a stored text that no longer loads.
     pub fn unreadable(reason: String) -> Self {
@@ -236,10 +305,22 @@ impl Playbook {
         }
     }
 
-    /// The steps before `step` whose outputs a run at that step still needs.
+    /// The steps whose outputs a run at `step` still needs: of those before it,
+    /// and, where it may have jumped back, of those behind it too.
     pub fn needed_at(&self, step: usize) -> impl Iterator<Item = usize> {
-        let before = self.steps.iter().enumerate().take(step);
-        before.filter(move |(_, earlier)| earlier.last_use >= Some(step)).map(|(index, _)| index)
+        let reach = if self.jumps() { self.steps.len() } else { step };
+        let done = self.steps.iter().enumerate().take(reach);
+        done.filter(move |(_, earlier)| earlier.last_use >= Some(step)).map(|(index, _)| index)
+    }
+
+    /// Whether a run may come to a step more than once.
+    pub fn jumps(&self) -> bool {
+        self.steps.iter().any(|step| matches!(step.kind, StepKind::Goto { .. }))
+    }
+
+    /// Whether a step of it may fail without the run.
+    pub fn forgives(&self) -> bool {
+        self.steps.iter().any(|step| step.on_failure != OnFailure::Abort)
     }
 
     /// The step with an id.

@@ -92,7 +92,9 @@ checkpoint as (
         job_id = excluded.job_id,
         lease_epoch = excluded.lease_epoch,
         cost_nanos = s.cost_nanos + excluded.cost_nanos,
-        output = excluded.output,
+        -- In a loop, what the step has said the time before stays until it says
+        -- something else.
+        output = case when excluded.status = 'waiting' then s.output else excluded.output end,
         error = excluded.error,
         started_at = excluded.started_at,
         ended_at = excluded.ended_at

@@ -1,8 +1,9 @@
 //! Checks over the whole playbook: references lead somewhere, schedules fire.
 
 use super::Loader;
-use crate::domain::playbook::expr::Reference;
-use crate::domain::playbook::model::{InputSpec, Step};
+use super::step::Read;
+use crate::domain::playbook::expr::{Expr, Reference};
+use crate::domain::playbook::model::{InputSpec, Pause, StepKind};
 use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
 use crate::domain::playbook::template::Template;
 
@@ -10,16 +11,24 @@ const ROOTS: &[&str] = &["inputs", "steps", "run"];
 /// What `run.…` holds.
 const RUN_FIELDS: &[&str] = &["id", "playbook", "company_id"];
 
-pub(super) fn references(
-    loader: &mut Loader,
-    steps: &[(Step, Pos)],
-    inputs: &[InputSpec],
-    output: Option<&(Template, Pos)>,
-) {
-    for (index, (step, at)) in steps.iter().enumerate() {
-        let path = format!("steps.{index}.params");
+pub(super) fn references(loader: &mut Loader, steps: &[Read], inputs: &[InputSpec], output: Option<&(Template, Pos)>) {
+    let loops: Vec<(usize, usize)> =
+        steps.iter().enumerate().filter_map(|(at, read)| read.step.jumps_back_from(at)).collect();
+    for (index, Read { step, at, .. }) in steps.iter().enumerate() {
+        // Inside a loop, what comes later may have been done the time before.
+        let around = loops.iter().filter(|(first, end)| (*first..=*end).contains(&index)).map(|(_, end)| *end);
+        let before = &steps[..around.max().unwrap_or(index)];
+        let path = format!("steps.{index}");
         for reference in step.template.references() {
-            check(loader, reference, *at, &path, &steps[..index], steps, inputs);
+            check(loader, reference, *at, &format!("{path}.params"), before, steps, inputs);
+        }
+        for reference in step.condition.iter().flat_map(Expr::references) {
+            check(loader, reference, *at, &format!("{path}.if"), before, steps, inputs);
+        }
+        if let StepKind::Sleep(Pause::Computed(template)) = &step.kind {
+            for reference in template.references() {
+                check(loader, reference, *at, &format!("{path}.sleep"), before, steps, inputs);
+            }
         }
     }
     if let Some((template, at)) = output {
@@ -34,8 +43,8 @@ fn check(
     reference: &Reference,
     at: Pos,
     path: &str,
-    before: &[(Step, Pos)],
-    all: &[(Step, Pos)],
+    before: &[Read],
+    all: &[Read],
     inputs: &[InputSpec],
 ) {
     let name = reference.name(1).unwrap_or_default();
@@ -52,9 +61,9 @@ fn check(
             }
         }
         "steps" => {
-            if !before.iter().any(|(step, _)| step.id == name) {
-                let ids = before.iter().map(|(step, _)| step.id.as_str());
-                let message = if all.iter().any(|(step, _)| step.id == name) {
+            if !before.iter().any(|read| read.step.id == name) {
+                let ids = before.iter().map(|read| read.step.id.as_str());
+                let message = if all.iter().any(|read| read.step.id == name) {
                     format!("`${{{reference}}}`: the step `{name}` does not come before this one")
                 } else {
                     format!("`${{{reference}}}`: there is no step `{name}`")

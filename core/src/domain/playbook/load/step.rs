@@ -5,41 +5,61 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::flow::{self, Flow};
 use super::{Fields, Loader, TOOLS, params};
 use crate::domain::backoff::Backoff;
 use crate::domain::duration;
 use crate::domain::outcome::ErrorClass;
-use crate::domain::playbook::model::{Approval, MAX_ATTEMPTS_MAX, OnTimeout, Retry, STEP_TIMEOUT, Step};
-use crate::domain::playbook::problem::{did_you_mean, nearest};
+use crate::domain::playbook::model::{Approval, MAX_ATTEMPTS_MAX, OnTimeout, Retry, STEP_TIMEOUT, Step, StepKind};
+use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
 use crate::domain::playbook::template::{self, Template};
 use crate::domain::playbook::yaml::{Kind, Node};
 
 const KEYS: &[&str] = &[
-    "id", "name", "role", "agent", "action", "tool", "params", "with", "retry", "timeout", "approval", "adapter",
-    "model", "rubric",
-];
-const KEYS_LATER: &[&str] = &[
+    "id",
+    "name",
+    "role",
+    "agent",
+    "action",
+    "tool",
+    "params",
+    "with",
+    "retry",
+    "timeout",
+    "approval",
+    "adapter",
+    "model",
+    "rubric",
     "if",
     "goto",
     "max_retries",
+    "sleep",
+    "on_failure",
+];
+const KEYS_LATER: &[&str] = &[
     "for_each",
     "max_parallel",
     "min_success",
     "on_item_failure",
     "needs",
     "compensate",
-    "sleep",
     "wait_for",
     "playbook",
-    "on_failure",
     "output",
     "concurrency",
     "on_unknown",
     "prompt",
 ];
 
+/// A step that has been read, and where it points to by name.
+pub(super) struct Read {
+    pub step: Step,
+    pub at: Pos,
+    pub flow: Flow,
+}
+
 /// Reads one step; `taken` holds the ids before it.
-pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut HashSet<String>) -> Option<Step> {
+pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut HashSet<String>) -> Option<Read> {
     let path = format!("steps.{index}");
     let fields = Fields::open(loader, node, &path, KEYS, KEYS_LATER)?;
     let role = fields
@@ -47,16 +67,25 @@ pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut H
         .and_then(|n| loader.text(n, &format!("{path}.role")))
         // A reference by another dialect: `agent.marketing` is the role.
         .map(|role| role.strip_prefix("agent.").map(str::to_owned).unwrap_or(role));
+    let mut flow = Flow::default();
+    let kind = flow::kind(loader, &fields, node, &path, &mut flow);
+    let condition = flow::condition(loader, &fields, &path);
+    let on_failure = flow::on_failure(loader, &fields, &path, &mut flow);
     let action_node = fields.one_of(loader, &["action", "tool"]);
-    let action = action_node.and_then(|n| loader.text(n, &format!("{path}.action")));
-    if action_node.is_none() {
+    let action = match &kind {
+        StepKind::Work => action_node.and_then(|n| loader.text(n, &format!("{path}.action"))),
+        StepKind::Goto { .. } => Some("goto".to_owned()),
+        StepKind::Sleep(_) => Some("sleep".to_owned()),
+    };
+    let works = matches!(kind, StepKind::Work);
+    if works && action_node.is_none() {
         let flow = KEYS_LATER.iter().any(|key| fields.has(key));
         // A flow step has been refused already, for its own key.
         if !flow {
             loader.error(node.at, format!("{path}.action"), "a step needs an `action`");
         }
     }
-    if let (Some(action), Some(at)) = (&action, action_node) {
+    if let (Some(action), Some(at), true) = (&action, action_node, works) {
         check_action(loader, action, at, role.is_some(), &path);
     }
     let params_node = fields.one_of(loader, &["params", "with"]);
@@ -83,19 +112,24 @@ pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut H
         None => free_id(action.as_deref().unwrap_or("step"), taken),
     };
     taken.insert(id.clone());
-    Some(Step {
+    let once = Retry { max_attempts: 1, ..Retry::default() };
+    let step = Step {
         id,
+        kind,
+        condition,
+        on_failure,
         role,
         action: action?,
         params,
         template,
-        retry: retry.unwrap_or_default(),
+        retry: retry.unwrap_or_else(|| if works { Retry::default() } else { once }),
         timeout: timeout.unwrap_or(STEP_TIMEOUT),
         approval,
         adapter,
         model,
         last_use: None,
-    })
+    };
+    Some(Read { step, at: node.at, flow })
 }
 
 fn check_action(loader: &mut Loader, action: &str, at: &Node, has_role: bool, path: &str) {
@@ -138,7 +172,7 @@ fn free_id(action: &str, taken: &HashSet<String>) -> String {
         .unwrap_or(base)
 }
 
-fn duration_of(loader: &mut Loader, node: &Node, path: &str) -> Option<Duration> {
+pub(super) fn duration_of(loader: &mut Loader, node: &Node, path: &str) -> Option<Duration> {
     let text = loader.text(node, path)?;
     match duration::parse(&text) {
         Ok(d) if d.is_zero() => {

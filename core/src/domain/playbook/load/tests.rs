@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::domain::playbook::model::OnTimeout;
+use crate::domain::playbook::model::{OnFailure, OnTimeout, Pause, StepKind};
 
 const WEEKLY: &str = "name: Weekly Market Report
 trigger:
@@ -132,4 +132,48 @@ fn synonyms_must_agree_and_ids_be_unique() {
     assert!(found[1].contains("another step is called `a`"), "{found:?}");
     assert!(found[2].contains("`a b` cannot be referred to"), "{found:?}");
     assert!(found[3].contains("needs a `role`"), "{found:?}");
+}
+
+#[test]
+fn conditions_jumps_and_pauses_are_read() {
+    let text = "name: x\nsteps:\n  - {id: draft, role: w, action: t}\n  - {name: review, role: w, action: t, on_failure: continue}\n  - if: steps.review.score < 0.8\n    goto: draft\n    max_retries: 2\n  - {sleep: 2s, if: true}\n  - {id: nap, sleep: '{{ inputs.n }}'}\n  - {id: end, action: transform, on_failure: abort}\n";
+    let steps = load(text).expect("loads").steps;
+    let ids: Vec<_> = steps.iter().map(|step| (step.id.as_str(), step.action.as_str())).collect();
+    assert_eq!(
+        ids,
+        [("draft", "t"), ("review", "t"), ("goto", "goto"), ("sleep", "sleep"), ("nap", "sleep"), ("end", "transform")]
+    );
+    assert!(matches!(steps[2].kind, StepKind::Goto { target: 0, jumps_max: 2 }));
+    assert!(matches!(steps[3].kind, StepKind::Sleep(Pause::Fixed(d)) if d == Duration::from_secs(2)));
+    assert_eq!((steps[1].on_failure, steps[5].on_failure), (OnFailure::Continue, OnFailure::Abort));
+    // The review's word is needed as long as the loop may come again.
+    assert_eq!(steps[1].last_use, Some(2));
+}
+
+#[test]
+fn what_leads_nowhere_is_named() {
+    let before = "name: x\nsteps:\n  - {id: a, action: transform}\n  - ";
+    let after = "\n  - {id: z, action: transform}\n";
+    for (step, expected) in [
+        ("{goto: b, max_retries: 1}", "there is no step `b`"),
+        ("{goto: z, max_retries: 1}", "`z` does not come before this step"),
+        ("{goto: a}", "a `goto` without a limit may never end"),
+        ("{goto: a, max_retries: 0}", "a number from 1 to 10000"),
+        ("{goto: a, max_retries: 9000}", "over the limit of 10000 a run"),
+        ("{goto: a, max_retries: 1, sleep: 2s}", "`goto` and `sleep` are two things"),
+        ("{action: transform, goto: a, max_retries: 1}", "`action` and `goto` are two things"),
+        ("{action: transform, max_retries: 2}", "write `retry: {max_attempts: 3}`"),
+        ("{sleep: 5}", "`5` is not a duration"),
+        ("{sleep: '${inputs.}'}", "unexpected `}`"),
+        ("{action: transform, if: 'steps.zz.output == 1'}", "there is no step `zz`"),
+        ("{action: transform, if: 'steps.z.output == 1'}", "does not come before this one"),
+        ("{action: transform, if: 'a = 1'}", "write `==`"),
+        ("{action: transform, if: [1]}", "expected text, found a list"),
+        ("{action: transform, on_failure: contnue}", "did you mean `continue`?"),
+        ("{id: b, action: transform, on_failure: a}", "`a` does not come after this step"),
+        ("{id: b, action: transform, on_failure: b}", "`b` does not come after this step"),
+    ] {
+        let found = problems(&format!("{before}{step}{after}"));
+        assert!(found.iter().any(|said| said.contains(expected)), "{step}: {found:?}");
+    }
 }

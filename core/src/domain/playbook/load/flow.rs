@@ -1,0 +1,156 @@
+//! What leads a run from step to step otherwise than in order: conditions,
+//! jumps, pauses, and what follows a failure.
+
+use super::step::{Read, duration_of};
+use super::{Fields, Loader};
+use crate::domain::playbook::expr::{self, Expr};
+use crate::domain::playbook::model::{OnFailure, Pause, RUN_STEPS_MAX, StepKind};
+use crate::domain::playbook::problem::{Pos, did_you_mean};
+use crate::domain::playbook::template::{self, Template};
+use crate::domain::playbook::yaml::{Kind, Node};
+
+/// How many jumps a playbook may have.
+const LOOPS_MAX: usize = 50;
+
+/// Where a step points to, by name, until all steps are known.
+#[derive(Debug, Default)]
+pub(super) struct Flow {
+    goto: Option<(String, Pos)>,
+    on_failure: Option<(String, Pos)>,
+}
+
+/// What kind of step it is.
+pub(super) fn kind(loader: &mut Loader, fields: &Fields<'_>, node: &Node, path: &str, flow: &mut Flow) -> StepKind {
+    let (goto, sleep) = (fields.get("goto"), fields.get("sleep"));
+    let work = ["action", "tool"].into_iter().find(|key| fields.has(key));
+    let kinds: Vec<&str> = work.into_iter().chain(goto.map(|_| "goto")).chain(sleep.map(|_| "sleep")).collect();
+    if let [first, second, ..] = kinds.as_slice() {
+        loader.error(node.at, path, format!("`{first}` and `{second}` are two things; write a step for each"));
+    }
+    if goto.is_none()
+        && let Some(retries) = fields.get("max_retries")
+    {
+        let hint = Some("write `retry: {max_attempts: 3}` for more tries of a step".to_owned());
+        loader.suggest(retries.at, &format!("{path}.max_retries"), "belongs to a `goto`".into(), hint);
+    }
+    if let Some(target) = goto {
+        flow.goto = loader.text(target, &format!("{path}.goto")).map(|name| (name, target.at));
+        let jumps_max = jumps_max(loader, fields, node, path);
+        return StepKind::Goto { target: 0, jumps_max };
+    }
+    match sleep {
+        Some(pause) => StepKind::Sleep(self::pause(loader, pause, &format!("{path}.sleep"))),
+        None => StepKind::Work,
+    }
+}
+
+/// A loop has an end.
+fn jumps_max(loader: &mut Loader, fields: &Fields<'_>, node: &Node, path: &str) -> u32 {
+    let path = format!("{path}.max_retries");
+    match fields.get("max_retries").map(|n| (&n.kind, n.at)) {
+        Some((Kind::Int(n), at)) => match u32::try_from(*n).ok().filter(|n| (1..=RUN_STEPS_MAX as u32).contains(n)) {
+            Some(jumps) => return jumps,
+            None => loader.error(at, path, format!("expected a number from 1 to {RUN_STEPS_MAX}")),
+        },
+        Some((_, at)) => loader.error(at, path, format!("expected a number from 1 to {RUN_STEPS_MAX}")),
+        None => {
+            let hint = Some("write how often it may jump, such as `max_retries: 2`".to_owned());
+            loader.suggest(node.at, &path, "a `goto` without a limit may never end".into(), hint);
+        }
+    }
+    1
+}
+
+fn pause(loader: &mut Loader, node: &Node, path: &str) -> Pause {
+    if let Kind::Str(text) = &node.kind
+        && (text.contains("${") || text.contains("{{"))
+    {
+        match template::compile(&node.to_json()) {
+            Ok(template) => return Pause::Computed(template),
+            Err(message) => loader.error(node.at, path, message),
+        }
+        return Pause::Computed(Template::Plain(serde_json::Value::Null));
+    }
+    Pause::Fixed(duration_of(loader, node, path).unwrap_or_default())
+}
+
+/// `if: …`, as text or as a plain `true` or `false`.
+pub(super) fn condition(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> Option<Expr> {
+    let node = fields.get("if")?;
+    let path = format!("{path}.if");
+    let text = match &node.kind {
+        Kind::Bool(holds) => holds.to_string(),
+        _ => loader.text(node, &path)?,
+    };
+    match expr::parse(&text) {
+        Ok(expr) => Some(expr),
+        Err(message) => {
+            loader.error(node.at, path, message);
+            None
+        }
+    }
+}
+
+/// `on_failure: abort`, `continue`, or the id of a later step.
+pub(super) fn on_failure(loader: &mut Loader, fields: &Fields<'_>, path: &str, flow: &mut Flow) -> OnFailure {
+    let Some(node) = fields.get("on_failure") else { return OnFailure::Abort };
+    match loader.text(node, &format!("{path}.on_failure")).as_deref() {
+        None | Some("abort") => OnFailure::Abort,
+        Some("continue") => OnFailure::Continue,
+        Some(id) => {
+            flow.on_failure = Some((id.to_owned(), node.at));
+            OnFailure::Goto(0)
+        }
+    }
+}
+
+/// Finds the steps that others point to, and holds loops to an end that can be
+/// reached.
+pub(super) fn resolve(loader: &mut Loader, steps: &mut [Read]) {
+    let ids: Vec<String> = steps.iter().map(|read| read.step.id.clone()).collect();
+    let mut loops = steps.iter().filter(|read| matches!(read.step.kind, StepKind::Goto { .. }));
+    if let Some(read) = loops.nth(LOOPS_MAX) {
+        loader.error(read.at, "steps", format!("over the limit of {LOOPS_MAX} jumps"));
+        return;
+    }
+    let mut again = 0_usize;
+    for (index, Read { step, at, flow }) in steps.iter_mut().enumerate() {
+        let path = format!("steps.{index}");
+        if let (StepKind::Goto { target, jumps_max }, Some((name, at))) = (&mut step.kind, &flow.goto)
+            && let Some(found) = find(loader, &ids, name, *at, &format!("{path}.goto"))
+        {
+            *target = found;
+            if found > index {
+                let hint = Some("to leave steps out, write `if` on them".to_owned());
+                loader.suggest(*at, &format!("{path}.goto"), format!("`{name}` does not come before this step"), hint);
+            }
+            again = again.saturating_add((index - found.min(index) + 1).saturating_mul(*jumps_max as usize));
+        }
+        if let (OnFailure::Goto(target), Some((name, at))) = (&mut step.on_failure, &flow.on_failure)
+            && let Some(found) = find_or(loader, &ids, name, *at, &format!("{path}.on_failure"), &["abort", "continue"])
+        {
+            *target = found;
+            if found <= index {
+                loader.error(*at, format!("{path}.on_failure"), format!("`{name}` does not come after this step"));
+            }
+        }
+        if again + ids.len() > RUN_STEPS_MAX {
+            let message = format!("the loops may take {again} steps again, over the limit of {RUN_STEPS_MAX} a run");
+            loader.error(*at, format!("{path}.max_retries"), message);
+            return;
+        }
+    }
+}
+
+fn find(loader: &mut Loader, ids: &[String], name: &str, at: Pos, path: &str) -> Option<usize> {
+    find_or(loader, ids, name, at, path, &[])
+}
+
+fn find_or(loader: &mut Loader, ids: &[String], name: &str, at: Pos, path: &str, words: &[&str]) -> Option<usize> {
+    let found = ids.iter().position(|id| id == name);
+    if found.is_none() {
+        let near = did_you_mean(name, ids.iter().map(String::as_str).chain(words.iter().copied()));
+        loader.suggest(at, path, format!("there is no step `{name}`"), near);
+    }
+    found
+}
