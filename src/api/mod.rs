@@ -130,6 +130,7 @@ fn v1(state: &ApiState) -> openapi::Routes {
     let routes = routes::playbooks::routes(routes);
     let routes = routes::runs::routes(routes);
     let routes = routes::run_changes::routes(routes);
+    let routes = routes::signals::routes(routes);
     let routes = routes::webhooks::routes(routes);
     let routes = routes::ops::routes(routes);
     routes::approvals::routes(routes)

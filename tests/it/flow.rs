@@ -236,6 +236,161 @@ async fn a_gate_inside_a_loop_is_asked_for_each_time() {
     db.assert_nothing_stranded().await;
 }
 
+const PAID: &str = "name: paid
+inputs: {order: integer}
+steps:
+  - {id: a, action: transform}
+  - {id: wait, wait_for: {event: 'payment.received', match: {order: '${inputs.order}'}, timeout: 1h}}
+  - {id: b, action: transform, params: {by: '${steps.wait.by}'}}
+output: '${steps.b.by}'
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_wakes_whoever_waits_for_it() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let playbook = db.playbook(company, PAID).await;
+    let mut waiting = Vec::new();
+    for order in [1, 1, 2] {
+        let run = db.start(company, playbook, json!({"order": order})).await;
+        db.until(company, run, RunStatus::Suspended).await;
+        waiting.push(run);
+    }
+    let told = shown(&api, company, playbook, waiting[0]).await;
+    let on = &told["waiting_on"][0];
+    assert_eq!((&on["type"], &on["id"]), (&json!("event"), &json!("payment.received")), "{told}");
+    assert!(on["since"].is_string() && on["expires_at"].is_string());
+    assert_eq!(statuses(&told), ["completed", "waiting", "pending"]);
+
+    // Another name and other data wake nobody.
+    let events = format!("/v1/companies/{company}/events");
+    for body in [
+        json!({"name": "payment.sent", "data": {"order": 1}}),
+        json!({"name": "payment.received", "data": {"order": 3}}),
+    ] {
+        assert_eq!(api.post(&events, body).await.0, 201);
+    }
+    let body = json!({"name": "payment.received", "data": {"order": 1, "by": "card"}, "id": "pay-1"});
+    let (status, first) = api.post(&events, body.clone()).await;
+    assert_eq!(status, 201, "{first}");
+    for run in &waiting[..2] {
+        assert_eq!(db.until(company, *run, RunStatus::Completed).await.output, Some(json!("card")));
+    }
+    // The same again is the same, and wakes nobody who waits for another.
+    let (status, again) = api.post(&events, body).await;
+    assert_eq!((status, &again["data"]["id"]), (200, &first["data"]["id"]));
+    assert_eq!(db.run(company, waiting[2]).await.status, RunStatus::Suspended);
+
+    // To one run alone; one that has ended takes nothing.
+    let path = |run: RunId| format!("/v1/companies/{company}/playbooks/{playbook}/runs/{run}/events");
+    let other = db.start(company, playbook, json!({"order": 2})).await;
+    db.until(company, other, RunStatus::Suspended).await;
+    let body = json!({"name": "payment.received", "data": {"order": 2, "by": "cash"}});
+    assert_eq!(api.post(&path(waiting[2]), body.clone()).await.0, 201);
+    assert_eq!(db.until(company, waiting[2], RunStatus::Completed).await.output, Some(json!("cash")));
+    assert_eq!(api.post(&path(waiting[2]), body).await.0, 409);
+    assert_eq!(db.run(company, other).await.status, RunStatus::Suspended);
+
+    for (body, field) in [
+        (json!({"name": "a b"}), "name"),
+        (json!({"data": 1}), "name"),
+        (json!({"name": "x", "id": ""}), "id"),
+        (json!({"name": "x", "data": "y".repeat(300_000)}), "data"),
+        (json!({"nam": "x"}), "nam"),
+    ] {
+        let (status, answer) = api.post(&events, body).await;
+        assert_eq!((status, &answer["error"]["fields"][0]["field"]), (400, &json!(field)), "{answer}");
+    }
+    // Cancelled, it leaves nothing behind.
+    let cancel = format!("/v1/companies/{company}/playbooks/{playbook}/runs/{other}/cancel");
+    assert_eq!(api.post(&cancel, json!({})).await.0, 200);
+    assert_eq!(db.count("select count(*) from waits").await, 0);
+    db.assert_nothing_stranded().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_that_came_just_before_counts_once() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let yaml =
+        "name: two\nsteps:\n  - {id: one, wait_for: ping}\n  - {id: two, wait_for: {event: ping, timeout: 300ms}}\n";
+    let playbook = db.playbook(company, yaml).await;
+    let events = format!("/v1/companies/{company}/events");
+    // Before the run began it is nothing to it; after that, though nobody waits
+    // yet, it is.
+    assert_eq!(api.post(&events, json!({"name": "ping", "data": {"n": 1}})).await.0, 201);
+    let run = db.start(company, playbook, json!({})).await;
+    assert_eq!(api.post(&events, json!({"name": "ping", "data": {"n": 2}})).await.0, 201);
+    let _worker = db.worker(SHORT_LEASE);
+    // Once: the second wait runs out.
+    let row = db.until(company, run, RunStatus::Failed).await;
+    let error = row.error.unwrap();
+    assert_eq!((&error["step"], &error["code"]), (&json!("two"), &json!("timeout")), "{error}");
+    assert!(error["message"].as_str().unwrap().contains("no event `ping` came within 300ms"), "{error}");
+    let steps = runs::steps(&db.pool, company, run).await.unwrap();
+    assert_eq!(steps[0].output, Some(json!({"n": 2})));
+    // Retried, it waits again, and has another chance.
+    let path = format!("/v1/companies/{company}/playbooks/{playbook}/runs/{run}");
+    assert_eq!(api.post(&format!("{path}/events"), json!({"name": "ping", "data": 1})).await.0, 409);
+    assert_eq!(api.post(&format!("{path}/retry"), json!({})).await.0, 200);
+    assert_eq!(api.post(&format!("{path}/events"), json!({"name": "ping", "data": {"n": 3}})).await.0, 201);
+    db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(db.count("select count(*) from waits").await, 0);
+    db.assert_nothing_stranded().await;
+}
+
+/// Senders and runs that come to wait meet at every moment (hazard H12).
+#[tokio::test(flavor = "multi_thread")]
+async fn no_event_is_lost_between_sending_and_waiting() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let _workers = [db.worker(SHORT_LEASE), db.worker(SHORT_LEASE)];
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let yaml = "name: race\ninputs: {n: integer}\nsteps: [{id: a, action: transform}, {id: w, wait_for: {event: go, match: {n: '${inputs.n}'}, timeout: 20s}}]\n";
+    let playbook = db.playbook(company, yaml).await;
+    let events = format!("/v1/companies/{company}/events");
+    let mut runs = Vec::new();
+    for n in 0..120_u64 {
+        let run = db.start(company, playbook, json!({"n": n})).await;
+        runs.push(run);
+        tokio::time::sleep(std::time::Duration::from_micros(n * 97 % 4_000)).await;
+        assert_eq!(api.post(&events, json!({"name": "go", "data": {"n": n}})).await.0, 201);
+    }
+    for run in runs {
+        db.until(company, run, RunStatus::Completed).await;
+    }
+    assert_eq!(db.count("select count(*) from signals_taken").await, 120);
+    db.assert_nothing_stranded().await;
+}
+
+/// Whoever parks a run, or wakes it, dies at each of its points.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wait_survives_the_death_of_its_workers() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    for (point, hit) in [("commit.before", 2), ("commit.after", 2), ("load.before", 1), ("attempt.after_handler", 2)] {
+        let company = db.company(&["a"], "claude", json!({})).await;
+        let playbook = db.playbook(company, PAID).await;
+        let run = db.start(company, playbook, json!({"order": 1})).await;
+        Process::worker(&db, &format!("{point}=kill@{hit}")).dies_at(point).await;
+        let worker = db.worker(SHORT_LEASE);
+        db.until(company, run, RunStatus::Suspended).await;
+        worker.stop().await;
+        let body = json!({"name": "payment.received", "data": {"order": 1, "by": point}});
+        assert_eq!(api.post(&format!("/v1/companies/{company}/events"), body).await.0, 201);
+        // It hands the event on, or takes up the run, and dies.
+        Process::worker(&db, &format!("{point}=kill@1")).dies_at(point).await;
+        let worker = db.worker(SHORT_LEASE);
+        let row = db.until(company, run, RunStatus::Completed).await;
+        assert_eq!(row.output, Some(json!(point)));
+        worker.stop().await;
+    }
+    db.assert_nothing_stranded().await;
+}
+
 /// A failed round is retried and replayed with what the rounds before have said.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failed_round_is_retried_and_replayed() {

@@ -354,6 +354,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "select count(*) from api_keys where name = 'k' and revoked_at is null",
             "select count(*) from webhooks where secret is not null and old_secret is null",
             "select count(*) from dead_letters",
+            "select count(*) from signals",
         ] {
             counts.push(db.count(sql).await);
         }
@@ -369,6 +370,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "DirectiveBody" => json!({"objective": "x"}),
             "RollbackBody" => json!({"version": 1}),
             "RejectBody" => json!({"feedback": "no"}),
+            "EventBody" => json!({"name": "x"}),
             "CreateWebhookBody" => json!({"url": "https://example.com/", "events": ["*"]}),
             _ => json!({}),
         }

@@ -62,6 +62,8 @@ pub const TASK_REJECTED: &str = "task.rejected";
 pub const TASK_CANCELLED: &str = "task.cancelled";
 /// A task is to be tried again.
 pub const TASK_RETRIED: &str = "task.retried";
+/// A client has sent a named event, for runs that wait for it.
+pub const EVENT_RECEIVED: &str = "playbook.event_received";
 /// A gate waits for a person.
 pub const APPROVAL_REQUESTED: &str = "approval.requested";
 /// A gate was decided or ran out.
@@ -88,6 +90,7 @@ pub const NAMES: &[&str] = &[
     TASK_REJECTED,
     TASK_CANCELLED,
     TASK_RETRIED,
+    EVENT_RECEIVED,
     APPROVAL_REQUESTED,
     APPROVAL_RESOLVED,
 ];
@@ -113,6 +116,12 @@ pub fn pattern_problem(pattern: &str) -> Option<String> {
         || "no such event; write a name such as playbook.failed, a family such as step.*, or *".to_owned(),
         |near| format!("no such event; {near}"),
     ))
+}
+
+/// Whether a client may call an event so: 1 to 200 letters, digits and `._-:/`.
+pub fn is_event_name(name: &str) -> bool {
+    let fits = |c: char| c.is_alphanumeric() || matches!(c, '.' | '_' | '-' | ':' | '/');
+    (1..=200).contains(&name.chars().count()) && name.chars().all(fits)
 }
 
 /// The activity types, each with the first parts of the dotted names that are
@@ -180,6 +189,7 @@ pub fn summary(name: &str, data: &Value) -> String {
         TASK_REJECTED => format!("Rejected task: {}", text("title")),
         TASK_CANCELLED => format!("Cancelled task: {}", text("title")),
         TASK_RETRIED => format!("Retried task: {}", text("title")),
+        EVENT_RECEIVED => format!("Received event: {}", text("name")),
         APPROVAL_REQUESTED => "Approval requested".to_owned(),
         APPROVAL_RESOLVED => format!("Approval {}", text("decision")),
         other => other.replace(['.', '_'], " "),

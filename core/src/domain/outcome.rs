@@ -102,6 +102,15 @@ pub enum Outcome {
         /// What was spent all the same.
         cost: Nanos,
     },
+    /// It waits for an event; costs no try.
+    Waits {
+        /// The event's name.
+        event: String,
+        /// What its data must hold.
+        matching: Value,
+        /// How long.
+        timeout: Duration,
+    },
     /// It was not tried to its end, through no fault of its own: the worker
     /// drains or cannot do this kind. Costs no try.
     Released {

@@ -8,10 +8,12 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use super::backoff::RETRY_AFTER_MAX;
+use super::event::is_event_name;
 use super::ids::{CompanyId, PlaybookId, RunId};
 use super::outcome::{ErrorClass, Failure, Outcome};
+use super::playbook::expr::functions::written;
 use super::playbook::expr::{self, Reference, Scope};
-use super::playbook::model::{Approval, OnFailure, Pause, Playbook, Step, StepKind};
+use super::playbook::model::{Approval, OnFailure, Pause, Playbook, Step, StepKind, WaitFor};
 use super::{digest, duration};
 
 /// Deaths of workers under one step, without a checkpoint between, after
@@ -42,6 +44,9 @@ pub struct RunContext {
     pub failures: HashMap<usize, Value>,
     /// How often each `goto` has jumped.
     pub jumps: HashMap<usize, u32>,
+    /// What has come for the steps that wait for an event; nothing yet, where
+    /// there is none.
+    pub waits: HashMap<usize, Option<Value>>,
 }
 
 /// A gate that must open before a step may be tried.
@@ -121,6 +126,15 @@ pub enum Decision {
     Fail {
         /// Why it goes there.
         reason: DeadReason,
+    },
+    /// The run waits for an event, or for the end of its time.
+    Wait {
+        /// The event's name.
+        event: String,
+        /// What its data must hold.
+        matching: Value,
+        /// How long.
+        timeout: Duration,
     },
     /// Give the job back untried.
     Release {
@@ -248,9 +262,13 @@ impl RunContext {
     pub fn decide(&mut self, step: usize, attempt: u32, outcome: &Outcome, draw: f64) -> Decision {
         match outcome {
             Outcome::Released { delay } => Decision::Release { delay: *delay },
+            Outcome::Waits { event, matching, timeout } => {
+                Decision::Wait { event: event.clone(), matching: matching.clone(), timeout: *timeout }
+            }
             Outcome::Failed { failure, .. } => self.after_failure(step, attempt, failure, draw),
             Outcome::Done { output, .. } => {
                 self.remember(step, output);
+                self.waits.remove(&step);
                 Decision::Advance(self.walk(step + 1))
             }
         }
@@ -288,6 +306,7 @@ impl RunContext {
                     Ok(delay) => break Next::Sleep { step: at, delay },
                     Err(_) => break Next::Step(at),
                 },
+                StepKind::WaitFor(_) => break Next::Step(at),
                 StepKind::Work => break self.gate(at).map_or(Next::Step(at), Next::Gate),
             }
             at += 1;
@@ -318,6 +337,29 @@ impl RunContext {
         }
     }
 
+    /// An attempt at a step that waits: what has come is its output; without, it
+    /// begins to wait, or its time is over.
+    pub fn wait(&self, at: usize, wait: &WaitFor) -> Outcome {
+        let (event, matching) = match (wait.event.render(&self.scope()), wait.matching.render(&self.scope())) {
+            (Ok(event), Ok(matching)) => (written(&event), matching),
+            (Err(error), _) | (_, Err(error)) => {
+                return Outcome::failed(Failure::invalid(format!("wait_for: {error}")));
+            }
+        };
+        if !is_event_name(&event) {
+            let short: String = event.chars().take(100).collect();
+            return Outcome::failed(Failure::invalid(format!("wait_for: `{short}` cannot be an event's name")));
+        }
+        match self.waits.get(&at) {
+            Some(Some(data)) => Outcome::done(data.clone()),
+            Some(None) => {
+                let message = format!("no event `{event}` came within {:?}", wait.timeout);
+                Outcome::failed(Failure::new(ErrorClass::Timeout, message))
+            }
+            None => Outcome::Waits { event, matching, timeout: wait.timeout },
+        }
+    }
+
     /// The run's own output. One that does not render is told as such: all the
     /// steps are done, so the run is not failed for it.
     fn output(&self) -> Option<Value> {
@@ -339,6 +381,7 @@ impl RunContext {
             Some(OnFailure::Goto(target)) => target,
         };
         self.outputs.remove(&at);
+        self.waits.remove(&at);
         let told = serde_json::json!({"code": failure.class.as_str(), "message": failure.message});
         self.failures.insert(at, told);
         let mut walk = self.walk(to);

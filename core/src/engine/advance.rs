@@ -21,13 +21,15 @@ use crate::domain::money::Nanos;
 use crate::domain::outcome::{Failure, Outcome};
 use crate::domain::plan::{DeadReason, Decision, Gate, Next, Passed, RunContext, Walk};
 use crate::domain::playbook::Step;
+use crate::domain::playbook::model::StepKind;
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::domain::storable::{self, OUTPUT_BYTES_MAX};
 use crate::failpoint;
 use crate::store::approvals::{NewApproval, NewDeadLetter};
 use crate::store::jobs::{ClaimedJob, Lease, kind, queue};
+use crate::store::signals::NewWait;
 use crate::store::steps::{NextJob, Passing, RunChange, StepChange, StepCommit};
-use crate::store::{StoreError, approvals, jobs, steps};
+use crate::store::{StoreError, approvals, jobs, signals, steps};
 
 /// How many steps of a run one worker does in a row before the run queues
 /// again, and for how long, so that others get their turn.
@@ -70,6 +72,8 @@ pub struct Decided {
     pub commit: StepCommit,
     /// What the run went past, and where it waits.
     pub passed: Vec<Passing>,
+    /// The event that the run waits for.
+    pub wait: Option<NewWait>,
     /// The gate that the run has come to.
     pub approval: Option<NewApproval>,
     /// Why the step gave up.
@@ -136,7 +140,8 @@ pub async fn commit_again(engine: &Engine, mut pending: Pending) -> Result<Vec<C
             }
         }
     }
-    if pending.decided.iter().any(|d| wakes(&d.commit)) {
+    // Of those that wait, some may have found what they waited for.
+    if pending.decided.iter().any(|d| wakes(&d.commit) || d.wait.is_some()) {
         engine.waker.wake();
     }
     let mut done = pending.done;
@@ -231,6 +236,7 @@ fn unstorable(decided: Decided, error: &StoreError) -> Decided {
             ..commit
         },
         passed: Vec::new(),
+        wait: None,
         approval: None,
         letter: Some(letter),
         next: None,
@@ -251,9 +257,19 @@ async fn write_once(engine: &Engine, decided: &[Decided]) -> Result<Vec<bool>, E
         steps::commit(&engine.pool, &commits).await?
     } else {
         let mut tx = engine.pool.begin().await?;
+        // Before any job's, and in one order.
+        let mut names: Vec<_> = decided.iter().filter_map(|d| d.wait.as_ref()).map(|w| (w.company, &w.name)).collect();
+        names.sort_unstable_by_key(|(company, name)| (company.0, *name));
+        names.dedup();
+        for (company, name) in names {
+            signals::lock(&mut tx, company, name).await?;
+        }
         let held = steps::commit(&mut *tx, &commits).await?;
         for (decided, _) in decided.iter().zip(&held).filter(|(_, held)| **held) {
             steps::pass(&mut tx, decided.commit.company, decided.commit.run, &decided.passed).await?;
+            if let Some(wait) = &decided.wait {
+                signals::park(&mut tx, wait).await?;
+            }
             if let Some(approval) = &decided.approval {
                 approvals::insert(&mut *tx, approval).await?;
             }
@@ -286,6 +302,7 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
         Decision::GoPast(walk) => facts.go_on(walk, StepStatus::Failed),
         Decision::Retry { delay, charged } => facts.retry(delay, charged),
         Decision::Fail { reason } => facts.fail(reason),
+        Decision::Wait { event, matching, timeout } => facts.park(event, matching, timeout),
         Decision::Release { delay } => facts.release(delay),
     }
 }
@@ -318,7 +335,7 @@ impl Facts {
     fn cost(&self) -> Nanos {
         match &self.outcome {
             Outcome::Done { cost, .. } | Outcome::Failed { cost, .. } => *cost,
-            Outcome::Released { .. } => Nanos::ZERO,
+            Outcome::Waits { .. } | Outcome::Released { .. } => Nanos::ZERO,
         }
     }
 
@@ -417,7 +434,13 @@ impl Facts {
     }
 
     fn plain(self, commit: StepCommit) -> Decided {
-        Decided { commit, passed: Vec::new(), approval: None, letter: None, next: None }
+        Decided { commit, passed: Vec::new(), wait: None, approval: None, letter: None, next: None }
+    }
+
+    /// The step has done with waiting for an event, if it did.
+    fn waited(&self) -> Option<Passing> {
+        let waits = matches!(self.step()?.kind, StepKind::WaitFor(_));
+        waits.then_some(Passing::Received(self.job.step))
     }
 
     fn next_job(&self, held: bool, kind: &'static str, next: usize, delay: Duration, attempt: i32) -> NextJob {
@@ -432,6 +455,7 @@ impl Facts {
     /// of the step, and written beside it.
     fn go_on(self, walk: Walk, ended: StepStatus) -> Decided {
         let mut passed = passing(&walk.passed);
+        passed.extend(self.waited());
         if let Next::Sleep { step, .. } = walk.next {
             passed.push(Passing::Waiting(place(step)));
         }
@@ -467,7 +491,8 @@ impl Facts {
             timeout,
             ..self.job
         };
-        Decided { commit, passed: Vec::new(), approval: None, letter: None, next: Some((next_job, self.work)) }
+        let next = Some((next_job, self.work));
+        Decided { commit, passed: Vec::new(), wait: None, approval: None, letter: None, next }
     }
 
     /// The run holds nothing while it waits, but for the one job that ends the
@@ -542,7 +567,26 @@ impl Facts {
             crash_count: i32::from(self.job.crash_count),
             error,
         };
-        Decided { letter: Some(letter), ..self.plain(commit) }
+        let passed = self.waited().into_iter().collect();
+        Decided { passed, letter: Some(letter), ..self.plain(commit) }
+    }
+
+    /// The run waits for an event: its job is due when its time is over, or made
+    /// ready by whoever brings the event.
+    fn park(self, event: String, matching: Value, timeout: Duration) -> Decided {
+        let step = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        let job = self.next_job(false, kind::STEP, step, timeout.max(SLEEP_MIN), (self.job.attempt - 1).max(0));
+        let waiting = json!([{"type": "event", "id": event}]);
+        let wait = NewWait {
+            company: self.job.company,
+            run: self.work.context.run,
+            step: self.job.step,
+            job: self.job.lease.job,
+            name: event,
+            matching,
+        };
+        let passed = vec![Passing::Waiting(self.job.step)];
+        Decided { wait: Some(wait), passed, ..self.suspend(job, &waiting, None, Vec::new()) }
     }
 
     fn release(self, delay: Duration) -> Decided {

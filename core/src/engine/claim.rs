@@ -19,7 +19,7 @@ use crate::failpoint;
 use crate::store::agents::AgentRow;
 use crate::store::jobs::{self, ClaimedJob, Looked, Tenant, Turn, kind};
 use crate::store::steps::LoadedRun;
-use crate::store::{StoreError, agents, steps};
+use crate::store::{StoreError, agents, signals, steps};
 
 /// A claimed job and what to do about it.
 #[derive(Debug)]
@@ -46,6 +46,8 @@ pub enum Work {
     },
     /// An agent beats.
     Heartbeat,
+    /// An event goes to the runs that wait for it.
+    Signal,
     /// What a deleted company held goes away.
     Purge,
     /// Nothing, durably.
@@ -236,6 +238,7 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
                 kind::GATE_TIMEOUT => Work::GateTimeout,
                 kind::PROVISION => Work::Provision,
                 kind::HEARTBEAT => Work::Heartbeat,
+                kind::SIGNAL => Work::Signal,
                 kind::PURGE => Work::Purge,
                 kind::NOOP => Work::Noop,
                 _ => Work::Unknown,
@@ -269,12 +272,14 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
                 outputs: HashMap::new(),
                 failures: HashMap::new(),
                 jumps: HashMap::new(),
+                waits: HashMap::new(),
             };
             Some((run.run.0, context))
         })
         .collect();
     load_outputs(engine, claimed, &mut contexts).await?;
     load_states(engine, &mut contexts).await?;
+    load_waits(engine, claimed, &mut contexts).await?;
     let agents = load_agents(engine, contexts.values()).await?;
     let none = Arc::new(HashMap::new());
     let now = Instant::now();
@@ -343,6 +348,29 @@ async fn load_states(engine: &Engine, contexts: &mut HashMap<Uuid, RunContext>) 
     Ok(())
 }
 
+/// What has come for those that wait for an event.
+async fn load_waits(
+    engine: &Engine,
+    claimed: &[&ClaimedJob],
+    contexts: &mut HashMap<Uuid, RunContext>,
+) -> Result<(), EngineError> {
+    let waits = |job: &&&ClaimedJob| {
+        let context = job.ref_id.and_then(|run| contexts.get(&run));
+        let step = context.and_then(|context| context.playbook.steps.get(usize::try_from(job.step).ok()?));
+        matches!(step.map(|step| &step.kind), Some(StepKind::WaitFor(_)))
+    };
+    let runs: Vec<Uuid> = claimed.iter().filter(waits).filter_map(|job| job.ref_id).collect();
+    if runs.is_empty() {
+        return Ok(());
+    }
+    for row in signals::of_runs(&engine.pool, &runs).await? {
+        if let (Some(context), Ok(step)) = (contexts.get_mut(&row.run), usize::try_from(row.step)) {
+            context.waits.insert(step, row.data);
+        }
+    }
+    Ok(())
+}
+
 /// Runs whose wait is over go on; of a company that is halted they wait on. A run
 /// that does not go on, since the lease of its job is gone, is left out.
 async fn resume(engine: &Engine, claimed: &[&ClaimedJob], runs: &mut Vec<LoadedRun>) -> Result<(), EngineError> {
@@ -353,7 +381,7 @@ async fn resume(engine: &Engine, claimed: &[&ClaimedJob], runs: &mut Vec<LoadedR
     }
     let jobs = claimed.iter().filter_map(|job| Some((job, job.ref_id?)));
     let jobs: Vec<_> = jobs.filter_map(|(job, run)| Some((job.lease, *due.get(&run)?, RunId(run)))).collect();
-    let events: Vec<_> = jobs.iter().map(|_| Event::new(PLAYBOOK_RESUMED, json!({"after": "timer"}))).collect();
+    let events: Vec<_> = jobs.iter().map(|_| Event::new(PLAYBOOK_RESUMED, json!({"after": "wait"}))).collect();
     let resumed = steps::resume(&engine.pool, &jobs, &events).await?;
     runs.retain(|run| !due.contains_key(&run.run.0) || resumed.contains(&run.run.0));
     Ok(())

@@ -22,6 +22,7 @@ pub mod lifecycle;
 pub mod plans;
 pub mod playbooks;
 pub mod retry;
+pub mod signals;
 pub mod start;
 pub mod sweep;
 pub mod tasks;

@@ -238,6 +238,7 @@ pub(super) fn prepare(
         outputs: beginning.outputs,
         failures: beginning.failures,
         jumps: HashMap::new(),
+        waits: HashMap::new(),
     };
     let walk = context.walk(beginning.step);
     let mut passed = passing(&walk.passed);

@@ -2,7 +2,7 @@
 //! folded, marks are set, what is old goes, what was parked in vain goes on.
 
 use super::{Engine, EngineError};
-use crate::store::{events, idempotency, jobs, usage};
+use crate::store::{events, idempotency, jobs, signals, usage};
 
 /// One round. Each part is one guarded statement, so that workers who do it at
 /// once share the work.
@@ -10,6 +10,7 @@ pub async fn round(engine: &Engine) -> Result<(), EngineError> {
     while usage::fold_runs(&engine.pool).await? == usage::FOLD_MAX as u64 {}
     while usage::fold_costs(&engine.pool).await? == usage::FOLD_MAX as u64 {}
     events::mark(&engine.pool).await?;
+    while signals::prune(&engine.pool).await? == signals::PRUNE_MAX as u64 {}
     while idempotency::prune(&engine.pool).await? == idempotency::PRUNE_MAX as u64 {}
     for company in jobs::parked_in_vain(&engine.pool).await? {
         loop {

@@ -21,6 +21,8 @@ pub mod kind {
     pub const PROVISION: &str = "provision";
     /// An agent beats.
     pub const HEARTBEAT: &str = "heartbeat";
+    /// An event goes to the runs that wait for it.
+    pub const SIGNAL: &str = "signal";
     /// What a deleted company held goes away.
     pub const PURGE: &str = "purge";
     /// Does nothing, durably: for benchmarks and checks of a queue.

@@ -22,6 +22,7 @@ pub mod playbooks;
 pub mod purge;
 pub mod runs;
 pub mod sessions;
+pub mod signals;
 pub mod steps;
 pub mod tasks;
 pub mod tenancy;

@@ -22,6 +22,9 @@ const TABLES: &[&str] = &[
     "run_deltas",
     "run_totals",
     "webhooks",
+    "waits",
+    "signals_taken",
+    "signals",
     // Last, since no index finds them by their company: work that is still
     // claimed finds no run, and ends.
     "jobs",

@@ -5,8 +5,8 @@ use std::time::Duration;
 use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
-use super::StoreError;
 use super::jobs::{DEADLINE_GRACE, Lease, millis};
+use super::{StoreError, signals};
 use crate::domain::event::Event;
 use crate::domain::ids::{AgentId, CompanyId, RunId};
 use crate::domain::money::Nanos;
@@ -220,8 +220,10 @@ pub enum Passing {
         /// How often so far.
         jumps: i32,
     },
-    /// A step that waits for its time.
+    /// A step that waits for its time, or an event.
     Waiting(i32),
+    /// A step that waits for an event no more.
+    Received(i32),
 }
 
 /// Writes what a run goes past, in order, in the transaction that moves it.
@@ -231,6 +233,10 @@ pub async fn pass(tx: &mut PgConnection, company: CompanyId, run: RunId, passed:
             Passing::Skipped(step) => (*step, StepStatus::Skipped, 0),
             Passing::Jumped { step, jumps, .. } => (*step, StepStatus::Completed, *jumps),
             Passing::Waiting(step) => (*step, StepStatus::Waiting, 0),
+            Passing::Received(step) => {
+                signals::forget(tx, run, Some(*step)).await?;
+                continue;
+            }
         };
         sqlx::query!(
             "insert into run_steps as s (company_id, run_id, step, status, attempt, started_at, ended_at)

@@ -194,6 +194,7 @@ impl Database {
             outputs: HashMap::new(),
             failures: HashMap::new(),
             jumps: HashMap::new(),
+            waits: HashMap::new(),
         }
     }
 

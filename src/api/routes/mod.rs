@@ -10,6 +10,7 @@ pub(super) mod ops;
 pub(super) mod playbooks;
 pub(super) mod run_changes;
 pub(super) mod runs;
+pub(super) mod signals;
 pub(super) mod tasks;
 mod templates;
 pub(super) mod webhooks;

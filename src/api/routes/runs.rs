@@ -154,9 +154,9 @@ pub(super) struct Run {
 /// What a run waits for.
 #[derive(Debug, Serialize, ToSchema)]
 struct Waiting {
-    /// `approval`, `timer` or `company`.
+    /// `approval`, `timer`, `event` or `company`.
     r#type: &'static str,
-    /// Of what it waits for: of a timer, the step.
+    /// Of what it waits for: of a timer the step, of an event its name.
     id: String,
     since: Time,
     /// When the wait ends by itself.
@@ -522,12 +522,17 @@ async fn waiting_on(
     let mut waiting: Vec<_> = gates.into_iter().map(gate).collect();
     // What else it waits for stands in the run, and since when in the step.
     let others = run.waiting_on.as_ref().and_then(Value::as_array).into_iter().flatten();
-    for other in others.filter(|other| other["type"] == "timer") {
+    for other in others {
+        let r#type = match other["type"].as_str() {
+            Some("timer") => "timer",
+            Some("event") => "event",
+            _ => continue,
+        };
         let job = job.filter(|job| job.kind == "step");
         let step = job.and_then(|job| steps.iter().find(|step| step.step == job.step));
         if let Some(since) = step.and_then(|step| step.started_at) {
             waiting.push(Waiting {
-                r#type: "timer",
+                r#type,
                 id: other["id"].as_str().unwrap_or_default().to_owned(),
                 since: Time(since),
                 expires_at: job.and_then(|job| job.due_at).map(Time),

@@ -81,6 +81,7 @@ impl Hands {
         match (asked, &step.kind) {
             (Err(failure), _) => return Outcome::failed(failure),
             (Ok(()), StepKind::Sleep(_) | StepKind::Goto { .. }) => return Outcome::done(Value::Null),
+            (Ok(()), StepKind::WaitFor(wait)) => return work.context.wait(index, wait),
             (Ok(()), StepKind::Work) => {}
         }
         let params = match work.context.params(step) {

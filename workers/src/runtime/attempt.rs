@@ -5,12 +5,12 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use capx_core::domain::ids::{AgentId, RunId};
+use capx_core::domain::ids::{AgentId, RunId, SignalId};
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
 use capx_core::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 use capx_core::engine::advance::{self, Finished};
 use capx_core::engine::claim::{Claimed, StepWork, Work};
-use capx_core::engine::{agents, cancel, gates, tenants};
+use capx_core::engine::{agents, cancel, gates, signals, tenants};
 use capx_core::failpoint;
 use capx_core::store;
 use capx_core::store::jobs::{self, ClaimedJob};
@@ -63,6 +63,7 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
             shared.watchdog.answer("the end of a run", Box::pin(end_stopped(shared, &job))).await
         }
         Work::Heartbeat => shared.watchdog.answer("a beat", Box::pin(heartbeat(shared, &job))).await,
+        Work::Signal => shared.watchdog.answer("an event", Box::pin(signal(shared, &job))).await,
         Work::Purge => shared.watchdog.answer("a purge", Box::pin(purge(shared, &job))).await,
         Work::GateTimeout => shared.watchdog.answer("a gate's end", Box::pin(gate_timeout(shared, &job))).await,
         Work::Provision => shared.watchdog.answer("a provisioning", Box::pin(provision(shared, &job))).await,
@@ -196,6 +197,18 @@ async fn heartbeat(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
         Ok(()) => PlainOutcome::Nothing,
         Err(error) => {
             tracing::warn!(%error, agent.id = %AgentId(agent), "a beat waits");
+            PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
+        }
+    }
+}
+
+async fn signal(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
+    let Some(signal) = job.ref_id else { return PlainOutcome::Done };
+    match signals::deliver(&shared.engine, job.company, SignalId(signal)).await {
+        Ok(true) => PlainOutcome::Again { delay: Duration::ZERO, charged: false },
+        Ok(false) => PlainOutcome::Done,
+        Err(error) => {
+            tracing::warn!(%error, signal.id = %SignalId(signal), "an event waits");
             PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
         }
     }

@@ -13,6 +13,7 @@ fn context(yaml: &str, inputs: Value) -> RunContext {
         outputs: HashMap::new(),
         failures: HashMap::new(),
         jumps: HashMap::new(),
+        waits: HashMap::new(),
     }
 }
 
@@ -99,7 +100,7 @@ proptest! {
                     prop_assert_eq!(next, step + 1);
                     (step, attempt) = (next, 0);
                 }
-                Decision::GoPast(_) => prop_assert!(false),
+                Decision::GoPast(_) | Decision::Wait { .. } => prop_assert!(false),
                 Decision::Fail { .. } => { ended = true; break }
                 Decision::Retry { .. } => prop_assert!(attempt < run.playbook.steps[step].retry.max_attempts),
                 Decision::Release { .. } => prop_assert!(false),

@@ -184,7 +184,23 @@ pub enum StepKind {
     },
     /// The run goes on later.
     Sleep(Pause),
+    /// The run goes on when an event has come.
+    WaitFor(WaitFor),
 }
+
+/// What a step waits for.
+#[derive(Debug, Clone)]
+pub struct WaitFor {
+    /// The event's name.
+    pub event: Template,
+    /// What its data must hold.
+    pub matching: Template,
+    /// How long; then the step fails.
+    pub timeout: Duration,
+}
+
+/// How long a step waits for an event when it says nothing else.
+pub const WAIT_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 /// How long a step sleeps.
 #[derive(Debug, Clone)]
@@ -274,8 +290,13 @@ impl Step {
     pub fn references(&self) -> Vec<&Reference> {
         let mut found = self.template.references();
         found.extend(self.condition.iter().flat_map(Expr::references));
-        if let StepKind::Sleep(Pause::Computed(template)) = &self.kind {
-            found.extend(template.references());
+        match &self.kind {
+            StepKind::Sleep(Pause::Computed(template)) => found.extend(template.references()),
+            StepKind::WaitFor(wait) => {
+                found.extend(wait.event.references());
+                found.extend(wait.matching.references());
+            }
+            _ => {}
         }
         found
     }

@@ -25,9 +25,14 @@ pub(super) fn references(loader: &mut Loader, steps: &[Read], inputs: &[InputSpe
         for reference in step.condition.iter().flat_map(Expr::references) {
             check(loader, reference, *at, &format!("{path}.if"), before, steps, inputs);
         }
-        if let StepKind::Sleep(Pause::Computed(template)) = &step.kind {
+        let others = match &step.kind {
+            StepKind::Sleep(Pause::Computed(template)) => vec![("sleep", template)],
+            StepKind::WaitFor(wait) => vec![("wait_for.event", &wait.event), ("wait_for.match", &wait.matching)],
+            _ => Vec::new(),
+        };
+        for (key, template) in others {
             for reference in template.references() {
-                check(loader, reference, *at, &format!("{path}.sleep"), before, steps, inputs);
+                check(loader, reference, *at, &format!("{path}.{key}"), before, steps, inputs);
             }
         }
     }

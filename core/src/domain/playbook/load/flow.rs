@@ -1,10 +1,13 @@
 //! What leads a run from step to step otherwise than in order: conditions,
 //! jumps, pauses, and what follows a failure.
 
+use serde_json::{Map, Value};
+
 use super::step::{Read, duration_of};
 use super::{Fields, Loader};
+use crate::domain::event::is_event_name;
 use crate::domain::playbook::expr::{self, Expr};
-use crate::domain::playbook::model::{OnFailure, Pause, RUN_STEPS_MAX, StepKind};
+use crate::domain::playbook::model::{OnFailure, Pause, RUN_STEPS_MAX, StepKind, WAIT_TIMEOUT, WaitFor};
 use crate::domain::playbook::problem::{Pos, did_you_mean};
 use crate::domain::playbook::template::{self, Template};
 use crate::domain::playbook::yaml::{Kind, Node};
@@ -21,9 +24,10 @@ pub(super) struct Flow {
 
 /// What kind of step it is.
 pub(super) fn kind(loader: &mut Loader, fields: &Fields<'_>, node: &Node, path: &str, flow: &mut Flow) -> StepKind {
-    let (goto, sleep) = (fields.get("goto"), fields.get("sleep"));
+    let (goto, sleep, wait) = (fields.get("goto"), fields.get("sleep"), fields.get("wait_for"));
     let work = ["action", "tool"].into_iter().find(|key| fields.has(key));
-    let kinds: Vec<&str> = work.into_iter().chain(goto.map(|_| "goto")).chain(sleep.map(|_| "sleep")).collect();
+    let kinds = work.into_iter().chain(goto.map(|_| "goto")).chain(sleep.map(|_| "sleep"));
+    let kinds: Vec<&str> = kinds.chain(wait.map(|_| "wait_for")).collect();
     if let [first, second, ..] = kinds.as_slice() {
         loader.error(node.at, path, format!("`{first}` and `{second}` are two things; write a step for each"));
     }
@@ -38,9 +42,60 @@ pub(super) fn kind(loader: &mut Loader, fields: &Fields<'_>, node: &Node, path: 
         let jumps_max = jumps_max(loader, fields, node, path);
         return StepKind::Goto { target: 0, jumps_max };
     }
-    match sleep {
-        Some(pause) => StepKind::Sleep(self::pause(loader, pause, &format!("{path}.sleep"))),
-        None => StepKind::Work,
+    match (sleep, wait) {
+        (Some(pause), _) => StepKind::Sleep(self::pause(loader, pause, &format!("{path}.sleep"))),
+        (None, Some(wait)) => StepKind::WaitFor(wait_for(loader, wait, &format!("{path}.wait_for"))),
+        (None, None) => StepKind::Work,
+    }
+}
+
+/// `wait_for: payment.received`, or a map.
+fn wait_for(loader: &mut Loader, node: &Node, path: &str) -> WaitFor {
+    let mut wait = WaitFor {
+        event: Template::Plain(Value::Null),
+        matching: Template::Plain(Value::Object(Map::new())),
+        timeout: WAIT_TIMEOUT,
+    };
+    if let Kind::Str(_) = node.kind {
+        wait.event = event(loader, node, path).unwrap_or(wait.event);
+        return wait;
+    }
+    let Some(fields) = Fields::open(loader, node, path, &["event", "timeout", "match"], &[]) else { return wait };
+    match fields.get("event") {
+        Some(n) => wait.event = event(loader, n, &format!("{path}.event")).unwrap_or(wait.event),
+        None => loader.error(node.at, format!("{path}.event"), "a wait needs the name of an `event`"),
+    }
+    if let Some(timeout) = fields.get("timeout").and_then(|n| duration_of(loader, n, &format!("{path}.timeout"))) {
+        wait.timeout = timeout;
+    }
+    if let Some(n) = fields.get("match") {
+        let path = format!("{path}.match");
+        match (&n.kind, template::compile(&n.to_json())) {
+            (Kind::Map(_), Ok(template)) => wait.matching = template,
+            (Kind::Map(_), Err(message)) => loader.error(n.at, path, message),
+            _ => loader.error(
+                n.at,
+                path,
+                format!("expected a map of what the event's data holds, found {}", n.describe()),
+            ),
+        }
+    }
+    wait
+}
+
+fn event(loader: &mut Loader, node: &Node, path: &str) -> Option<Template> {
+    let name = loader.text(node, path)?;
+    match template::compile(&Value::String(name)) {
+        Ok(Template::Plain(Value::String(name))) if !is_event_name(&name) => {
+            let hint = Some("use up to 200 letters, digits, `.`, `_`, `-`, `:` and `/`".to_owned());
+            loader.suggest(node.at, path, format!("`{name}` cannot be an event's name"), hint);
+            None
+        }
+        Ok(template) => Some(template),
+        Err(message) => {
+            loader.error(node.at, path, message);
+            None
+        }
     }
 }
 
@@ -69,7 +124,7 @@ fn pause(loader: &mut Loader, node: &Node, path: &str) -> Pause {
             Ok(template) => return Pause::Computed(template),
             Err(message) => loader.error(node.at, path, message),
         }
-        return Pause::Computed(Template::Plain(serde_json::Value::Null));
+        return Pause::Computed(Template::Plain(Value::Null));
     }
     Pause::Fixed(duration_of(loader, node, path).unwrap_or_default())
 }

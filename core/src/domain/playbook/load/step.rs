@@ -34,6 +34,7 @@ const KEYS: &[&str] = &[
     "goto",
     "max_retries",
     "sleep",
+    "wait_for",
     "on_failure",
 ];
 const KEYS_LATER: &[&str] = &[
@@ -43,7 +44,6 @@ const KEYS_LATER: &[&str] = &[
     "on_item_failure",
     "needs",
     "compensate",
-    "wait_for",
     "playbook",
     "output",
     "concurrency",
@@ -76,6 +76,7 @@ pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut H
         StepKind::Work => action_node.and_then(|n| loader.text(n, &format!("{path}.action"))),
         StepKind::Goto { .. } => Some("goto".to_owned()),
         StepKind::Sleep(_) => Some("sleep".to_owned()),
+        StepKind::WaitFor(_) => Some("wait_for".to_owned()),
     };
     let works = matches!(kind, StepKind::Work);
     if works && action_node.is_none() {

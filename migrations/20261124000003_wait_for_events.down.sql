@@ -1,0 +1,3 @@
+drop table signals_taken;
+drop table waits;
+drop table signals;
