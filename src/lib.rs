@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod bench;
+pub mod cli;
 pub mod dev;
 pub mod keys;
 pub mod serve;

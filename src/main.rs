@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use capx::cli::playbook::PlaybookCommand;
 use capx::keys::KeysCommand;
 use capx::serve::{self, DatabaseArgs, WorkerArgs};
 use capx::{bench, dev, keys, telemetry};
@@ -53,6 +54,11 @@ enum Command {
         database: DatabaseArgs,
         #[command(subcommand)]
         command: KeysCommand,
+    },
+    /// Check playbooks.
+    Playbook {
+        #[command(subcommand)]
+        command: PlaybookCommand,
     },
     /// Measure this machine: jobs, steps, enqueues, latencies, idle cost, the API.
     Bench(bench::BenchArgs),
@@ -122,6 +128,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             let pool = store::pool(&database.url()?, PoolKind::Owner, 1)?;
             keys::run(&pool, command).await
         }
+        Command::Playbook { command } => capx::cli::playbook::run(command),
         Command::Bench(args) => {
             telemetry::start("warn");
             bench::run(args).await

@@ -30,6 +30,7 @@ mod backlog;
 mod enqueue;
 mod idle;
 mod jobs;
+mod language;
 mod latency;
 mod limit;
 mod report;
@@ -54,6 +55,8 @@ pub enum What {
     Idle,
     /// The REST API: requests, run starts, streams.
     Api,
+    /// The playbook language: checks and conditions.
+    Language,
     /// All of them.
     All,
 }
@@ -127,6 +130,9 @@ async fn pass(bench: &Bench, report: &mut Report, what: What) -> anyhow::Result<
     let wants = |one: What| what == What::All || what == one;
     if wants(What::Jobs) {
         jobs::run(bench, report).await?;
+    }
+    if wants(What::Language) {
+        language::run(bench, report)?;
     }
     if wants(What::Steps) {
         steps::run(bench, report).await?;

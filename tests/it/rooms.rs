@@ -13,6 +13,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("workers/src/egress.rs", &["sqlx", "crate::"]),
     ("src/api", &["crate::dev", "crate::bench", "capx_workers", "sqlx::query"]),
     ("src/dev", &["crate::bench"]),
+    ("src/cli", &["capx_core::store", "capx_core::engine", "capx_workers", "crate::api", "crate::dev", "sqlx"]),
 ];
 /// SQL lives in the store (and, as the yardstick's own, in the bench).
 const SQL_ROOMS: &[&str] = &["core/src/store", "src/bench"];

@@ -6,9 +6,10 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::{Map, Value};
 
+use super::expr::Reference;
 use super::model::{InputKind, InputSpec, Playbook, Step, Trigger};
 use super::problem::{Pos, Problem, did_you_mean};
-use super::template;
+use super::template::{self, Template};
 use super::yaml::{self, Kind, Node};
 use super::{INPUTS_MAX, STEPS_MAX};
 
@@ -43,7 +44,7 @@ pub const TOOLS: &[&str] = &["http.request", "file.read", "file.write", "transfo
 /// Reads and checks a playbook: the model, or every problem at once.
 pub fn load(text: &str) -> Result<Playbook, Vec<Problem>> {
     let root = yaml::read(text).map_err(|problem| vec![problem])?;
-    let mut loader = Loader { problems: Vec::new() };
+    let mut loader = Loader { problems: Vec::new(), uses: Vec::new(), step: None };
     let playbook = loader.playbook(&root);
     let mut problems = loader.problems;
     problems.sort_by_key(|p| (p.at.line, p.at.column));
@@ -55,6 +56,19 @@ pub fn load(text: &str) -> Result<Playbook, Vec<Problem>> {
 
 pub(crate) struct Loader {
     problems: Vec<Problem>,
+    /// What is looked up where.
+    uses: Vec<Use>,
+    /// The step that is read.
+    step: Option<usize>,
+}
+
+/// A place where something is looked up.
+struct Use {
+    /// In which step; `None` after the last.
+    step: Option<usize>,
+    at: Pos,
+    path: String,
+    reference: Reference,
 }
 
 impl Loader {
@@ -88,9 +102,8 @@ impl Loader {
             }
             node.to_json()
         });
-        let output = fields.get("output").and_then(|node| self.template(node, "output"));
-        check::references(self, &steps, &inputs, output.as_ref());
-        let output = output.map(|(template, _)| template);
+        let output = fields.get("output").map(|node| self.template(node, "output"));
+        check::references(self, &steps, &inputs);
         Some(Playbook {
             name: name?,
             description,
@@ -121,14 +134,43 @@ impl Loader {
         Some(text)
     }
 
-    fn template(&mut self, node: &Node, path: &str) -> Option<(template::Template, Pos)> {
-        match template::compile(&node.to_json()) {
-            Ok(template) => Some((template, node.at)),
-            Err(message) => {
-                self.error(node.at, path, message);
-                None
+    /// A value with its expressions; each wrong one is told at its own place.
+    fn template(&mut self, node: &Node, path: &str) -> Template {
+        match &node.kind {
+            Kind::Str(_) => match template::compile(&node.to_json()) {
+                Ok(template) => {
+                    self.note_uses(template.references(), node.at, path);
+                    template
+                }
+                Err(message) => {
+                    self.error(node.at, path, message);
+                    Template::Plain(Value::Null)
+                }
+            },
+            Kind::Seq(items) => {
+                let items = items.iter().enumerate().map(|(at, item)| self.template(item, &format!("{path}.{at}")));
+                Template::list(items.collect())
             }
+            Kind::Map(entries) => {
+                let entries = entries
+                    .iter()
+                    .map(|(key, item)| (key.text.clone(), self.template(item, &format!("{path}.{}", key.text))));
+                Template::map(entries.collect())
+            }
+            _ => Template::Plain(node.to_json()),
         }
+    }
+
+    /// Remembers what is looked up where, until all steps are known.
+    fn note_uses(&mut self, references: Vec<&Reference>, at: Pos, path: &str) {
+        let step = self.step;
+        let uses = references.into_iter().map(|reference| Use {
+            step,
+            at,
+            path: path.to_owned(),
+            reference: reference.clone(),
+        });
+        self.uses.extend(uses);
     }
 
     /// `trigger` as a map, as a word beside `schedule`, or not at all.
@@ -307,8 +349,10 @@ impl Loader {
         let mut taken = HashSet::new();
         let mut steps = Vec::with_capacity(items.len());
         for (index, item) in items.iter().enumerate() {
+            self.step = Some(index);
             steps.extend(step::step(self, item, index, &mut taken));
         }
+        self.step = None;
         // A step that could not be read would shift the places of the others.
         if steps.len() == items.len() {
             flow::resolve(self, &mut steps);

@@ -43,17 +43,31 @@ impl Problem {
         self
     }
 
-    /// The offending line with a caret under the column.
+    /// The offending line with a caret under the column; of a long line, what lies
+    /// around it.
     pub fn excerpt(&self, text: &str) -> Option<String> {
         let line = text.lines().nth(usize::try_from(self.at.line).ok()?.checked_sub(1)?)?;
-        let before = usize::try_from(self.at.column).ok()?.checked_sub(1)?;
+        let column = usize::try_from(self.at.column).ok()?.checked_sub(1)?.min(line.chars().count());
+        let (line, before) = around(line, column);
         let number = self.at.line.to_string();
-        Some(format!(
-            "{number} | {line}\n{} | {}^",
-            " ".repeat(number.len()),
-            " ".repeat(before.min(line.chars().count()))
-        ))
+        Some(format!("{number} | {line}\n{} | {}^", " ".repeat(number.len()), " ".repeat(before)))
     }
+}
+
+/// How much of a line is shown, in characters.
+const EXCERPT_CHARS: usize = 160;
+
+/// The part of a line around a column, and the column in it.
+fn around(line: &str, column: usize) -> (String, usize) {
+    let chars = line.chars().count();
+    if chars <= EXCERPT_CHARS {
+        return (line.to_owned(), column);
+    }
+    let from = column.saturating_sub(EXCERPT_CHARS / 2).min(chars - EXCERPT_CHARS);
+    let shown: String = line.chars().skip(from).take(EXCERPT_CHARS).collect();
+    let (start, before) = if from > 0 { ("…", column - from + 1) } else { ("", column) };
+    let end = if from + EXCERPT_CHARS < chars { "…" } else { "" };
+    (format!("{start}{shown}{end}"), before)
 }
 
 impl fmt::Display for Problem {
@@ -105,5 +119,11 @@ mod tests {
     fn the_caret_stands_under_the_column() {
         let problem = Problem::error(Pos { line: 2, column: 3 }, "a", "bad");
         assert_eq!(problem.excerpt("x: 1\n  y: 2\n").as_deref(), Some("2 |   y: 2\n  |   ^"));
+        // Of a long line, what lies around it.
+        let text = format!("{}!{}", "ä".repeat(5_000), "b".repeat(5_000));
+        let excerpt = Problem::error(Pos { line: 1, column: 5_001 }, "a", "bad").excerpt(&text).expect("a line");
+        let (line, caret) = excerpt.split_once('\n').expect("two lines");
+        assert_eq!(line.chars().position(|c| c == '!'), caret.chars().position(|c| c == '^'));
+        assert!(line.chars().count() < 200 && line.ends_with('…'));
     }
 }

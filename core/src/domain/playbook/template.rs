@@ -41,25 +41,14 @@ pub enum Part {
 /// The most that the expressions of one template may put in, in bytes of JSON.
 pub const RENDERED_BYTES_MAX: usize = RESULT_BYTES_MAX;
 
-/// Compiles a value; the error is a sentence about the first bad reference.
+/// Compiles a value; the error is a sentence about the first bad expression.
 pub fn compile(value: &Value) -> Result<Template, String> {
     match value {
         Value::String(text) => compile_text(text),
-        Value::Array(items) => {
-            let items = items.iter().map(compile).collect::<Result<Vec<_>, _>>()?;
-            if items.iter().all(|t| matches!(t, Template::Plain(_))) {
-                return Ok(Template::Plain(value.clone()));
-            }
-            Ok(Template::List(items))
-        }
+        Value::Array(items) => Ok(Template::list(items.iter().map(compile).collect::<Result<_, _>>()?)),
         Value::Object(map) => {
-            let entries =
-                map.iter().map(|(key, item)| Ok((key.clone(), compile(item)?))).collect::<Result<Vec<_>, String>>()?;
-            if entries.iter().all(|(_, t)| matches!(t, Template::Plain(_))) {
-                // `$${` needs its dollar taken away even in a plain value.
-                return Ok(Template::Plain(Value::Object(entries.into_iter().map(|(k, t)| (k, plain(t))).collect())));
-            }
-            Ok(Template::Map(entries))
+            let entries = map.iter().map(|(key, item)| Ok((key.clone(), compile(item)?)));
+            Ok(Template::map(entries.collect::<Result<_, String>>()?))
         }
         other => Ok(Template::Plain(other.clone())),
     }
@@ -110,6 +99,22 @@ fn compile_text(text: &str) -> Result<Template, String> {
 }
 
 impl Template {
+    /// A list of templates; plain where all of them are.
+    pub fn list(items: Vec<Self>) -> Self {
+        if items.iter().all(|item| matches!(item, Self::Plain(_))) {
+            return Self::Plain(items.into_iter().map(plain).collect());
+        }
+        Self::List(items)
+    }
+
+    /// A map of templates; plain where all of them are.
+    pub fn map(entries: Vec<(String, Self)>) -> Self {
+        if entries.iter().all(|(_, item)| matches!(item, Self::Plain(_))) {
+            return Self::Plain(Value::Object(entries.into_iter().map(|(key, item)| (key, plain(item))).collect()));
+        }
+        Self::Map(entries)
+    }
+
     /// Every reference inside.
     pub fn references(&self) -> Vec<&Reference> {
         let mut found = Vec::new();

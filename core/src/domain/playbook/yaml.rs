@@ -202,7 +202,7 @@ pub fn read(text: &str) -> Result<Node, Problem> {
         .map(|node| Node { at: pos(node.referenced), kind: node.value })
         .map_err(|error| {
             let at = error.location().map_or(start, pos);
-            Problem::error(at, "", yaml_message(&error)).suggest(yaml_hint(text, at))
+            Problem::error(at, "", yaml_message(&error)).suggest(yaml_hint(&error, text, at))
         })
 }
 
@@ -211,11 +211,28 @@ fn yaml_message(error: &serde_saphyr::Error) -> String {
     let text = error.without_snippet().to_string();
     let text = text.split(" at line ").next().unwrap_or(&text);
     let text = text.strip_prefix("error: ").unwrap_or(text);
+    // The parser's advice is for programmers.
+    let text = text.split(", set ").next().unwrap_or(text);
+    if let Some(limit) = text.strip_prefix("budget breached: ") {
+        let limit = limit.split([' ', '{', '(']).next().unwrap_or_default();
+        return match limit {
+            "Documents" => "a file holds one playbook; what follows `---` is another document".into(),
+            "Depth" | "FlowNesting" => format!("nested deeper than {YAML_DEPTH_MAX} levels"),
+            "Anchors" | "Aliases" => "more than 32 anchors or aliases".into(),
+            other => format!("the playbook is over a limit of size ({other})"),
+        };
+    }
     format!("not valid YAML: {text}")
 }
 
-/// The two mistakes that people make most.
-fn yaml_hint(text: &str, at: Pos) -> Option<String> {
+/// The mistakes that people make most.
+fn yaml_hint(error: &serde_saphyr::Error, text: &str, at: Pos) -> Option<String> {
+    if error.to_string().contains("budget breached") {
+        return None;
+    }
+    if error.to_string().contains("duplicate mapping key") {
+        return Some("keep one of them".into());
+    }
     let index = usize::try_from(at.line).ok()?.checked_sub(1)?;
     let near = text.lines().skip(index.saturating_sub(1)).take(2);
     for line in near {
@@ -260,7 +277,7 @@ mod tests {
         let problem = read("a: 1\na: 2\n").expect_err("a duplicate key");
         assert_eq!(problem.at.line, 2, "{problem}");
         let problem = read("a: 1\n---\nb: 2\n").expect_err("two documents");
-        assert!(problem.to_string().contains("not valid YAML"), "{problem}");
+        assert!(problem.to_string().contains("a file holds one playbook"), "{problem}");
     }
 
     #[test]

@@ -30,6 +30,9 @@ pub fn parse(text: &str) -> Result<Expr, String> {
 /// bytes it took, `close` not counted.
 pub(in crate::domain::playbook) fn parse_prefix(text: &str, close: &str) -> Result<(Expr, usize), String> {
     let mut parser = Parser::new(text);
+    if text.trim_start().starts_with(close) {
+        return Err("there is nothing between the braces; write a path such as inputs.topic".into());
+    }
     let expr = parser.expression(0)?;
     parser.spaces();
     if !parser.rest.starts_with(close) {

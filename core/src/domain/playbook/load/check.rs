@@ -1,45 +1,25 @@
 //! Checks over the whole playbook: references lead somewhere, schedules fire.
 
-use super::Loader;
 use super::step::Read;
-use crate::domain::playbook::expr::{Expr, Reference};
-use crate::domain::playbook::model::{InputSpec, Pause, StepKind};
+use super::{Loader, Use};
+use crate::domain::playbook::expr::Reference;
+use crate::domain::playbook::model::InputSpec;
 use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
-use crate::domain::playbook::template::Template;
 
 const ROOTS: &[&str] = &["inputs", "steps", "run"];
 /// What `run.…` holds.
 const RUN_FIELDS: &[&str] = &["id", "playbook", "company_id"];
 
-pub(super) fn references(loader: &mut Loader, steps: &[Read], inputs: &[InputSpec], output: Option<&(Template, Pos)>) {
+pub(super) fn references(loader: &mut Loader, steps: &[Read], inputs: &[InputSpec]) {
     let loops: Vec<(usize, usize)> =
         steps.iter().enumerate().filter_map(|(at, read)| read.step.jumps_back_from(at)).collect();
-    for (index, Read { step, at, .. }) in steps.iter().enumerate() {
-        // Inside a loop, what comes later may have been done the time before.
-        let around = loops.iter().filter(|(first, end)| (*first..=*end).contains(&index)).map(|(_, end)| *end);
-        let before = &steps[..around.max().unwrap_or(index)];
-        let path = format!("steps.{index}");
-        for reference in step.template.references() {
-            check(loader, reference, *at, &format!("{path}.params"), before, steps, inputs);
-        }
-        for reference in step.condition.iter().flat_map(Expr::references) {
-            check(loader, reference, *at, &format!("{path}.if"), before, steps, inputs);
-        }
-        let others = match &step.kind {
-            StepKind::Sleep(Pause::Computed(template)) => vec![("sleep", template)],
-            StepKind::WaitFor(wait) => vec![("wait_for.event", &wait.event), ("wait_for.match", &wait.matching)],
-            _ => Vec::new(),
-        };
-        for (key, template) in others {
-            for reference in template.references() {
-                check(loader, reference, *at, &format!("{path}.{key}"), before, steps, inputs);
-            }
-        }
-    }
-    if let Some((template, at)) = output {
-        for reference in template.references() {
-            check(loader, reference, *at, "output", steps, steps, inputs);
-        }
+    for Use { step, at, path, reference } in std::mem::take(&mut loader.uses) {
+        let before = step.map_or(steps.len(), |index| {
+            // Inside a loop, what comes later may have been done the time before.
+            let around = loops.iter().filter(|(first, end)| (*first..=*end).contains(&index)).map(|(_, end)| *end);
+            around.max().unwrap_or(index)
+        });
+        check(loader, &reference, at, &path, &steps[..before.min(steps.len())], steps, inputs);
     }
 }
 

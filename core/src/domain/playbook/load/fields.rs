@@ -30,7 +30,7 @@ impl<'a> Fields<'a> {
             if known.contains(&name) {
                 continue;
             }
-            let key_path = if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") };
+            let key_path = path_of(path, name);
             if later.contains(&name) {
                 loader.error(key.at, key_path, format!("this version does not carry out `{name}` yet"));
             } else {
@@ -39,6 +39,10 @@ impl<'a> Fields<'a> {
             }
         }
         Some(Self { entries, path: path.to_owned() })
+    }
+
+    fn path_of(&self, key: &str) -> String {
+        path_of(&self.path, key)
     }
 
     /// The value of a key; a key without a value counts as absent.
@@ -62,7 +66,7 @@ impl<'a> Fields<'a> {
                 Some((first, value)) if value.to_json() != node.to_json() => {
                     loader.error(
                         node.at,
-                        format!("{}.{key}", self.path),
+                        self.path_of(key),
                         format!("`{first}` and `{key}` mean the same and differ here; keep one"),
                     );
                 }
@@ -71,4 +75,8 @@ impl<'a> Fields<'a> {
         }
         found.map(|(_, node)| node)
     }
+}
+
+fn path_of(map: &str, key: &str) -> String {
+    if map.is_empty() { key.to_owned() } else { format!("{map}.{key}") }
 }

@@ -9,7 +9,7 @@ use crate::domain::event::is_event_name;
 use crate::domain::playbook::expr::{self, Expr};
 use crate::domain::playbook::model::{OnFailure, Pause, RUN_STEPS_MAX, StepKind, WAIT_TIMEOUT, WaitFor};
 use crate::domain::playbook::problem::{Pos, did_you_mean};
-use crate::domain::playbook::template::{self, Template};
+use crate::domain::playbook::template::Template;
 use crate::domain::playbook::yaml::{Kind, Node};
 
 /// How many jumps a playbook may have.
@@ -70,32 +70,26 @@ fn wait_for(loader: &mut Loader, node: &Node, path: &str) -> WaitFor {
     }
     if let Some(n) = fields.get("match") {
         let path = format!("{path}.match");
-        match (&n.kind, template::compile(&n.to_json())) {
-            (Kind::Map(_), Ok(template)) => wait.matching = template,
-            (Kind::Map(_), Err(message)) => loader.error(n.at, path, message),
-            _ => loader.error(
-                n.at,
-                path,
-                format!("expected a map of what the event's data holds, found {}", n.describe()),
-            ),
+        match n.kind {
+            Kind::Map(_) => wait.matching = loader.template(n, &path),
+            _ => {
+                let found = n.describe();
+                loader.error(n.at, path, format!("expected a map of what the event's data holds, found {found}"));
+            }
         }
     }
     wait
 }
 
 fn event(loader: &mut Loader, node: &Node, path: &str) -> Option<Template> {
-    let name = loader.text(node, path)?;
-    match template::compile(&Value::String(name)) {
-        Ok(Template::Plain(Value::String(name))) if !is_event_name(&name) => {
+    loader.text(node, path)?;
+    match loader.template(node, path) {
+        Template::Plain(Value::String(name)) if !is_event_name(&name) => {
             let hint = Some("use up to 200 letters, digits, `.`, `_`, `-`, `:` and `/`".to_owned());
             loader.suggest(node.at, path, format!("`{name}` cannot be an event's name"), hint);
             None
         }
-        Ok(template) => Some(template),
-        Err(message) => {
-            loader.error(node.at, path, message);
-            None
-        }
+        template => Some(template),
     }
 }
 
@@ -120,11 +114,7 @@ fn pause(loader: &mut Loader, node: &Node, path: &str) -> Pause {
     if let Kind::Str(text) = &node.kind
         && (text.contains("${") || text.contains("{{"))
     {
-        match template::compile(&node.to_json()) {
-            Ok(template) => return Pause::Computed(template),
-            Err(message) => loader.error(node.at, path, message),
-        }
-        return Pause::Computed(Template::Plain(Value::Null));
+        return Pause::Computed(loader.template(node, path));
     }
     Pause::Fixed(duration_of(loader, node, path).unwrap_or_default())
 }
@@ -138,7 +128,10 @@ pub(super) fn condition(loader: &mut Loader, fields: &Fields<'_>, path: &str) ->
         _ => loader.text(node, &path)?,
     };
     match expr::parse(&text) {
-        Ok(expr) => Some(expr),
+        Ok(expr) => {
+            loader.note_uses(expr.references(), node.at, &path);
+            Some(expr)
+        }
         Err(message) => {
             loader.error(node.at, path, message);
             None

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::flow::{self, Flow};
 use super::{Fields, Loader, TOOLS, params};
@@ -12,7 +12,7 @@ use crate::domain::duration;
 use crate::domain::outcome::ErrorClass;
 use crate::domain::playbook::model::{Approval, MAX_ATTEMPTS_MAX, OnTimeout, Retry, STEP_TIMEOUT, Step, StepKind};
 use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
-use crate::domain::playbook::template::{self, Template};
+use crate::domain::playbook::template::Template;
 use crate::domain::playbook::yaml::{Kind, Node};
 
 const KEYS: &[&str] = &[
@@ -91,13 +91,9 @@ pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut H
     }
     let params_node = fields.one_of(loader, &["params", "with"]);
     let params = params(loader, params_node, &format!("{path}.params"));
-    let template = match template::compile(&Value::Object(params.clone())) {
-        Ok(template) => template,
-        Err(message) => {
-            let at = params_node.map_or(node.at, |n| n.at);
-            loader.error(at, format!("{path}.params"), message);
-            Template::Plain(Value::Null)
-        }
+    let template = match params_node {
+        Some(node) if !params.is_empty() => loader.template(node, &format!("{path}.params")),
+        _ => Template::Plain(Value::Object(Map::new())),
     };
     let retry = fields.get("retry").and_then(|n| retry(loader, n, &format!("{path}.retry")));
     let timeout = fields.get("timeout").and_then(|n| duration_of(loader, n, &format!("{path}.timeout")));

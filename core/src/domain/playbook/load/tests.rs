@@ -57,7 +57,7 @@ fn every_problem_is_told_at_once_with_its_place() {
         [
             "1:1: nam: unknown key `nam`; did you mean `name`?",
             "1:1: name: a playbook needs a `name`",
-            "3:5: steps.0.params: `${steps.reserch.output}`: there is no step `reserch`",
+            "5:17: steps.0.params.a: `${steps.reserch.output}`: there is no step `reserch`",
             "6:5: steps.0.timout: unknown key `timout`; did you mean `timeout`?",
             "8:13: steps.1.action: unknown tool `http.requst`; did you mean `http.request`?",
             "9:14: steps.1.timeout: `5` is not a duration; write a number and a unit, such as 100ms, 2s, 5m, 1h or 1d",

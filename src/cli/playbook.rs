@@ -1,0 +1,115 @@
+//! `capx playbook …`
+
+use std::fmt::Write as _;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use capx_core::domain::playbook::{self, Problem, YAML_BYTES_MAX};
+use clap::Subcommand;
+use owo_colors::{OwoColorize, Stream};
+use serde_json::{Value, json};
+
+/// `capx playbook …`
+#[derive(Debug, Subcommand)]
+pub enum PlaybookCommand {
+    /// Say everything that is wrong with playbooks; needs no server.
+    ///
+    /// Ends with 0 when all are in order, with 1 when one is not.
+    Check {
+        /// The files; `-` for standard input.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// One JSON array, an object a file.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Runs a command.
+pub fn run(command: PlaybookCommand) -> anyhow::Result<()> {
+    match command {
+        PlaybookCommand::Check { files, json } => check(&files, json),
+    }
+}
+
+/// A file that was looked at.
+struct Checked {
+    name: String,
+    text: String,
+    /// Its name and how many steps it has, or what is wrong.
+    found: Result<(String, usize), Vec<Problem>>,
+}
+
+#[expect(clippy::print_stdout, reason = "the command's output")]
+fn check(files: &[PathBuf], as_json: bool) -> anyhow::Result<()> {
+    let mut checked = Vec::with_capacity(files.len());
+    for file in files {
+        let text = read(file)?;
+        let found = playbook::load(&text).map(|playbook| (playbook.name, playbook.steps.len()));
+        let name = if file == Path::new("-") { "stdin".to_owned() } else { file.display().to_string() };
+        checked.push(Checked { name, text, found });
+    }
+    if as_json {
+        println!("{}", Value::Array(checked.iter().map(Checked::to_json).collect()));
+    } else {
+        checked.iter().for_each(|checked| print!("{}", checked.told()));
+    }
+    match checked.iter().filter(|checked| checked.found.is_err()).count() {
+        0 => Ok(()),
+        wrong if checked.len() == 1 => bail!("{} is not in order", checked[wrong - 1].name),
+        wrong => bail!("{wrong} of {} playbooks are not in order", checked.len()),
+    }
+}
+
+/// A file's text; one that is too large is read as far as it takes to say so.
+fn read(file: &Path) -> anyhow::Result<String> {
+    let limit = YAML_BYTES_MAX as u64 + 1;
+    let mut bytes = Vec::new();
+    if file == Path::new("-") {
+        std::io::stdin().take(limit).read_to_end(&mut bytes).context("standard input cannot be read")?;
+    } else {
+        let opened = std::fs::File::open(file).with_context(|| format!("{} cannot be read", file.display()))?;
+        opened.take(limit).read_to_end(&mut bytes).with_context(|| format!("{} cannot be read", file.display()))?;
+    }
+    String::from_utf8(bytes).with_context(|| format!("{} is no text in UTF-8", file.display()))
+}
+
+impl Checked {
+    fn to_json(&self) -> Value {
+        match &self.found {
+            Ok((name, steps)) => json!({"file": self.name, "valid": true, "name": name, "step_count": steps}),
+            Err(problems) => json!({"file": self.name, "valid": false, "problems": problems}),
+        }
+    }
+
+    fn told(&self) -> String {
+        let problems = match &self.found {
+            Ok((name, steps)) => {
+                let steps = if *steps == 1 { "1 step".to_owned() } else { format!("{steps} steps") };
+                let good = "ok".if_supports_color(Stream::Stdout, |t| t.green()).to_string();
+                return format!("{good} {}: {name}, {steps}\n", self.name);
+            }
+            Err(problems) => problems,
+        };
+        let mut told = String::new();
+        for problem in problems {
+            let word = if problem.warning { "warning" } else { "error" };
+            let word = word.if_supports_color(Stream::Stdout, |t| t.red()).to_string();
+            let path = if problem.path.is_empty() { String::new() } else { format!("{}: ", problem.path) };
+            let _ = writeln!(told, "{word}: {path}{}", problem.message);
+            let _ = writeln!(told, "  --> {}:{}:{}", self.name, problem.at.line, problem.at.column);
+            if let Some(excerpt) = problem.excerpt(&self.text) {
+                for line in excerpt.lines() {
+                    let _ = writeln!(told, "  {}", line.if_supports_color(Stream::Stdout, |t| t.dimmed()));
+                }
+            }
+            if let Some(suggestion) = &problem.suggestion {
+                let help = "help".if_supports_color(Stream::Stdout, |t| t.cyan()).to_string();
+                let _ = writeln!(told, "  {help}: {suggestion}");
+            }
+            told.push('\n');
+        }
+        told
+    }
+}

@@ -1,0 +1,117 @@
+//! The client as people and programs use it.
+
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+fn capx(arguments: &[&str], input: &str) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_capx"))
+        .args(arguments)
+        .env("NO_COLOR", "1")
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It may stop reading before the end.
+    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    child.wait_with_output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> &str {
+    std::str::from_utf8(bytes).unwrap()
+}
+
+const BROKEN: &str = "name: x
+steps:
+  - id: draft
+    role: writer
+    action: write
+    timout: 5s
+  - {goto: drat, max_retries: 2}
+";
+
+#[test]
+fn a_playbook_is_checked_without_a_server() {
+    let all: Vec<String> =
+        std::fs::read_dir("playbooks").unwrap().map(|e| e.unwrap().path().display().to_string()).collect();
+    let mut arguments = vec!["playbook", "check"];
+    arguments.extend(all.iter().map(String::as_str));
+    let good = capx(&arguments, "");
+    assert!(good.status.success(), "{}", text(&good.stdout));
+    assert_eq!(text(&good.stdout).lines().filter(|line| line.starts_with("ok ")).count(), all.len());
+
+    let bad = capx(&["playbook", "check", "-"], BROKEN);
+    assert_eq!(bad.status.code(), Some(1));
+    let wanted = "error: steps.0.timout: unknown key `timout`
+  --> stdin:6:5
+  6 |     timout: 5s
+    |     ^
+  help: did you mean `timeout`?
+
+error: steps.1.goto: there is no step `drat`
+  --> stdin:7:12
+  7 |   - {goto: drat, max_retries: 2}
+    |            ^
+  help: did you mean `draft`?
+
+";
+    assert_eq!(text(&bad.stdout), wanted);
+    assert_eq!(text(&bad.stderr), "capx: stdin is not in order\n");
+
+    let told = capx(&["playbook", "check", "--json", "-", "playbooks/hello.yml"], BROKEN);
+    assert_eq!(told.status.code(), Some(1));
+    let told: Value = serde_json::from_slice(&told.stdout).unwrap();
+    assert_eq!(
+        (&told[0]["valid"], &told[1]["valid"], &told[1]["name"]),
+        (&false.into(), &true.into(), &"hello".into())
+    );
+    let problem = &told[0]["problems"][0];
+    assert_eq!(
+        (&problem["line"], &problem["column"], &problem["path"]),
+        (&6.into(), &5.into(), &"steps.0.timout".into())
+    );
+}
+
+#[test]
+fn what_is_no_playbook_is_said_and_not_read_on() {
+    for (arguments, input, said) in [
+        (["playbook", "check", "nowhere.yml"], "".to_owned(), "nowhere.yml cannot be read: No such file"),
+        (["playbook", "check", "src"], "".into(), "src cannot be read"),
+        (["playbook", "check", "-"], "x".repeat(300_000), "stdin is not in order"),
+    ] {
+        let output = capx(&arguments, &input);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(text(&output.stderr).contains(said), "{}", text(&output.stderr));
+    }
+    let usage = capx(&["playbook", "check"], "");
+    assert_eq!(usage.status.code(), Some(2));
+}
+
+/// Each broken playbook beside what is said of it. `CAPX_WRITE_GOLDEN=1` writes
+/// that anew, to be read before it is committed.
+#[test]
+fn what_is_wrong_is_said_as_it_was_reviewed() {
+    let mut broken: Vec<_> = std::fs::read_dir("tests/broken")
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "yml"))
+        .collect();
+    broken.sort();
+    assert!(broken.len() >= 60);
+    let mut differ = Vec::new();
+    for file in broken {
+        let output = capx(&["playbook", "check", file.to_str().unwrap()], "");
+        assert_eq!(output.status.code(), Some(1), "{}", file.display());
+        let golden = file.with_extension("txt");
+        if std::env::var("CAPX_WRITE_GOLDEN").is_ok() {
+            std::fs::write(&golden, &output.stdout).unwrap();
+        }
+        if std::fs::read_to_string(&golden).unwrap_or_default() != text(&output.stdout) {
+            differ.push(format!("{}:\n{}", golden.display(), text(&output.stdout)));
+        }
+    }
+    assert!(differ.is_empty(), "{}", differ.join("\n"));
+}
