@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use capx_core::domain::playbook;
-use capx_core::domain::playbook::expr::{self, RESULT_BYTES_MAX, Reference, Scope};
+use capx_core::domain::playbook::expr::{self, Budget, Reference, Scope};
 use serde_json::{Value, json};
 
 use super::Bench;
@@ -42,8 +42,7 @@ pub(super) fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     let rounds = bench.amount(1_000_000);
     let began = Instant::now();
     for _ in 0..rounds {
-        let mut left = RESULT_BYTES_MAX;
-        let _ = black_box(expr.eval(black_box(&scope), &mut left).map(Cow::into_owned));
+        let _ = black_box(expr.eval(black_box(&scope), &mut Budget::default()).map(Cow::into_owned));
     }
     let each = began.elapsed().as_secs_f64() * 1e6 / rounds as f64;
     report.add("language", "a condition of three parts", each, "us").target(Target::AtMost(5.0));

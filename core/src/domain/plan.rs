@@ -12,7 +12,7 @@ use super::event::is_event_name;
 use super::ids::{CompanyId, PlaybookId, RunId};
 use super::outcome::{ErrorClass, Failure, Outcome};
 use super::playbook::expr::functions::written;
-use super::playbook::expr::{self, Reference, Scope};
+use super::playbook::expr::{self, Budget, Reference, Scope};
 use super::playbook::model::{Approval, OnFailure, Pause, Playbook, Step, StepKind, WaitFor};
 use super::{digest, duration};
 
@@ -278,20 +278,22 @@ impl RunContext {
     /// out steps whose conditions do not hold, and jumps where a `goto` says so.
     /// A step whose condition gives no value is tried, and fails with the reason.
     ///
-    /// It ends: each turn goes one step on, or uses up a jump.
+    /// It ends: each turn goes one step on, and each `goto` jumps once. The second
+    /// time nothing would have been done in between, nor could it be otherwise.
     pub fn walk(&mut self, from: usize) -> Walk {
         let playbook = Arc::clone(&self.playbook);
-        let (mut at, mut passed) = (from, Vec::new());
+        let (mut at, mut passed, mut budget) = (from, Vec::new(), Budget::default());
         let next = loop {
             let Some(step) = playbook.steps.get(at) else { break Next::End { output: self.output() } };
-            let holds = match self.holds(step) {
+            let holds = match self.holds_within(step, &mut budget) {
                 Ok(holds) => holds,
                 Err(_) => break Next::Step(at),
             };
             match &step.kind {
                 StepKind::Goto { target, jumps_max } => {
                     let jumps = self.jumps.get(&at).copied().unwrap_or(0) + 1;
-                    if holds && jumps <= *jumps_max {
+                    let jumped = |passed: &Passed| matches!(passed, Passed::Jumped { step, .. } if *step == at);
+                    if holds && jumps <= *jumps_max && !passed.iter().any(jumped) {
                         self.jumps.insert(at, jumps);
                         passed.push(Passed::Jumped { step: at, target: *target, jumps });
                         at = *target;
@@ -299,7 +301,7 @@ impl RunContext {
                     }
                 }
                 _ if !holds => {
-                    self.outputs.remove(&at);
+                    self.leave_out(at);
                     passed.push(Passed::Skipped(at));
                 }
                 StepKind::Sleep(pause) => match self.pause(pause) {
@@ -316,8 +318,12 @@ impl RunContext {
 
     /// Whether a step's condition holds; without one it does.
     pub fn holds(&self, step: &Step) -> Result<bool, Failure> {
+        self.holds_within(step, &mut Budget::default())
+    }
+
+    fn holds_within(&self, step: &Step, budget: &mut Budget) -> Result<bool, Failure> {
         let Some(condition) = &step.condition else { return Ok(true) };
-        condition.holds(&self.scope()).map_err(|error| Failure::invalid(format!("if: {error}")))
+        condition.holds(&self.scope(), budget.renew()).map_err(|error| Failure::invalid(format!("if: {error}")))
     }
 
     /// How long a step sleeps.
@@ -340,6 +346,9 @@ impl RunContext {
     /// An attempt at a step that waits: what has come is its output; without, it
     /// begins to wait, or its time is over.
     pub fn wait(&self, at: usize, wait: &WaitFor) -> Outcome {
+        if let Some(Some(data)) = self.waits.get(&at) {
+            return Outcome::done(data.clone());
+        }
         let (event, matching) = match (wait.event.render(&self.scope()), wait.matching.render(&self.scope())) {
             (Ok(event), Ok(matching)) => (written(&event), matching),
             (Err(error), _) | (_, Err(error)) => {
@@ -351,8 +360,7 @@ impl RunContext {
             return Outcome::failed(Failure::invalid(format!("wait_for: `{short}` cannot be an event's name")));
         }
         match self.waits.get(&at) {
-            Some(Some(data)) => Outcome::done(data.clone()),
-            Some(None) => {
+            Some(_) => {
                 let message = format!("no event `{event}` came within {:?}", wait.timeout);
                 Outcome::failed(Failure::new(ErrorClass::Timeout, message))
             }
@@ -365,6 +373,12 @@ impl RunContext {
     fn output(&self) -> Option<Value> {
         let rendered = self.playbook.output.as_ref()?.render(&self.scope());
         Some(rendered.unwrap_or_else(|error| serde_json::json!({"error": error.to_string()})))
+    }
+
+    /// A step that is left out says nothing any more, as in its row.
+    fn leave_out(&mut self, at: usize) {
+        self.outputs.remove(&at);
+        self.failures.remove(&at);
     }
 
     /// How often the run has jumped: the effects of a step that it comes to again
@@ -384,9 +398,12 @@ impl RunContext {
         self.waits.remove(&at);
         let told = serde_json::json!({"code": failure.class.as_str(), "message": failure.message});
         self.failures.insert(at, told);
+        // A `goto` has no say: how often it has jumped stays.
+        let works = |step: &usize| !matches!(self.playbook.steps[*step].kind, StepKind::Goto { .. });
+        let left_out: Vec<usize> = (at + 1..to).filter(works).collect();
+        left_out.iter().for_each(|step| self.leave_out(*step));
         let mut walk = self.walk(to);
-        let left_out: Vec<Passed> = (at + 1..to).map(Passed::Skipped).collect();
-        walk.passed.splice(0..0, left_out);
+        walk.passed.splice(0..0, left_out.into_iter().map(Passed::Skipped));
         Decision::GoPast(walk)
     }
 

@@ -89,11 +89,19 @@ pub fn did_you_mean<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) ->
     nearest(word, known).map(|near| format!("did you mean `{near}`?"))
 }
 
+/// A longer word is no slip of a known one, in characters.
+const NEAR_CHARS_MAX: usize = 100;
+
 /// The nearest of the known words, when one is near enough to be meant.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word_chars = word.chars().count();
+    if word_chars > NEAR_CHARS_MAX {
+        return None;
+    }
     known
         .into_iter()
+        // Before the distance is computed, which takes the product of both.
+        .filter(|candidate| candidate.chars().count().abs_diff(word_chars) * 3 <= word_chars.max(3))
         .map(|candidate| (strsim::damerau_levenshtein(word, candidate), candidate))
         // A third of the word may differ, and never all of it, so that short
         // words do not match all.

@@ -8,10 +8,12 @@
 //! other form. What comes out is at most [`RENDERED_BYTES_MAX`], or a few
 //! references to one large value could fill a worker's memory.
 
+use std::borrow::Cow;
+
 use serde_json::{Map, Value};
 
 use super::expr::functions::written;
-use super::expr::{EvalError, Expr, RESULT_BYTES_MAX, Reference, Scope, parse_prefix};
+use super::expr::{Budget, EvalError, Expr, RESULT_BYTES_MAX, Reference, Scope, parse_prefix};
 use crate::domain::storable::size_of;
 
 /// A compiled value: what needs no work is kept as it is.
@@ -64,12 +66,19 @@ fn plain(template: Template) -> Value {
 /// What opens an expression, and what closes it.
 const BRACES: &[(&str, &str)] = &[("${", "}"), ("{{", "}}")];
 
+/// The first opening of an expression: where, and how it opens and closes.
+fn first_brace(text: &str) -> Option<(usize, &'static str, &'static str)> {
+    let starts = text.match_indices(['$', '{']).map(|(at, _)| at);
+    starts
+        .flat_map(|at| BRACES.iter().map(move |(open, close)| (at, *open, *close)))
+        .find(|(at, open, _)| text[*at..].starts_with(open))
+}
+
 fn compile_text(text: &str) -> Result<Template, String> {
     let mut parts = Vec::new();
     let mut literal = String::new();
     let mut rest = text;
-    let first = |rest: &str| BRACES.iter().filter_map(|(open, close)| Some((rest.find(open)?, *open, *close))).min();
-    while let Some((at, open, close)) = first(rest) {
+    while let Some((at, open, close)) = first_brace(rest) {
         if open == "${" && rest[..at].ends_with('$') {
             literal.push_str(&rest[..at - 1]);
             literal.push_str("${");
@@ -137,17 +146,14 @@ impl Template {
 
     /// The value with every expression evaluated.
     pub fn render(&self, scope: &impl Scope) -> Result<Value, EvalError> {
-        let mut left = RENDERED_BYTES_MAX;
-        self.render_within(scope, &mut left)
+        self.render_within(scope, &mut Budget::default())
     }
 
-    /// `left` is what expressions may still put in.
-    fn render_within(&self, scope: &impl Scope, left: &mut usize) -> Result<Value, EvalError> {
+    fn render_within(&self, scope: &impl Scope, budget: &mut Budget) -> Result<Value, EvalError> {
         match self {
             Self::Plain(value) => Ok(value.clone()),
             Self::Expr(expr) => {
-                let value = expr.eval(scope, left)?;
-                spend(left, size_of(&value), expr)?;
+                let value = put_in(expr, scope, budget)?;
                 Ok(value.into_owned())
             }
             Self::Text(parts) => {
@@ -156,8 +162,7 @@ impl Template {
                     match part {
                         Part::Text(text) => out.push_str(text),
                         Part::Expr(expr) => {
-                            let value = expr.eval(scope, left)?;
-                            spend(left, size_of(&value), expr)?;
+                            let value = put_in(expr, scope, budget)?;
                             out.push_str(&written(&value));
                         }
                     }
@@ -165,22 +170,25 @@ impl Template {
                 Ok(Value::String(out))
             }
             Self::List(items) => {
-                items.iter().map(|item| item.render_within(scope, left)).collect::<Result<_, _>>().map(Value::Array)
+                items.iter().map(|item| item.render_within(scope, budget)).collect::<Result<_, _>>().map(Value::Array)
             }
             Self::Map(entries) => entries
                 .iter()
-                .map(|(key, item)| Ok((key.clone(), item.render_within(scope, left)?)))
+                .map(|(key, item)| Ok((key.clone(), item.render_within(scope, budget)?)))
                 .collect::<Result<Map<_, _>, _>>()
                 .map(Value::Object),
         }
     }
 }
 
-fn spend(left: &mut usize, bytes: usize, expr: &Expr) -> Result<(), EvalError> {
-    *left = left.checked_sub(bytes).ok_or_else(|| {
-        EvalError::Large(expr.references().first().map_or_else(|| "the expression".into(), ToString::to_string))
-    })?;
-    Ok(())
+/// The value of an expression, paid for: what a function made is paid already.
+fn put_in<'a>(expr: &'a Expr, scope: &'a impl Scope, budget: &mut Budget) -> Result<Cow<'a, Value>, EvalError> {
+    let value = expr.eval(scope, budget)?;
+    if let Cow::Borrowed(borrowed) = &value {
+        let name = expr.references().first().map_or_else(|| "the expression".into(), ToString::to_string);
+        budget.make(size_of(borrowed), name)?;
+    }
+    Ok(value)
 }
 
 #[cfg(test)]

@@ -6,48 +6,55 @@ use std::cmp::Ordering;
 use serde_json::{Number, Value};
 
 use super::functions::{self, Function};
-use super::{EvalError, Expr, Op, Reference, Scope, Segment, is_true, kind_of};
+use super::{Budget, EvalError, Expr, Op, Reference, Scope, Segment, is_true, kind_of};
 use crate::domain::storable::size_of;
 
 type Result<T> = std::result::Result<T, EvalError>;
 
 /// The recursion is as deep as the parser allows.
-pub(super) fn eval<'a>(expr: &'a Expr, scope: &'a impl Scope, left: &mut usize) -> Result<Cow<'a, Value>> {
+pub(super) fn eval<'a>(expr: &'a Expr, scope: &'a impl Scope, budget: &mut Budget) -> Result<Cow<'a, Value>> {
     match expr {
         Expr::Literal(value) => Ok(Cow::Borrowed(value)),
         Expr::Path(reference) => resolve(reference, scope).map(Cow::Borrowed),
         Expr::List(items) => {
-            let items = items.iter().map(|item| Ok(eval(item, scope, left)?.into_owned()));
-            owned(Value::Array(items.collect::<Result<_>>()?), left, "[…]")
+            let items = items.iter().map(|item| {
+                let item = eval(item, scope, budget)?;
+                // Before it is copied, or a few names of one large value fill the
+                // memory.
+                budget.make(size_of(&item), "[…]")?;
+                Ok(item.into_owned())
+            });
+            Ok(Cow::Owned(Value::Array(items.collect::<Result<_>>()?)))
         }
         Expr::Index(value, index) => {
-            let value = eval(value, scope, left)?;
-            let index = eval(index, scope, left)?;
+            let value = eval(value, scope, budget)?;
+            let index = eval(index, scope, budget)?;
             subscript(value, &index)
         }
-        Expr::Not(inner) => Ok(Cow::Owned(Value::Bool(!is_true(&*eval(inner, scope, left)?)))),
+        Expr::Not(inner) => Ok(Cow::Owned(Value::Bool(!is_true(&*eval(inner, scope, budget)?)))),
         Expr::Negative(inner) => {
-            let value = eval(inner, scope, left)?;
+            let value = eval(inner, scope, budget)?;
             arithmetic(Op::Subtract, &Value::from(0), &value).map(Cow::Owned)
         }
-        Expr::Binary(op, a, b) => binary(*op, a, b, scope, left),
-        Expr::Call(function, arguments) => call(*function, arguments, scope, left),
+        Expr::Binary(op, a, b) => binary(*op, a, b, scope, budget),
+        Expr::Call(function, arguments) => call(*function, arguments, scope, budget),
     }
 }
 
-fn binary<'a>(op: Op, a: &'a Expr, b: &'a Expr, scope: &'a impl Scope, left: &mut usize) -> Result<Cow<'a, Value>> {
+fn binary<'a>(op: Op, a: &'a Expr, b: &'a Expr, scope: &'a impl Scope, budget: &mut Budget) -> Result<Cow<'a, Value>> {
     let decided = match op {
-        Op::Or => is_true(&*eval(a, scope, left)?) || is_true(&*eval(b, scope, left)?),
-        Op::And => is_true(&*eval(a, scope, left)?) && is_true(&*eval(b, scope, left)?),
+        Op::Or => is_true(&*eval(a, scope, budget)?) || is_true(&*eval(b, scope, budget)?),
+        Op::And => is_true(&*eval(a, scope, budget)?) && is_true(&*eval(b, scope, budget)?),
         Op::Else => {
-            return match optional(a, scope, left)? {
+            return match optional(a, scope, budget)? {
                 Some(value) if !value.is_null() => Ok(value),
-                _ => eval(b, scope, left),
+                _ => eval(b, scope, budget),
             };
         }
         _ => {
-            let a = eval(a, scope, left)?;
-            let b = eval(b, scope, left)?;
+            let a = eval(a, scope, budget)?;
+            let b = eval(b, scope, budget)?;
+            budget.read(size_of(&a) + size_of(&b))?;
             match op {
                 Op::Equal => equal(&a, &b),
                 Op::Unequal => !equal(&a, &b),
@@ -62,7 +69,7 @@ fn binary<'a>(op: Op, a: &'a Expr, b: &'a Expr, scope: &'a impl Scope, left: &mu
                     }
                 }
                 Op::Add if !a.is_number() || !b.is_number() => {
-                    spend(left, size_of(&a) + size_of(&b), "+")?;
+                    budget.make(size_of(&a) + size_of(&b), "+")?;
                     return joined(&a, &b).map(Cow::Owned);
                 }
                 _ => return arithmetic(op, &a, &b).map(Cow::Owned),
@@ -73,8 +80,8 @@ fn binary<'a>(op: Op, a: &'a Expr, b: &'a Expr, scope: &'a impl Scope, left: &mu
 }
 
 /// A value that may be missing.
-fn optional<'a>(expr: &'a Expr, scope: &'a impl Scope, left: &mut usize) -> Result<Option<Cow<'a, Value>>> {
-    match eval(expr, scope, left) {
+fn optional<'a>(expr: &'a Expr, scope: &'a impl Scope, budget: &mut Budget) -> Result<Option<Cow<'a, Value>>> {
+    match eval(expr, scope, budget) {
         Ok(value) => Ok(Some(value)),
         Err(EvalError::Undefined(_)) => Ok(None),
         Err(error) => Err(error),
@@ -85,30 +92,28 @@ fn call<'a>(
     function: Function,
     arguments: &'a [Expr],
     scope: &'a impl Scope,
-    left: &mut usize,
+    budget: &mut Budget,
 ) -> Result<Cow<'a, Value>> {
     match (function, arguments) {
-        (Function::Defined, [value]) => Ok(Cow::Owned(Value::Bool(optional(value, scope, left)?.is_some()))),
-        (Function::Default, [value, other]) => match optional(value, scope, left)? {
+        (Function::Defined, [value]) => Ok(Cow::Owned(Value::Bool(optional(value, scope, budget)?.is_some()))),
+        (Function::Default, [value, other]) => match optional(value, scope, budget)? {
             Some(value) if !value.is_null() => Ok(value),
-            _ => eval(other, scope, left),
+            _ => eval(other, scope, budget),
         },
         _ => {
-            let values = arguments.iter().map(|argument| eval(argument, scope, left)).collect::<Result<Vec<_>>>()?;
-            owned(functions::apply(function, &values)?, left, function.name())
+            let values = arguments.iter().map(|argument| eval(argument, scope, budget)).collect::<Result<Vec<_>>>()?;
+            for value in &values {
+                budget.read(size_of(value))?;
+            }
+            owned(functions::apply(function, &values)?, budget, function.name())
         }
     }
 }
 
 /// A value that was made here, paid for.
-fn owned<'a>(value: Value, left: &mut usize, what: &str) -> Result<Cow<'a, Value>> {
-    spend(left, size_of(&value), what)?;
+fn owned<'a>(value: Value, budget: &mut Budget, what: &str) -> Result<Cow<'a, Value>> {
+    budget.make(size_of(&value), what)?;
     Ok(Cow::Owned(value))
-}
-
-pub(super) fn spend(left: &mut usize, bytes: usize, what: &str) -> Result<()> {
-    *left = left.checked_sub(bytes).ok_or_else(|| EvalError::Large(what.to_owned()))?;
-    Ok(())
 }
 
 fn resolve<'a>(reference: &Reference, scope: &'a impl Scope) -> Result<&'a Value> {

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use serde_json::{Number, Value};
 
 use super::{EvalError, eval, kind_of};
+use crate::domain::storable;
 
 macro_rules! functions {
     ($($(#[$doc:meta])* $variant:ident $name:literal $least:literal..=$most:literal $usage:literal,)+) => {
@@ -168,7 +169,11 @@ pub(super) fn apply(function: Function, values: &[Cow<'_, Value>]) -> Result<Val
         Function::Number => number(value(0))?,
         Function::Json => Value::String(value(0).to_string()),
         Function::FromJson => {
-            serde_json::from_str(text(0)?).map_err(|error| EvalError::Type(format!("the text is no JSON: {error}")))?
+            let value: Value = serde_json::from_str(text(0)?)
+                .map_err(|error| EvalError::Type(format!("the text is no JSON: {error}")))?;
+            // The one way by which a NUL could come into being.
+            storable::to_json(&value, usize::MAX).map_err(|error| EvalError::Type(format!("the JSON {error}")))?;
+            value
         }
     })
 }

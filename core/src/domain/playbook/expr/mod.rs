@@ -29,10 +29,47 @@ pub use parse::{parse, parse_reference};
 
 /// How deep an expression may be nested.
 pub const DEPTH_MAX: usize = 64;
+/// How deep the tree of an expression may be, chains such as `a + b + c` included.
+pub const TREE_DEPTH_MAX: usize = 128;
 /// Of how many parts an expression may consist.
 pub const NODES_MAX: usize = 1_000;
 /// What an expression may make, in bytes of JSON.
 pub const RESULT_BYTES_MAX: usize = 1024 * 1024;
+/// What may be read for it, in bytes of JSON: a tenth of a second's work, or so.
+pub const READ_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// What the evaluation of expressions may still take.
+#[derive(Debug)]
+pub struct Budget {
+    made: usize,
+    read: usize,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self { made: RESULT_BYTES_MAX, read: READ_BYTES_MAX }
+    }
+}
+
+impl Budget {
+    /// Pays for what is made; `what` is named when that is too much.
+    pub fn make(&mut self, bytes: usize, what: impl std::fmt::Display) -> Result<(), EvalError> {
+        self.made = self.made.checked_sub(bytes).ok_or_else(|| EvalError::Large(what.to_string()))?;
+        Ok(())
+    }
+
+    /// Pays for what is looked through.
+    pub fn read(&mut self, bytes: usize) -> Result<(), EvalError> {
+        self.read = self.read.checked_sub(bytes).ok_or(EvalError::Long)?;
+        Ok(())
+    }
+
+    /// The next expression may make as much again; what is read counts on.
+    pub fn renew(&mut self) -> &mut Self {
+        self.made = RESULT_BYTES_MAX;
+        self
+    }
+}
 
 /// A path such as `steps.draft.output.title`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,21 +170,34 @@ pub enum EvalError {
     /// Something that cannot be done with these values.
     #[error("{0}")]
     Type(String),
+    /// More than [`READ_BYTES_MAX`].
+    #[error("it reads more than {READ_BYTES_MAX} bytes; compare or count less at once")]
+    Long,
     /// More than [`RESULT_BYTES_MAX`].
     #[error("`{0}` makes it larger than {RESULT_BYTES_MAX} bytes; pass less on, or a file")]
     Large(String),
 }
 
 impl Expr {
-    /// Its value. `left` is how many bytes it may still make.
-    pub fn eval<'a>(&'a self, scope: &'a impl Scope, left: &mut usize) -> Result<Cow<'a, Value>, EvalError> {
-        eval::eval(self, scope, left)
+    /// Its value, within a budget.
+    pub fn eval<'a>(&'a self, scope: &'a impl Scope, budget: &mut Budget) -> Result<Cow<'a, Value>, EvalError> {
+        eval::eval(self, scope, budget)
     }
 
     /// Whether it holds, as a condition.
-    pub fn holds(&self, scope: &impl Scope) -> Result<bool, EvalError> {
-        let mut left = RESULT_BYTES_MAX;
-        self.eval(scope, &mut left).map(|value| is_true(&value))
+    pub fn holds(&self, scope: &impl Scope, budget: &mut Budget) -> Result<bool, EvalError> {
+        self.eval(scope, budget).map(|value| is_true(&value))
+    }
+
+    /// Whether a text that stands in it as such looks like a template.
+    pub fn quotes_a_template(&self) -> bool {
+        match self {
+            Self::Literal(Value::String(text)) => text.contains("${") || text.contains("{{"),
+            Self::Literal(_) | Self::Path(_) => false,
+            Self::List(items) | Self::Call(_, items) => items.iter().any(Self::quotes_a_template),
+            Self::Not(inner) | Self::Negative(inner) => inner.quotes_a_template(),
+            Self::Index(a, b) | Self::Binary(_, a, b) => a.quotes_a_template() || b.quotes_a_template(),
+        }
     }
 
     /// Every path inside.

@@ -4,7 +4,7 @@
 use serde_json::{Number, Value};
 
 use super::functions::Function;
-use super::{DEPTH_MAX, Expr, NODES_MAX, Op, Reference, Segment};
+use super::{DEPTH_MAX, Expr, NODES_MAX, Op, Reference, Segment, TREE_DEPTH_MAX};
 use crate::domain::playbook::problem::did_you_mean;
 
 /// Reads a whole text as one expression, with or without `${…}` around it. The
@@ -23,7 +23,25 @@ pub fn parse(text: &str) -> Result<Expr, String> {
     let mut parser = Parser::new(inner);
     let expr = parser.expression(0)?;
     parser.spaces();
-    if parser.rest.is_empty() { Ok(expr) } else { Err(parser.unexpected()) }
+    if parser.rest.is_empty() { shallow(expr) } else { Err(parser.unexpected()) }
+}
+
+/// A chain such as `a + b + c` nests, too: what is evaluated later by recursion
+/// must fit the stack of every thread.
+fn shallow(expr: Expr) -> Result<Expr, String> {
+    if depth(&expr) > TREE_DEPTH_MAX {
+        return Err(format!("the expression has a chain of more than {TREE_DEPTH_MAX} parts"));
+    }
+    Ok(expr)
+}
+
+fn depth(expr: &Expr) -> usize {
+    1 + match expr {
+        Expr::Literal(_) | Expr::Path(_) => 0,
+        Expr::Not(inner) | Expr::Negative(inner) => depth(inner),
+        Expr::Index(a, b) | Expr::Binary(_, a, b) => depth(a).max(depth(b)),
+        Expr::List(items) | Expr::Call(_, items) => items.iter().map(depth).max().unwrap_or(0),
+    }
 }
 
 /// Reads the expression that a text begins with, up to `close`; says how many
@@ -41,7 +59,7 @@ pub(in crate::domain::playbook) fn parse_prefix(text: &str, close: &str) -> Resu
             _ => parser.unexpected(),
         });
     }
-    Ok((expr, text.len() - parser.rest.len()))
+    Ok((shallow(expr)?, text.len() - parser.rest.len()))
 }
 
 /// Reads a path and nothing else.
@@ -182,7 +200,7 @@ impl<'a> Parser<'a> {
         self.spaces();
         let not = self.take_word("not") || (!self.rest.starts_with("!=") && self.take("!"));
         if not {
-            if weakest > NOT && weakest < NEGATIVE {
+            if weakest > NOT {
                 // `a == not b` reads oddly, and `-not a` not at all.
                 return Err("put `not` in front of the comparison, or in parentheses".into());
             }

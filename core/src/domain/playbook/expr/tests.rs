@@ -19,8 +19,7 @@ fn scope() -> Names {
 }
 
 fn eval(text: &str) -> Result<Value, String> {
-    let mut left = RESULT_BYTES_MAX;
-    parse(text)?.eval(&scope(), &mut left).map(Cow::into_owned).map_err(|error| error.to_string())
+    parse(text)?.eval(&scope(), &mut Budget::default()).map(Cow::into_owned).map_err(|error| error.to_string())
 }
 
 #[test]
@@ -86,7 +85,7 @@ fn what_counts_as_true() {
         ("none or t", true),
         ("'no'", true),
     ] {
-        assert_eq!(parse(text).expect(text).holds(&scope()), Ok(wanted), "{text}");
+        assert_eq!(parse(text).expect(text).holds(&scope(), &mut Budget::default()), Ok(wanted), "{text}");
     }
 }
 
@@ -123,6 +122,8 @@ fn says_what_is_wrong_with_it() {
         ("(a+)+$", "unexpected `)+$`"),
         ("import('os')", "there is no function `import`"),
         ("__class__", "`__class__` is not defined"),
+        ("-not n", "in front of the comparison"),
+        ("from_json('\"a\\\\u0000\"')", "NUL"),
         ("t.constructor", "`t.constructor` is not defined"),
     ] {
         let error = eval(text).expect_err(text);
@@ -149,7 +150,7 @@ fn no_text_is_too_much() {
         format!("{}1", "1 ?? ".repeat(2_000)),
     ] {
         let error = eval(&text).expect_err(&text[..10]);
-        assert!(error.contains("deeper than") || error.contains("more than"), "{}: {error}", &text[..10]);
+        assert!(["deeper than", "more than"].iter().any(|said| error.contains(said)), "{}: {error}", &text[..10]);
     }
     // What grows is bounded by what it may make.
     let mut doubling = String::from("'0123456789abcdef'");
@@ -202,4 +203,37 @@ proptest! {
             prop_assert_eq!(holds("+"), Ok(json!(sum)));
         }
     }
+}
+
+/// What the parser lets pass, every thread can carry, and in bounded time.
+#[test]
+fn what_is_allowed_is_evaluated_on_a_small_stack() {
+    let large = json!({"x": "y".repeat(1_000_000), "n": 1, "t": "a"});
+    let texts = [
+        vec!["1"; 127].join(" + "),
+        format!("t{}", " | upper".repeat(126)),
+        vec!["n"; 127].join(" ?? "),
+        format!("{}1{}", "(".repeat(60), ")".repeat(60)),
+        format!("{}n", "not ".repeat(60)),
+    ];
+    let run = move || {
+        for text in texts {
+            let expr = parse(&text).expect(&text[..10]);
+            let found = expr.eval(&Names(large.clone()), &mut Budget::default()).map(Cow::into_owned);
+            assert!(found.is_ok(), "{}: {found:?}", &text[..10]);
+            assert_eq!(expr.clone(), expr);
+            let _ = expr.references();
+        }
+        // Reading costs, too; and a list of one large value is refused before it
+        // is made.
+        let much = vec!["len(x)"; 100].join(" + ");
+        assert_eq!(
+            parse(&much).expect("parses").eval(&Names(large.clone()), &mut Budget::default()),
+            Err(EvalError::Long)
+        );
+        let list = format!("[{}]", vec!["x"; 990].join(", "));
+        let made = parse(&list).expect("parses").eval(&Names(large), &mut Budget::default()).map(Cow::into_owned);
+        assert!(matches!(made, Err(EvalError::Large(_))));
+    };
+    std::thread::Builder::new().stack_size(2 * 1024 * 1024).spawn(run).expect("a thread").join().expect("no overflow");
 }
