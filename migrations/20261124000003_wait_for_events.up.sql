@@ -13,7 +13,7 @@ create table signals (
     primary key (company_id, id)
 );
 create unique index signals_client on signals (company_id, client_id) where client_id is not null;
-create index signals_name on signals (company_id, name, id);
+create index signals_name on signals (company_id, name, received_at, id);
 create index signals_received on signals (received_at);
 
 create table waits (
@@ -31,7 +31,7 @@ create table waits (
     primary key (run_id, step),
     constraint waits_delivered check ((signal_id is null) = (data is null))
 );
-create index waits_open on waits (company_id, name) where signal_id is null;
+create index waits_open on waits (company_id, name, job_id) where signal_id is null;
 
 -- An event counts once for each run.
 create table signals_taken (

@@ -435,7 +435,8 @@ async fn grow(db: &Db, company: CompanyId) {
          select $1, gen_random_uuid(), gen_random_uuid(), 0, -1, 'approved', '', '', '', '{}', '', now(), now()
          from generate_series(1, $2)",
         "insert into signals (company_id, id, name, data, received_at)
-         select $1, gen_random_uuid(), 'other', '{}', now() from generate_series(1, $2)",
+         select $1, gen_random_uuid(), case n % 2 when 0 then 'go' else 'other' end, '{}', now() - interval '1 hour'
+         from generate_series(1, $2) n",
         "insert into signals_taken (company_id, run_id, signal_id)
          select $1, gen_random_uuid(), gen_random_uuid() from generate_series(1, $2)",
         // Of runs that are no more; a company's own id marks them.

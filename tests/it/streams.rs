@@ -102,10 +102,12 @@ async fn no_event_is_skipped_or_repeated_across_reconnects() {
     let each = setting("CAPX_STREAM_EVENTS", 2_000).div_ceil(writers);
     let path = format!("/v1/companies/{company}/activity?stream=true&type=task");
     let (connected, resumed) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let ended = Arc::new(AtomicUsize::new(0));
     let reading: Vec<_> = (0..readers)
         .map(|n| {
             let (apis, path) = (Arc::clone(&apis), path.clone());
             let (connected, resumed) = (Arc::clone(&connected), Arc::clone(&resumed));
+            let ended = Arc::clone(&ended);
             tokio::spawn(async move {
                 let mut random = Seeded(n as u64);
                 let mut seen: Vec<String> = Vec::new();
@@ -122,7 +124,10 @@ async fn no_event_is_skipped_or_repeated_across_reconnects() {
                     for _ in 0..1 + random.below(300) {
                         // A process that cannot read the log for a while lets its
                         // streams go, and they come back.
-                        let Some((id, ..)) = stream.event().await else { break };
+                        let Some((id, ..)) = stream.event().await else {
+                            ended.fetch_add(1, Ordering::Relaxed);
+                            break;
+                        };
                         last = Some(id.clone());
                         seen.push(id);
                         if seen.len() == writers * each {
@@ -159,7 +164,10 @@ async fn no_event_is_skipped_or_repeated_across_reconnects() {
         // Nor in another order for anybody.
         assert!(first.get_or_insert_with(|| seen.clone()) == &seen);
     }
-    assert!(resumed.load(Ordering::Relaxed) >= readers, "nobody came back");
+    let (resumed, ended) = (resumed.load(Ordering::Relaxed), ended.load(Ordering::Relaxed));
+    assert!(resumed >= readers, "nobody came back");
+    // Which is the exception.
+    assert!(ended * 10 <= resumed, "{ended} of {resumed} streams ended by themselves");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,6 +5,7 @@
 //! the database refuses is committed one by one, so that a bad outcome harms
 //! only its own run, and that one fails with the reason.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -35,6 +36,8 @@ use crate::store::{StoreError, approvals, jobs, signals, steps};
 /// again, and for how long, so that others get their turn.
 const CHAIN_STEPS_MAX: u32 = 16;
 const CHAIN_TIME_MAX: Duration = Duration::from_secs(1);
+/// So much of what a run went past is told with a step's end.
+const TOLD_MAX: usize = 50;
 /// A pause is one, however short.
 const SLEEP_MIN: Duration = Duration::from_millis(1);
 
@@ -71,7 +74,7 @@ pub struct Decided {
     /// Under the attempt's lease.
     pub commit: StepCommit,
     /// What the run went past, and where it waits.
-    pub passed: Vec<Passing>,
+    pub passed: Passing,
     /// The event that the run waits for.
     pub wait: Option<NewWait>,
     /// The gate that the run has come to.
@@ -235,7 +238,7 @@ fn unstorable(decided: Decided, error: &StoreError) -> Decided {
             events: vec![Event::new(PLAYBOOK_FAILED, json!({"error": error}))],
             ..commit
         },
-        passed: Vec::new(),
+        passed: Passing::default(),
         wait: None,
         approval: None,
         letter: Some(letter),
@@ -406,7 +409,11 @@ impl Facts {
         Some(StepChange {
             status,
             agent: self.agent,
-            attempt: self.job.attempt,
+            // Of a `goto` it is how often it has jumped.
+            attempt: match self.step()?.kind {
+                StepKind::Goto { .. } => self.jumps(),
+                _ => self.job.attempt,
+            },
             output: if status == StepStatus::Completed { self.output.clone() } else { None },
             error: self.failure().map(|_| self.error_json().to_string()),
             took: self.took,
@@ -434,13 +441,19 @@ impl Facts {
     }
 
     fn plain(self, commit: StepCommit) -> Decided {
-        Decided { commit, passed: Vec::new(), wait: None, approval: None, letter: None, next: None }
+        Decided { commit, passed: Passing::default(), wait: None, approval: None, letter: None, next: None }
+    }
+
+    fn jumps(&self) -> i32 {
+        let at = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        let jumps = self.work.context.jumps.get(&at).copied().unwrap_or(0);
+        i32::try_from(jumps).unwrap_or(i32::MAX)
     }
 
     /// The step has done with waiting for an event, if it did.
-    fn waited(&self) -> Option<Passing> {
+    fn waited(&self) -> Option<i32> {
         let waits = matches!(self.step()?.kind, StepKind::WaitFor(_));
-        waits.then_some(Passing::Received(self.job.step))
+        waits.then_some(self.job.step)
     }
 
     fn next_job(&self, held: bool, kind: &'static str, next: usize, delay: Duration, attempt: i32) -> NextJob {
@@ -455,9 +468,9 @@ impl Facts {
     /// of the step, and written beside it.
     fn go_on(self, walk: Walk, ended: StepStatus) -> Decided {
         let mut passed = passing(&walk.passed);
-        passed.extend(self.waited());
+        passed.received = self.waited();
         if let Next::Sleep { step, .. } = walk.next {
-            passed.push(Passing::Waiting(place(step)));
+            passed.waiting = Some(place(step));
         }
         let events = self.ended_events(ended, &walk.passed);
         let checkpoint = self.checkpoint(ended);
@@ -492,7 +505,7 @@ impl Facts {
             ..self.job
         };
         let next = Some((next_job, self.work));
-        Decided { commit, passed: Vec::new(), wait: None, approval: None, letter: None, next }
+        Decided { commit, passed: Passing::default(), wait: None, approval: None, letter: None, next }
     }
 
     /// The run holds nothing while it waits, but for the one job that ends the
@@ -520,7 +533,7 @@ impl Facts {
 
     /// The next step is a pause: its job is due when that is over.
     fn sleep(self, step: usize, delay: Duration, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
-        let job = self.next_job(false, kind::STEP, step, delay.max(SLEEP_MIN), 0);
+        let job = self.next_job(false, kind::TIMER, step, delay.max(SLEEP_MIN), 0);
         let waiting = sleeping(&self.work.context, step);
         self.suspend(job, &waiting, checkpoint, events)
     }
@@ -547,7 +560,9 @@ impl Facts {
         let job = self.next_job(false, kind::STEP, step, delay, attempt);
         let events = vec![self.failed_event(Some(delay))];
         let commit = self.commit(Some(job), RunChange::default(), self.checkpoint(StepStatus::Waiting), events);
-        self.plain(commit)
+        // One that waits for an event begins to wait anew.
+        let passed = Passing { received: self.waited(), ..Passing::default() };
+        Decided { passed, ..self.plain(commit) }
     }
 
     fn fail(self, reason: DeadReason) -> Decided {
@@ -559,7 +574,7 @@ impl Facts {
         let letter = NewDeadLetter {
             company: self.job.company,
             queue: self.job.queue.clone(),
-            kind: self.job.kind.clone(),
+            kind: kind::STEP.to_owned(),
             ref_id: self.job.ref_id,
             step: self.job.step,
             reason: reason.as_str(),
@@ -567,7 +582,7 @@ impl Facts {
             crash_count: i32::from(self.job.crash_count),
             error,
         };
-        let passed = self.waited().into_iter().collect();
+        let passed = Passing { received: self.waited(), ..Passing::default() };
         Decided { passed, letter: Some(letter), ..self.plain(commit) }
     }
 
@@ -575,7 +590,7 @@ impl Facts {
     /// ready by whoever brings the event.
     fn park(self, event: String, matching: Value, timeout: Duration) -> Decided {
         let step = usize::try_from(self.job.step).unwrap_or(usize::MAX);
-        let job = self.next_job(false, kind::STEP, step, timeout.max(SLEEP_MIN), (self.job.attempt - 1).max(0));
+        let job = self.next_job(false, kind::TIMER, step, timeout.max(SLEEP_MIN), (self.job.attempt - 1).max(0));
         let waiting = json!([{"type": "event", "id": event}]);
         let wait = NewWait {
             company: self.job.company,
@@ -585,7 +600,7 @@ impl Facts {
             name: event,
             matching,
         };
-        let passed = vec![Passing::Waiting(self.job.step)];
+        let passed = Passing { waiting: Some(self.job.step), ..Passing::default() };
         Decided { wait: Some(wait), passed, ..self.suspend(job, &waiting, None, Vec::new()) }
     }
 
@@ -603,17 +618,32 @@ pub(super) fn sleeping(context: &RunContext, step: usize) -> Value {
     json!([{"type": "timer", "id": context.playbook.steps.get(step).map(|step| step.id.as_str())}])
 }
 
-/// What a run went past, as rows.
-pub(super) fn passing(passed: &[Passed]) -> Vec<Passing> {
-    let rows = passed.iter().map(|passed| match passed {
-        Passed::Skipped(step) => Passing::Skipped(place(*step)),
-        Passed::Jumped { step, target, jumps } => Passing::Jumped {
-            step: place(*step),
-            target: place(*target),
-            jumps: i32::try_from(*jumps).unwrap_or(i32::MAX),
-        },
-    });
-    rows.collect()
+/// What a run went past, as rows: the last word about each step.
+pub(super) fn passing(passed: &[Passed]) -> Passing {
+    let mut skipped = BTreeSet::new();
+    let mut again = BTreeSet::new();
+    let mut jumped = BTreeMap::new();
+    for passed in passed {
+        match passed {
+            Passed::Skipped(step) => {
+                again.remove(step);
+                skipped.insert(*step);
+            }
+            Passed::Jumped { step, target, jumps } => {
+                again.extend(*target..*step);
+                skipped.retain(|skipped| !(target..step).contains(&skipped));
+                jumped.insert(*step, i32::try_from(*jumps).unwrap_or(i32::MAX));
+            }
+        }
+    }
+    // How often a jump was taken stays with it.
+    again.retain(|step| !jumped.contains_key(step));
+    Passing {
+        skipped: skipped.into_iter().map(place).collect(),
+        jumped: jumped.into_iter().map(|(step, jumps)| (place(step), jumps)).collect(),
+        again: again.into_iter().map(place).collect(),
+        ..Passing::default()
+    }
 }
 
 /// What a run went past, as events tell it.
@@ -623,7 +653,8 @@ pub(super) fn told(context: &RunContext, passed: &[Passed]) -> Option<Value> {
         Passed::Skipped(step) => json!({"skipped": id(step)}),
         Passed::Jumped { target, jumps, .. } => json!({"back_to": id(target), "jumps": jumps}),
     });
-    (!passed.is_empty()).then(|| told.collect())
+    // Enough to see what it was; the steps say the rest.
+    (!passed.is_empty()).then(|| told.take(TOLD_MAX).collect())
 }
 
 pub(super) fn place(step: usize) -> i32 {

@@ -25,7 +25,7 @@ pub async fn cancel_run(tx: &mut PgConnection, company: CompanyId, run: RunId, b
         let resolved = Event::new(APPROVAL_RESOLVED, json!({"approval_id": gate, "decision": "cancelled", "by": by}));
         events::append_to_run(&mut *tx, company, run, &resolved).await?;
     }
-    signals::forget(tx, run, None).await?;
+    signals::forget(tx, company, run, None).await?;
     let cancelled = Event::new(PLAYBOOK_CANCELLED, json!({"by": by}));
     events::append_to_run(&mut *tx, company, run, &cancelled).await?;
     runs::end_by_hand(tx, company, run, RunStatus::Cancelled).await?;

@@ -222,7 +222,8 @@ pub async fn claim(
 /// Loads what claimed jobs need, set-based; gives them back with the error
 /// when it cannot.
 pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claimed>, (EngineError, Vec<ClaimedJob>)> {
-    let steps: Vec<&ClaimedJob> = claimed.iter().filter(|job| job.kind == kind::STEP).collect();
+    let is_step = |job: &&ClaimedJob| [kind::STEP, kind::TIMER].contains(&job.kind.as_str());
+    let steps: Vec<&ClaimedJob> = claimed.iter().filter(is_step).collect();
     let mut works: HashMap<i64, Work> = HashMap::new();
     if !steps.is_empty() {
         works = match load_steps(engine, &steps).await {
@@ -234,7 +235,7 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
         .into_iter()
         .map(|job| {
             let work = match job.kind.as_str() {
-                kind::STEP => works.remove(&job.lease.job).unwrap_or(Work::Stale),
+                kind::STEP | kind::TIMER => works.remove(&job.lease.job).unwrap_or(Work::Stale),
                 kind::GATE_TIMEOUT => Work::GateTimeout,
                 kind::PROVISION => Work::Provision,
                 kind::HEARTBEAT => Work::Heartbeat,
@@ -339,8 +340,9 @@ async fn load_states(engine: &Engine, contexts: &mut HashMap<Uuid, RunContext>) 
             Some(StepKind::Goto { .. }) => {
                 context.jumps.insert(step, u32::try_from(row.attempt).unwrap_or(0));
             }
-            Some(_) if row.status == StepStatus::Failed.as_str() => {
-                context.failures.insert(step, row.error.unwrap_or_default());
+            // In a loop, why it failed the time before stays until it is done.
+            Some(_) if row.status != StepStatus::Completed.as_str() => {
+                context.failures.extend(row.error.map(|error| (step, error)));
             }
             _ => {}
         }

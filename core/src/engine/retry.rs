@@ -49,8 +49,9 @@ pub async fn retry_run(
         .await?
         .ok_or_else(|| EngineError::Conflict("the run failed at no step; replay it".into()))?;
     let plan = start::plan_of(engine, &mut *tx, company, row.version).await?;
+    start::may_run(&plan)?;
     let planned = plan.steps.get(usize::try_from(step).unwrap_or(usize::MAX));
-    let refused = approvals::latest_of(tx, run, step).await?.filter(|(_, status)| status != "approved");
+    let refused = approvals::latest_of(tx, company, run, step).await?.filter(|(_, status)| status != "approved");
     let gate = refused.map(|(old, _)| (old, ApprovalId::new()));
     let patience = planned.and_then(|step| step.approval.as_ref()).map_or(Duration::ZERO, |gate| gate.timeout);
     let waiting = gate.map(|(_, id)| waiting_on(id));
@@ -107,6 +108,7 @@ pub async fn replay_run(
     let old = runs::get(&mut *tx, company, replay.of).await?.filter(|old| old.playbook == playbook);
     let old = old.ok_or(EngineError::NotFound("run"))?;
     let plan = start::plan_of(engine, &mut *tx, company, old.version).await?;
+    start::may_run(&plan)?;
     let from = place(&plan, replay.from.as_ref())?;
     let done = runs::steps(&mut *tx, company, replay.of).await?;
     let Before { outputs, failures, kept } = before(&plan, &done, from)?;

@@ -7,7 +7,7 @@ use super::{Engine, EngineError};
 use crate::domain::event::{EVENT_RECEIVED, Event};
 use crate::domain::ids::{CompanyId, RunId, SignalId};
 use crate::store::jobs::{NewJob, kind, queue};
-use crate::store::signals::{self, DELIVERED_MAX, NewSignal, SignalRow};
+use crate::store::signals::{self, NewSignal, SignalRow};
 use crate::store::{events, jobs, runs};
 
 /// An event to be sent.
@@ -31,13 +31,18 @@ pub async fn send(
     company: CompanyId,
     send: &Send<'_>,
 ) -> Result<(SignalRow, bool), EngineError> {
+    signals::lock(tx, company, send.name).await?;
+    if let Some(client_id) = send.client_id
+        && let Some(known) = signals::by_client_id(tx, company, client_id).await?
+    {
+        return the_same(known, send).map(|known| (known, false));
+    }
     if let Some(run) = send.run {
         let row = runs::get(&mut *tx, company, run).await?.ok_or(EngineError::NotFound("run"))?;
         if row.status.is_terminal() {
             return Err(EngineError::Conflict(format!("the run has {} already", row.status.as_str())));
         }
     }
-    signals::lock(tx, company, send.name).await?;
     let new = NewSignal {
         signal: SignalId::new(),
         company,
@@ -48,7 +53,7 @@ pub async fn send(
     };
     let Some(row) = signals::insert(tx, &new).await? else {
         let known = signals::by_client_id(tx, company, send.client_id.unwrap_or_default()).await?;
-        return Ok((known.ok_or(EngineError::NotFound("event"))?, false));
+        return the_same(known.ok_or(EngineError::NotFound("event"))?, send).map(|known| (known, false));
     };
     let told = json!({"signal_id": new.signal, "name": send.name, "run_id": send.run});
     events::append(&mut *tx, company, &[Event::new(EVENT_RECEIVED, told)]).await?;
@@ -57,11 +62,23 @@ pub async fn send(
     Ok((row, true))
 }
 
-/// Hands an event to some of those that wait for it; true when there may be more.
-pub async fn deliver(engine: &Engine, company: CompanyId, signal: SignalId) -> Result<bool, EngineError> {
-    let delivered = signals::deliver(&engine.pool, company, signal).await?;
-    if delivered > 0 {
-        engine.waker.wake();
+/// An id stands for one event.
+fn the_same(known: SignalRow, send: &Send<'_>) -> Result<SignalRow, EngineError> {
+    if known.name != send.name || known.run_id.map(RunId) != send.run {
+        return Err(EngineError::Conflict("this `id` was used for another event; use a new one for each".into()));
     }
-    Ok(delivered == DELIVERED_MAX as usize)
+    Ok(known)
+}
+
+/// Hands an event to all who wait for it.
+pub async fn deliver(engine: &Engine, company: CompanyId, signal: SignalId) -> Result<(), EngineError> {
+    let mut after = Some(0);
+    while let Some(job) = after {
+        let delivered = signals::deliver(&engine.pool, company, signal, job).await?;
+        if delivered.woken > 0 {
+            engine.waker.wake();
+        }
+        after = delivered.more;
+    }
+    Ok(())
 }

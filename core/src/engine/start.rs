@@ -93,9 +93,7 @@ pub async fn decide(
 ) -> Result<Prepared, EngineError> {
     let version = may_start(&mut *connection, account, company, playbook).await?;
     let plan = plan_of(engine, connection, company, version).await?;
-    if let Some(reason) = &plan.unreadable {
-        return Err(EngineError::Conflict(format!("{reason}; send a corrected version")));
-    }
+    may_run(&plan)?;
     let params = checked_params(&plan, params)?;
     Ok(prepare((company, playbook, version), plan, params, trigger, Beginning::default()))
 }
@@ -161,6 +159,14 @@ pub(super) async fn plan_of(
         .ok_or_else(|| EngineError::Store(StoreError::Unreadable(format!("no version {version}"))))
 }
 
+/// A stored text that this version cannot read any more cannot be run.
+pub(super) fn may_run(plan: &Playbook) -> Result<(), EngineError> {
+    match &plan.unreadable {
+        Some(reason) => Err(EngineError::Conflict(format!("{reason}; send a corrected version"))),
+        None => Ok(()),
+    }
+}
+
 pub(super) fn checked_params(plan: &Playbook, params: Map<String, Value>) -> Result<Value, EngineError> {
     let params = inputs::resolve(plan, params).map_err(|problems| {
         let fields = problems.into_iter().map(|p| FieldProblem::new(format!("params.{}", p.name), p.message));
@@ -193,7 +199,7 @@ pub(super) fn group_commit(pool: PgPool, waker: Waker) -> Starts {
 pub struct Prepared {
     run: NewRun,
     context: RunContext,
-    passed: Vec<Passing>,
+    passed: Passing,
     gate: Option<(ApprovalId, crate::domain::plan::Gate)>,
 }
 
@@ -259,7 +265,7 @@ pub(super) fn prepare(
     let mut events = vec![Event::new(PLAYBOOK_STARTED, started)];
     let waits = match &walk.next {
         Next::Sleep { step, .. } => {
-            passed.push(Passing::Waiting(place(*step)));
+            passed.waiting = Some(place(*step));
             Some(sleeping(&context, *step))
         }
         _ => None,
@@ -287,10 +293,14 @@ pub(super) fn prepare(
         status: if waits.is_some() { RunStatus::Suspended } else { RunStatus::Running },
         trigger,
         params: text,
-        waiting_on: waits.map(|waiting| waiting.to_string()),
+        waiting_on: waits.as_ref().map(Value::to_string),
         first_step: place(first),
         replay_of: beginning.replay_of,
-        job_kind: if gate.is_some() { kind::GATE_TIMEOUT } else { kind::STEP },
+        job_kind: match (&gate, waits.is_some()) {
+            (Some(_), _) => kind::GATE_TIMEOUT,
+            (None, true) => kind::TIMER,
+            (None, false) => kind::STEP,
+        },
         delay,
         timeout,
         events,

@@ -274,13 +274,16 @@ pub async fn pending_of(
 /// The last gate before a step, whatever became of it.
 pub async fn latest_of(
     tx: &mut PgConnection,
+    company: CompanyId,
     run: RunId,
     step: i32,
 ) -> Result<Option<(ApprovalId, String)>, StoreError> {
     let row = sqlx::query!(
-        "select id, status from approvals where run_id = $1 and step = $2 order by id desc limit 1",
+        "select id, status from approvals where run_id = $1 and step = $2 and company_id = $3
+         order by id desc limit 1",
         run.0,
         step,
+        company.0,
     )
     .fetch_optional(tx)
     .await?;

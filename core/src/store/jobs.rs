@@ -15,6 +15,8 @@ use crate::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 pub mod kind {
     /// A step of a run.
     pub const STEP: &str = "step";
+    /// A step whose run is suspended until the job is due, or made so.
+    pub const TIMER: &str = "timer";
     /// The end of a gate's time.
     pub const GATE_TIMEOUT: &str = "gate_timeout";
     /// A company's agents get ready.

@@ -493,7 +493,7 @@ pub async fn steps(
 /// The live job of a run: what it is doing or waiting for right now.
 #[derive(Debug, Clone)]
 pub struct JobRow {
-    /// `step` or `gate_timeout`.
+    /// `step`, `timer` or `gate_timeout`.
     pub kind: String,
     /// The step it is about.
     pub step: i32,

@@ -120,9 +120,11 @@ pub async fn park(tx: &mut PgConnection, wait: &NewWait) -> Result<bool, StoreEr
                cross join lateral (
                    select * from signals s
                    where s.company_id = $1 and s.name = $5 and s.received_at >= r.started_at
-                       and (s.run_id is null or s.run_id = $2) and s.data @> $6
+                       and (s.run_id is null or s.run_id = $2)
+                       -- Nothing asked for is found in anything, not in maps alone.
+                       and ($6::jsonb = '{}' or s.data @> $6)
                        and not exists (select from signals_taken t where t.run_id = $2 and t.signal_id = s.id)
-                   order by s.id limit 1
+                   order by s.received_at, s.id limit 1
                ) s
            ),
            wait as (
@@ -154,12 +156,21 @@ pub async fn park(tx: &mut PgConnection, wait: &NewWait) -> Result<bool, StoreEr
 /// Runs that one delivery wakes.
 pub const DELIVERED_MAX: i64 = 500;
 
+/// What became of a delivery.
+#[derive(Debug, Clone, Copy)]
+pub struct Delivered {
+    /// Runs that go on.
+    pub woken: i64,
+    /// There may be more whose jobs come after this one.
+    pub more: Option<i64>,
+}
+
 /// Hands an event to some of the runs that wait for it, each under its job's
-/// lock; says to how many. None: all have it.
-pub async fn deliver(pool: &PgPool, company: CompanyId, signal: SignalId) -> Result<usize, StoreError> {
+/// lock: to those whose jobs come after one.
+pub async fn deliver(pool: &PgPool, company: CompanyId, signal: SignalId, after: i64) -> Result<Delivered, StoreError> {
     let mut tx = pool.begin().await?;
     // An attempt that finds the time over at this moment has lost its lease.
-    let delivered = sqlx::query_scalar!(
+    let delivered = sqlx::query!(
         r#"with signal as (
                select id, run_id, name, data, received_at from signals where company_id = $1 and id = $2
            ),
@@ -169,7 +180,8 @@ pub async fn deliver(pool: &PgPool, company: CompanyId, signal: SignalId) -> Res
                cross join lateral (
                    select * from waits w
                    where w.company_id = $1 and w.name = s.name and w.signal_id is null
-                       and (s.run_id is null or s.run_id = w.run_id) and s.data @> w.match offset 0
+                       and w.job_id > $4 and (s.run_id is null or s.run_id = w.run_id)
+                       and (w.match = '{}' or s.data @> w.match) offset 0
                ) w
                -- The job may come late: a run that began since knows nothing of it.
                cross join lateral (
@@ -189,38 +201,43 @@ pub async fn deliver(pool: &PgPool, company: CompanyId, signal: SignalId) -> Res
                    for update
                ) j
            ),
+           -- What waits now may be another wait than was seen: it has looked itself.
+           wait as (
+               update waits w set signal_id = d.id, data = d.data
+               from (select held.*, s.id, s.data, s.name from held cross join signal s) d
+               -- Asked by its data, so that no index of open waits is walked for it.
+               where w.run_id = any (array[d.run_id]) and w.step = any (array[d.step]) and w.data is null
+                   and w.job_id = d.job_id and w.name = d.name
+               returning w.run_id, w.job_id
+           ),
            job as (
                update jobs j
                set state = 'ready', due_at = now(), lease_epoch = j.lease_epoch + 1, attempt = 0, crash_count = 0,
                    session_id = null, deadline_at = null
-               from held
-               where j.id = any (array[held.job_id])
-               returning held.run_id, held.step
-           ),
-           wait as (
-               update waits w set signal_id = d.id, data = d.data
-               from (select job.run_id, job.step, s.id, s.data from job cross join signal s) d
-               -- Asked by its data, so that no index of open waits is walked for it.
-               where w.run_id = any (array[d.run_id]) and w.step = any (array[d.step]) and w.data is null
-               returning w.run_id
+               from wait
+               where j.id = any (array[wait.job_id])
            ),
            stale as (
                -- What waits with no job waits no more.
                delete from waits w using open
                where w.run_id = any (array[open.run_id]) and w.step = any (array[open.step])
                    and not exists (select from jobs j where j.id = open.job_id)
+           ),
+           taken as (
+               insert into signals_taken (company_id, run_id, signal_id) select $1, wait.run_id, $2 from wait
            )
-           insert into signals_taken (company_id, run_id, signal_id)
-           select $1, wait.run_id, $2 from wait
-           returning run_id"#,
+           select count(*) as "open!", coalesce(max(job_id), 0) as "last!", (select count(*) from wait) as "woken!"
+           from open"#,
         company.0,
         signal.0,
         DELIVERED_MAX,
+        after,
     )
-    .fetch_all(&mut *tx)
+    .fetch_one(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok(delivered.len())
+    let more = delivered.open == DELIVERED_MAX;
+    Ok(Delivered { woken: delivered.woken, more: more.then_some(delivered.last) })
 }
 
 /// How a wait stands.
@@ -248,10 +265,20 @@ pub async fn of_runs(pool: &PgPool, runs: &[Uuid]) -> Result<Vec<WaitRow>, Store
 }
 
 /// A run waits no more, at one step or at all.
-pub async fn forget(tx: &mut PgConnection, run: RunId, step: Option<i32>) -> Result<(), StoreError> {
-    sqlx::query!("delete from waits where run_id = $1 and ($2::integer is null or step = $2)", run.0, step)
-        .execute(tx)
-        .await?;
+pub async fn forget(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    step: Option<i32>,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "delete from waits where run_id = $1 and company_id is not distinct from $2 and ($3::integer is null or step = $3)",
+        run.0,
+        company.0,
+        step,
+    )
+    .execute(tx)
+    .await?;
     Ok(())
 }
 

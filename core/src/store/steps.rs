@@ -206,67 +206,69 @@ pub struct StepChange {
     pub took: Duration,
 }
 
-/// What a run goes past, and where it waits.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Passing {
-    /// A step that is left out.
-    Skipped(i32),
-    /// A `goto` that has jumped.
-    Jumped {
-        /// The `goto`.
-        step: i32,
-        /// Where to.
-        target: i32,
-        /// How often so far.
-        jumps: i32,
-    },
+/// What becomes of the rows of steps that a run goes past or comes to wait at.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Passing {
+    /// Steps that are left out: they say nothing any more.
+    pub skipped: Vec<i32>,
+    /// Each `goto` that has jumped, and how often so far.
+    pub jumped: Vec<(i32, i32)>,
+    /// Steps that are to be done again; what they said stays until they are.
+    pub again: Vec<i32>,
     /// A step that waits for its time, or an event.
-    Waiting(i32),
+    pub waiting: Option<i32>,
     /// A step that waits for an event no more.
-    Received(i32),
+    pub received: Option<i32>,
 }
 
-/// Writes what a run goes past, in order, in the transaction that moves it.
-pub async fn pass(tx: &mut PgConnection, company: CompanyId, run: RunId, passed: &[Passing]) -> Result<(), StoreError> {
-    for passing in passed {
-        let (step, status, attempt) = match passing {
-            Passing::Skipped(step) => (*step, StepStatus::Skipped, 0),
-            Passing::Jumped { step, jumps, .. } => (*step, StepStatus::Completed, *jumps),
-            Passing::Waiting(step) => (*step, StepStatus::Waiting, 0),
-            Passing::Received(step) => {
-                signals::forget(tx, run, Some(*step)).await?;
-                continue;
-            }
-        };
+impl Passing {
+    /// Whether there is nothing to write.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Writes what a run goes past, in the transaction that moves it.
+pub async fn pass(tx: &mut PgConnection, company: CompanyId, run: RunId, passed: &Passing) -> Result<(), StoreError> {
+    if let Some(step) = passed.received {
+        signals::forget(tx, company, run, Some(step)).await?;
+    }
+    if !passed.again.is_empty() {
         sqlx::query!(
-            "insert into run_steps as s (company_id, run_id, step, status, attempt, started_at, ended_at)
-             values ($1, $2, $3, $4, $5, clock_timestamp(), case when $4 <> 'waiting' then clock_timestamp() end)
-             on conflict (company_id, run_id, step) do update
-             set status = excluded.status, attempt = excluded.attempt, output = null, error = null,
-                 started_at = excluded.started_at, ended_at = excluded.ended_at",
+            "update run_steps set status = 'pending', ended_at = null
+             where company_id = $1 and run_id = $2 and step = any ($3) and status in ('completed', 'failed', 'skipped')",
             company.0,
             run.0,
-            step,
-            status.as_str(),
-            attempt,
+            &passed.again,
         )
         .execute(&mut *tx)
         .await?;
-        if let Passing::Jumped { step, target, .. } = passing {
-            // They are to be done again; what they said stays until they are.
-            sqlx::query!(
-                "update run_steps set status = 'pending', ended_at = null
-                 where company_id = $1 and run_id = $2 and step >= $3 and step < $4
-                     and status in ('completed', 'failed', 'skipped')",
-                company.0,
-                run.0,
-                target,
-                step,
-            )
-            .execute(&mut *tx)
-            .await?;
-        }
     }
+    let skipped = passed.skipped.iter().map(|step| (*step, StepStatus::Skipped, 0));
+    let jumped = passed.jumped.iter().map(|(step, jumps)| (*step, StepStatus::Completed, *jumps));
+    let waiting = passed.waiting.iter().map(|step| (*step, StepStatus::Waiting, 0));
+    let rows: Vec<_> = skipped.chain(jumped).chain(waiting).collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        "insert into run_steps as s (company_id, run_id, step, status, attempt, started_at, ended_at)
+         select $1, $2, p.step, p.status, p.attempt, clock_timestamp(),
+             case when p.status <> 'waiting' then clock_timestamp() end
+         from unnest($3::integer[], $4::text[], $5::integer[]) as p (step, status, attempt)
+         on conflict (company_id, run_id, step) do update
+         set status = excluded.status, attempt = excluded.attempt, started_at = excluded.started_at,
+             ended_at = excluded.ended_at,
+             output = case when excluded.status <> 'skipped' then s.output end,
+             error = case when excluded.status <> 'skipped' then s.error end",
+        company.0,
+        run.0,
+        &rows.iter().map(|(step, ..)| *step).collect::<Vec<_>>(),
+        &rows.iter().map(|(_, status, _)| status.as_str().to_owned()).collect::<Vec<_>>(),
+        &rows.iter().map(|(.., attempt)| *attempt).collect::<Vec<_>>(),
+    )
+    .execute(tx)
+    .await?;
     Ok(())
 }
 

@@ -528,7 +528,7 @@ async fn waiting_on(
             Some("event") => "event",
             _ => continue,
         };
-        let job = job.filter(|job| job.kind == "step");
+        let job = job.filter(|job| job.kind == "timer");
         let step = job.and_then(|job| steps.iter().find(|step| step.step == job.step));
         if let Some(since) = step.and_then(|step| step.started_at) {
             waiting.push(Waiting {
@@ -551,7 +551,8 @@ fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], job: Option<&JobRo
     steps
         .map(|(index, step)| {
             let row = rows.iter().find(|row| usize::try_from(row.step) == Ok(index));
-            let job = job.filter(|job| job.kind == "step" && usize::try_from(job.step) == Ok(index));
+            let job = job
+                .filter(|job| ["step", "timer"].contains(&job.kind.as_str()) && usize::try_from(job.step) == Ok(index));
             RunStep {
                 index,
                 id: step.id.clone(),

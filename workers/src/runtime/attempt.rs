@@ -205,8 +205,7 @@ async fn heartbeat(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
 async fn signal(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
     let Some(signal) = job.ref_id else { return PlainOutcome::Done };
     match signals::deliver(&shared.engine, job.company, SignalId(signal)).await {
-        Ok(true) => PlainOutcome::Again { delay: Duration::ZERO, charged: false },
-        Ok(false) => PlainOutcome::Done,
+        Ok(()) => PlainOutcome::Done,
         Err(error) => {
             tracing::warn!(%error, signal.id = %SignalId(signal), "an event waits");
             PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }

@@ -176,6 +176,27 @@ fn a_failure_may_lead_to_a_later_step() {
 }
 
 #[test]
+fn a_loop_in_which_nothing_is_done_goes_round_once() {
+    let yaml = "name: x\nsteps:\n  - {id: a, action: transform, if: false}\n  - {goto: a, max_retries: 4900}\n  - {id: b, action: transform}\n";
+    let mut run = context(yaml, json!({}));
+    let walk = run.walk(0);
+    let back = Passed::Jumped { step: 1, target: 0, jumps: 1 };
+    assert_eq!(walk, Walk { passed: vec![Passed::Skipped(0), back, Passed::Skipped(0)], next: Next::Step(2) });
+}
+
+#[test]
+fn a_jump_that_is_left_out_keeps_its_count() {
+    let yaml = "name: x\nsteps:\n  - {id: a, role: w, action: t, on_failure: end}\n  - {id: b, role: w, action: t}\n  - {goto: b, max_retries: 3}\n  - {id: end, role: w, action: t}\n";
+    let mut run = context(yaml, json!({}));
+    run.jumps.insert(2, 3);
+    run.outputs.insert(1, json!("old"));
+    let failed = Outcome::failed(Failure::invalid("x"));
+    let past = Walk { passed: vec![Passed::Skipped(1)], next: Next::Step(3) };
+    assert_eq!(run.decide(0, 1, &failed, 0.0), Decision::GoPast(past));
+    assert_eq!((run.round(), run.outputs.get(&1)), (3, None));
+}
+
+#[test]
 fn what_gives_no_value_is_tried_and_says_why() {
     let yaml =
         "name: x\nsteps:\n  - {id: a, action: transform, if: inputs.n > 3}\n  - {id: s, sleep: '${inputs.pause}'}\n";

@@ -3,6 +3,7 @@
 //! `id`/`name`, `role`/`agent`, `action`/`tool`, `params`/`with`.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
@@ -41,6 +42,9 @@ const TOP_KEYS_LATER: &[&str] =
 /// The tools that run without an agent's model.
 pub const TOOLS: &[&str] = &["http.request", "file.read", "file.write", "transform"];
 
+/// How many problems of a playbook are told.
+const PROBLEMS_MAX: usize = 200;
+
 /// Reads and checks a playbook: the model, or every problem at once.
 pub fn load(text: &str) -> Result<Playbook, Vec<Problem>> {
     let root = yaml::read(text).map_err(|problem| vec![problem])?;
@@ -67,17 +71,23 @@ struct Use {
     /// In which step; `None` after the last.
     step: Option<usize>,
     at: Pos,
-    path: String,
+    path: Arc<str>,
     reference: Reference,
 }
 
 impl Loader {
     fn error(&mut self, at: Pos, path: impl Into<String>, message: impl Into<String>) {
-        self.problems.push(Problem::error(at, path, message));
+        self.push(Problem::error(at, path, message));
+    }
+
+    fn push(&mut self, problem: Problem) {
+        if self.problems.len() < PROBLEMS_MAX {
+            self.problems.push(problem);
+        }
     }
 
     fn suggest(&mut self, at: Pos, path: &str, message: String, suggestion: Option<String>) {
-        self.problems.push(Problem::error(at, path, message).suggest(suggestion));
+        self.push(Problem::error(at, path, message).suggest(suggestion));
     }
 
     fn playbook(&mut self, root: &Node) -> Option<Playbook> {
@@ -163,7 +173,7 @@ impl Loader {
 
     /// Remembers what is looked up where, until all steps are known.
     fn note_uses(&mut self, references: Vec<&Reference>, at: Pos, path: &str) {
-        let step = self.step;
+        let (step, path): (_, Arc<str>) = (self.step, path.into());
         let uses = references.into_iter().map(|reference| Use {
             step,
             at,

@@ -54,7 +54,11 @@ fn check(
                     format!("`${{{reference}}}`: there is no step `{name}`")
                 };
                 loader.suggest(at, path, message, did_you_mean(name, ids));
-            } else if nearest(reference.name(2).unwrap_or_default(), ["output"]).is_some() {
+            } else if let Some(field) = reference.name(2)
+                // A field of the output may be called so, and be meant.
+                && field != "outputs"
+                && nearest(field, ["output"]).is_some()
+            {
                 let tail: String =
                     reference.to_string().split('.').skip(3).map(|segment| format!(".{segment}")).collect();
                 loader.suggest(

@@ -128,6 +128,11 @@ pub(super) fn condition(loader: &mut Loader, fields: &Fields<'_>, path: &str) ->
         _ => loader.text(node, &path)?,
     };
     match expr::parse(&text) {
+        Ok(expr) if expr.quotes_a_template() => {
+            let hint = Some("write the path without quotes: steps.review.output == 'approved'".to_owned());
+            loader.suggest(node.at, &path, "text in quotes is text; nothing is put in there".into(), hint);
+            None
+        }
         Ok(expr) => {
             loader.note_uses(expr.references(), node.at, &path);
             Some(expr)

@@ -175,6 +175,7 @@ fn what_leads_nowhere_is_named() {
         ("{action: transform, if: 'steps.zz.output == 1'}", "there is no step `zz`"),
         ("{action: transform, if: 'steps.z.output == 1'}", "does not come before this one"),
         ("{action: transform, if: 'a = 1'}", "write `==`"),
+        ("{action: transform, if: '\"${steps.a.output}\" == \"x\"'}", "text in quotes is text"),
         ("{action: transform, if: [1]}", "expected text, found a list"),
         ("{action: transform, on_failure: contnue}", "did you mean `continue`?"),
         ("{id: b, action: transform, on_failure: a}", "`a` does not come after this step"),
