@@ -10,6 +10,8 @@ use rand::Rng;
 use serde_json::json;
 use sqlx::{PgConnection, PgPool};
 
+use crate::out;
+
 /// The account when none is named.
 const DEFAULT_ACCOUNT: &str = "default";
 
@@ -113,18 +115,15 @@ pub async fn rotate(pool: &PgPool, old: KeyId, keep: bool) -> anyhow::Result<Mad
     Ok(made)
 }
 
-#[expect(clippy::print_stdout, reason = "the command's output")]
 fn show(made: &Made, as_json: bool) {
     if as_json {
-        println!("{}", json!({"id": made.id, "key": made.key}));
+        out::line(json!({"id": made.id, "key": made.key}));
     } else {
-        println!("{}", made.key);
-        println!("id {}; the key is shown this once, keep it safe", made.id);
+        out::line(format_args!("{}\nid {}; the key is shown this once, keep it safe", made.key, made.id));
     }
 }
 
 /// Runs a command.
-#[expect(clippy::print_stdout, reason = "the command's output")]
 pub async fn run(pool: &PgPool, command: KeysCommand) -> anyhow::Result<()> {
     match command {
         KeysCommand::Create { name, account, company, scopes, test, tier, json } => {
@@ -152,7 +151,7 @@ pub async fn run(pool: &PgPool, command: KeysCommand) -> anyhow::Result<()> {
                     .iter()
                     .map(|k| json!({"id": k.key, "name": k.name, "account": k.account, "key": k.hint, "scopes": k.scopes, "revoked": k.revoked}))
                     .collect();
-                println!("{}", serde_json::Value::Array(keys));
+                out::line(serde_json::Value::Array(keys));
                 return Ok(());
             }
             let mut table = comfy_table::Table::new();
@@ -169,14 +168,14 @@ pub async fn run(pool: &PgPool, command: KeysCommand) -> anyhow::Result<()> {
                     state.to_owned(),
                 ]);
             }
-            println!("{table}");
+            out::line(table);
             Ok(())
         }
         KeysCommand::Revoke { id } => {
             if !tenants::revoke_key(pool, id).await? {
                 bail!("there is no active key {id}");
             }
-            println!("revoked {id}");
+            out::line(format_args!("revoked {id}"));
             Ok(())
         }
     }

@@ -5,5 +5,6 @@ pub mod bench;
 pub mod cli;
 pub mod dev;
 pub mod keys;
+pub mod out;
 pub mod serve;
 pub mod telemetry;

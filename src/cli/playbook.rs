@@ -10,6 +10,8 @@ use clap::Subcommand;
 use owo_colors::{OwoColorize, Stream};
 use serde_json::{Value, json};
 
+use crate::out;
+
 /// `capx playbook …`
 #[derive(Debug, Subcommand)]
 pub enum PlaybookCommand {
@@ -41,7 +43,6 @@ struct Checked {
     found: Result<(String, usize), Vec<Problem>>,
 }
 
-#[expect(clippy::print_stdout, reason = "the command's output")]
 fn check(files: &[PathBuf], as_json: bool) -> anyhow::Result<()> {
     let mut checked = Vec::with_capacity(files.len());
     for file in files {
@@ -51,9 +52,9 @@ fn check(files: &[PathBuf], as_json: bool) -> anyhow::Result<()> {
         checked.push(Checked { name, text, found });
     }
     if as_json {
-        println!("{}", Value::Array(checked.iter().map(Checked::to_json).collect()));
+        out::line(Value::Array(checked.iter().map(Checked::to_json).collect()));
     } else {
-        checked.iter().for_each(|checked| print!("{}", checked.told()));
+        checked.iter().for_each(|checked| out::print(checked.told()));
     }
     match checked.iter().filter(|checked| checked.found.is_err()).count() {
         0 => Ok(()),

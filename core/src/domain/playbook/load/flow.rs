@@ -93,6 +93,24 @@ fn event(loader: &mut Loader, node: &Node, path: &str) -> Option<Template> {
     }
 }
 
+/// What only a step that does something has: a guard that would not hold is
+/// refused.
+const OF_WORK: &[&str] = &["role", "agent", "params", "with", "retry", "approval", "adapter", "model", "rubric"];
+
+/// Refuses what a step of another kind does not carry out.
+pub(super) fn only_of_work(loader: &mut Loader, fields: &Fields<'_>, node: &Node, kind: &StepKind, path: &str) {
+    let word = match kind {
+        StepKind::Work => return,
+        StepKind::Goto { .. } => "goto",
+        StepKind::Sleep(_) => "sleep",
+        StepKind::WaitFor(_) => "wait_for",
+    };
+    for key in OF_WORK.iter().filter(|key| fields.has(key)) {
+        let at = fields.get(key).map_or(node.at, |value| value.at);
+        loader.error(at, format!("{path}.{key}"), format!("belongs to a step with an `action`, not to a `{word}`"));
+    }
+}
+
 /// A loop has an end.
 fn jumps_max(loader: &mut Loader, fields: &Fields<'_>, node: &Node, path: &str) -> u32 {
     let path = format!("{path}.max_retries");

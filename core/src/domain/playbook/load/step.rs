@@ -69,6 +69,7 @@ pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut H
         .map(|role| role.strip_prefix("agent.").map(str::to_owned).unwrap_or(role));
     let mut flow = Flow::default();
     let kind = flow::kind(loader, &fields, node, &path, &mut flow);
+    flow::only_of_work(loader, &fields, node, &kind, &path);
     let condition = flow::condition(loader, &fields, &path);
     let on_failure = flow::on_failure(loader, &fields, &path, &mut flow);
     let action_node = fields.one_of(loader, &["action", "tool"]);

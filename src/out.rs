@@ -1,0 +1,15 @@
+//! What a command says on standard output.
+
+use std::fmt::Display;
+use std::io::Write;
+
+/// Prints a text as it is, at once. A reader that has gone, such as `head`, is no
+/// error: nobody wants the rest.
+pub fn print(text: impl Display) {
+    let _ = std::io::stdout().write_all(text.to_string().as_bytes());
+}
+
+/// The same with the end of a line.
+pub fn line(text: impl Display) {
+    print(format_args!("{text}\n"));
+}
