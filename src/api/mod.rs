@@ -106,7 +106,10 @@ pub fn router(mut state: ApiState) -> Router {
     state.document = document(&state).to_string().into();
     let (v1, _) = v1(&state).finish();
     let docs = SwaggerUi::new("/docs").config(Config::from("/v1/openapi.json"));
-    let routes = health_routes().merge(v1).route("/v1/openapi.json", get(openapi::serve)).merge(docs);
+    let routes = health_routes().merge(v1).merge(docs);
+    let routes = routes
+        .route("/v1/openapi.json", get(openapi::serve))
+        .route("/v1/schemas/playbook.json", get(openapi::serve_schema));
     finish(state, routes)
 }
 
@@ -132,7 +135,8 @@ fn v1(state: &ApiState) -> openapi::Routes {
     let routes = routes::run_changes::routes(routes);
     let routes = routes::signals::routes(routes);
     let routes = routes::webhooks::routes(routes);
-    let routes = routes::ops::routes(routes);
+    let routes = routes::fleet::routes(routes);
+    let routes = routes::dead_letters::routes(routes);
     routes::approvals::routes(routes)
 }
 

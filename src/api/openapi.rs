@@ -1,11 +1,12 @@
 //! The document of the API, made from the handlers: what a route adds to it is
 //! added where it is registered, so that document and behaviour are one.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use capx_core::domain::playbook;
 use serde::Serialize;
 use utoipa::openapi::extensions::ExtensionsBuilder;
 use utoipa::openapi::header::HeaderBuilder;
@@ -165,6 +166,12 @@ fn document() -> OpenApi {
 /// The document, as it is served.
 pub(super) async fn serve(State(state): Shared) -> Response {
     ([(CONTENT_TYPE, "application/json")], Arc::clone(&state.document).to_string()).into_response()
+}
+
+/// The schema of playbooks for editors, which have no key.
+pub(super) async fn serve_schema() -> Response {
+    static SCHEMA: LazyLock<String> = LazyLock::new(|| playbook::schema::schema().to_string());
+    ([(CONTENT_TYPE, "application/schema+json")], SCHEMA.as_str()).into_response()
 }
 
 const CURSOR: &str = "`meta.cursor` of the page before.";

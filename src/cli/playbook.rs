@@ -26,12 +26,18 @@ pub enum PlaybookCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Print the JSON Schema of playbooks for editors; needs no server.
+    Schema,
 }
 
 /// Runs a command.
 pub fn run(command: PlaybookCommand) -> anyhow::Result<()> {
     match command {
         PlaybookCommand::Check { files, json } => check(&files, json),
+        PlaybookCommand::Schema => {
+            out::line(serde_json::to_string_pretty(&playbook::schema::schema())?);
+            Ok(())
+        }
     }
 }
 

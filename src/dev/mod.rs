@@ -181,9 +181,10 @@ async fn with_database(
         let worker = serve::worker(url, &worker_args(args), true)?;
         let stop = stop.clone();
         workers.push(tokio::spawn(async move {
-            // One that gives up takes everything down, with its reason.
-            let _down = stop.clone().drop_guard();
-            worker.run(stop).await
+            // One that gives up takes everything down, with its reason; one that an
+            // operator drains does not.
+            let down = stop.clone().drop_guard();
+            worker.run(stop).await.inspect(|()| drop(down.disarm()))
         }));
     }
     let file = DevFile {

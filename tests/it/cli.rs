@@ -115,3 +115,33 @@ fn what_is_wrong_is_said_as_it_was_reviewed() {
     }
     assert!(differ.is_empty(), "{}", differ.join("\n"));
 }
+
+#[test]
+fn the_schema_for_editors_knows_what_the_check_knows_of_shapes() {
+    let printed = capx(&["playbook", "schema"], "");
+    let schema: Value = serde_json::from_slice(&printed.stdout).unwrap();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let yaml = |text: &str| capx_core::domain::playbook::yaml::read(text).map(|node| node.to_json());
+    for entry in std::fs::read_dir("playbooks").unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let errors: Vec<String> =
+            validator.iter_errors(&yaml(&text).unwrap()).map(|e| format!("{}: {e}", e.instance_path())).collect();
+        assert!(errors.is_empty(), "{}: {errors:?}", path.display());
+    }
+    // What is wrong by its shape is wrong in an editor, too.
+    for name in [
+        "key-unknown-step",
+        "key-unknown-top",
+        "key-unknown-retry",
+        "key-unknown-trigger",
+        "params-a-list",
+        "timeout-a-number",
+        "steps-a-map",
+        "input-unknown-type",
+        "name-missing",
+    ] {
+        let text = std::fs::read_to_string(format!("tests/broken/{name}.yml")).unwrap();
+        assert!(!validator.is_valid(&yaml(&text).unwrap()), "{name}");
+    }
+}

@@ -81,6 +81,70 @@ async fn the_document_is_as_it_was_reviewed() {
     );
 }
 
+/// Every resource of the contract, each with its methods; what events in and out
+/// need comes with them.
+const ROUTES: &str = "
+    GET,POST /companies
+    GET,PATCH,DELETE /companies/{}
+    POST /companies/{}/pause|resume|stop|kill|directives|events
+    GET,POST /companies/{}/agents
+    GET,PATCH,DELETE /companies/{}/agents/{}
+    POST /companies/{}/agents/{}/wake|pause|resume
+    GET /companies/{}/agents/{}/logs|heartbeats
+    GET,POST /companies/{}/tasks
+    GET,PATCH /companies/{}/tasks/{}
+    POST /companies/{}/tasks/{}/approve|reject|cancel|retry
+    GET /companies/{}/approvals|activity|costs
+    GET /companies/{}/costs/daily|costs/forecast
+    GET,POST /companies/{}/playbooks
+    GET,PATCH,DELETE /companies/{}/playbooks/{}
+    POST /companies/{}/playbooks/{}/run|pause|resume|archive|rollback
+    GET /companies/{}/playbooks/{}/versions|diff|runs
+    GET /companies/{}/playbooks/{}/versions/{}
+    GET /companies/{}/playbooks/{}/runs/{}
+    POST /companies/{}/playbooks/{}/runs/{}/cancel|replay|retry|events
+    GET /approvals|playbooks|activity|activity/stream|costs|workers|queues|jobs|dead-letters
+    GET /approvals/{}
+    POST /approvals/{}/approve|reject
+    POST /playbooks/run|playbooks/validate
+    GET /playbooks/{}/runs
+    GET,POST /webhooks
+    GET,PATCH,DELETE /webhooks/{}
+    POST /webhooks/{}/rotate-secret
+    POST /queues/{}/pause|resume
+    POST /workers/{}/drain
+    POST /dead-letters/retry
+    POST /dead-letters/{}/retry
+    GET,POST /keys
+    DELETE /keys/{}
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_route_of_the_contract_is_there() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let (_, document) = api.get("/v1/openapi.json").await;
+    let unnamed = |part: &str| if part.starts_with('{') { "{}".to_owned() } else { part.to_owned() };
+    let mut served = std::collections::HashSet::new();
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        let path = path.trim_start_matches("/v1").split('/').map(unnamed).collect::<Vec<_>>().join("/");
+        served.extend(operations.as_object().unwrap().keys().map(|m| format!("{} {path}", m.to_uppercase())));
+    }
+    for line in ROUTES.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        let (methods, path) = line.split_once(' ').unwrap();
+        let (within, last) = path.rsplit_once("}/").map_or(("", &path[1..]), |(within, last)| (within, last));
+        let within = if within.is_empty() { "/".to_owned() } else { format!("{within}}}/") };
+        for method in methods.split(',') {
+            for last in last.split('|') {
+                let wanted = format!("{method} {within}{last}");
+                assert!(served.contains(&wanted), "{wanted} is not served");
+            }
+        }
+    }
+    let (status, schema) = api.get("/v1/schemas/playbook.json").await;
+    assert_eq!((status, &schema["title"]), (200, &serde_json::json!("capx playbook")));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_reference_needs_nothing_from_outside() {
     let db = Db::new().await;

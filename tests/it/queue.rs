@@ -105,7 +105,7 @@ async fn a_spent_lease_writes_nothing() {
     jobs::promote(&db.pool).await.unwrap();
     assert!(jobs::claim(&db.pool, dead, &turns(), 1).await.unwrap().jobs.is_empty());
     let mut connection = sessions::connect(&db.url).await.unwrap();
-    assert!(!sessions::beat(&mut connection, dead, false).await.unwrap());
+    assert_eq!(sessions::beat(&mut connection, dead, false).await.unwrap(), sessions::Beat::Dead);
     let alive = session(&db, LONG).await;
     let fresh = jobs::claim(&db.pool, alive, &turns(), 1).await.unwrap().jobs.remove(0);
     assert_eq!((fresh.lease.job, fresh.attempt, fresh.crash_count), (stale.lease.job, 1, 1));

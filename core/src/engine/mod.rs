@@ -15,6 +15,7 @@ pub mod agents;
 pub mod batch;
 pub mod cancel;
 pub mod claim;
+pub mod dead_letters;
 pub mod enqueue;
 pub mod gates;
 pub mod keys;

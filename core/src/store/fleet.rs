@@ -1,12 +1,10 @@
-//! What operators look at: workers, and work that gave up.
+//! What whoever runs the server looks at and turns: workers, queues, jobs.
 
 use chrono::{DateTime, Utc};
-use serde_json::Value;
 use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use super::StoreError;
-use crate::domain::ids::{AccountId, CompanyId, DeadLetterId, RunId};
 
 /// A live worker process.
 #[derive(Debug, Clone)]
@@ -49,91 +47,227 @@ pub async fn workers(pool: &PgPool, before: Option<i64>, limit: i64) -> Result<V
     .await?)
 }
 
-/// A job that gave up.
+/// A queue.
 #[derive(Debug, Clone)]
-pub struct LetterRow {
-    /// Which.
-    pub id: Uuid,
-    /// Whose.
-    pub company_id: Uuid,
-    /// Where it came from.
+pub struct QueueRow {
+    /// Its name.
     pub queue: String,
-    /// What it was.
-    pub kind: String,
-    /// What it was about.
-    pub ref_id: Option<Uuid>,
-    /// Which step of that.
-    pub step: i32,
-    /// `exhausted`, `invalid` or `quarantined`.
-    pub reason: String,
-    /// Tries charged.
-    pub attempt: i32,
-    /// Deaths of workers.
-    pub crash_count: i32,
-    /// What went wrong last.
-    pub error: Value,
-    /// When it gave up.
-    pub created_at: DateTime<Utc>,
+    /// Jobs that are ready, counted as far as [`DEPTH_MAX`].
+    pub ready: i64,
+    /// Jobs that workers hold.
+    pub running: i64,
+    /// Since when the job waits that has waited longest, of those that are next
+    /// in their companies.
+    pub oldest_at: Option<DateTime<Utc>>,
+    /// How long that is, in seconds.
+    pub oldest_s: Option<f64>,
+    /// Who paused it.
+    pub paused_by: Option<String>,
+    /// Why.
+    pub reason: Option<String>,
+    /// Since when.
+    pub paused_at: Option<DateTime<Utc>>,
 }
 
-/// What picks dead letters.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct LetterFilter<'a> {
-    /// Of one company.
-    pub company: Option<CompanyId>,
-    /// By why they gave up.
-    pub reason: Option<&'a str>,
-    /// Older than this one.
-    pub before: Option<Uuid>,
-}
+/// How far the jobs of a queue are counted, and how many companies are asked for
+/// their next one: what is asked often must not cost what the backlog holds.
+pub const DEPTH_MAX: i64 = 10_000;
+const COMPANIES_MAX: i32 = 1_000;
 
-/// A page of the dead letters of the companies that an account sees, newest
-/// first.
-pub async fn letters(
-    tx: &mut PgConnection,
-    account: AccountId,
-    filter: LetterFilter<'_>,
-    limit: i64,
-) -> Result<Vec<LetterRow>, StoreError> {
+/// The queues that a live worker serves, that hold something, or are paused.
+pub async fn queues(pool: &PgPool) -> Result<Vec<QueueRow>, StoreError> {
     Ok(sqlx::query_as!(
-        LetterRow,
-        r#"select l.id, l.company_id, l.queue, l.kind, l.ref_id, l.step, l.reason, l.attempt, l.crash_count, l.error,
-               l.created_at
-           from companies c
-           cross join lateral (
-               select * from dead_letters l
-               where l.company_id = c.id and ($3::text is null or l.reason = $3) and ($4::uuid is null or l.id < $4)
-               order by l.id desc limit $5
-           ) l
-           where c.account_id = $1 and ($2::uuid is null or c.id = $2)
-           order by l.id desc limit $5"#,
-        account.0,
-        filter.company.map(|company| company.0),
-        filter.reason,
-        filter.before,
-        limit,
+        QueueRow,
+        r#"with recursive held as (
+               (select queue from jobs where state = 'ready' order by queue limit 1)
+               union all
+               select following.queue
+               from held
+               cross join lateral (
+                   select j.queue from jobs j where j.state = 'ready' and j.queue > held.queue order by j.queue limit 1
+               ) following
+           ),
+           running as materialized (
+               select j.queue, count(*) as jobs from jobs j where j.state = 'running' group by j.queue
+           ),
+           named as (
+               select queue from held
+               union select queue from running
+               union select queue from queue_pauses
+               union select unnest(s.queues) from worker_sessions s where s.ended_at is null
+           )
+           select n.queue as "queue!",
+               (select count(*) from (
+                   select from jobs j where j.state = 'ready' and j.queue = n.queue limit $1
+               ) counted) as "ready!",
+               coalesce((select r.jobs from running r where r.queue = n.queue), 0) as "running!",
+               o.due_at as "oldest_at?",
+               case when o.due_at is not null then greatest(extract(epoch from clock_timestamp() - o.due_at), 0) end::float8 as oldest_s,
+               p.paused_by as "paused_by?", p.reason, p.since as "paused_at?"
+           from named n
+           left join queue_pauses p on p.queue = n.queue
+           left join lateral (
+               with recursive head as (
+                   (select j.company_id, j.due_at, 1 as place from jobs j
+                    where j.state = 'ready' and j.queue = n.queue
+                    order by j.company_id, j.priority, j.id limit 1)
+                   union all
+                   select following.company_id, following.due_at, head.place + 1
+                   from head
+                   cross join lateral (
+                       select j.company_id, j.due_at from jobs j
+                       where j.state = 'ready' and j.queue = n.queue and j.company_id > head.company_id
+                       order by j.company_id, j.priority, j.id limit 1
+                   ) following
+                   where head.place < $2
+               )
+               select min(due_at) as due_at from head
+           ) o on true
+           order by n.queue"#,
+        DEPTH_MAX,
+        COMPANIES_MAX,
     )
-    .fetch_all(tx)
+    .fetch_all(pool)
     .await?)
 }
 
-/// The run that a dead letter of an account is about.
-pub async fn run_of_letter(
-    tx: &mut PgConnection,
-    account: AccountId,
-    bound: Option<CompanyId>,
-    letter: DeadLetterId,
-) -> Result<Option<(CompanyId, RunId)>, StoreError> {
-    let row = sqlx::query!(
-        r#"select l.company_id, l.ref_id as "run!"
-           from (select * from dead_letters where id = $1 offset 0) l
-           join companies c on c.id = l.company_id
-           where c.account_id = $2 and ($3::uuid is null or c.id = $3) and l.kind = 'step' and l.ref_id is not null"#,
-        letter.0,
-        account.0,
-        bound.map(|company| company.0),
+/// Whether a queue is known: some worker serves it, it holds a job, or it is paused.
+pub async fn is_queue(tx: &mut PgConnection, queue: &str) -> Result<bool, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"select exists (select from worker_sessions where ended_at is null and $1 = any (queues))
+               or exists (select from jobs where state = 'ready' and queue = $1)
+               or exists (select from queue_pauses where queue = $1) as "known!""#,
+        queue,
     )
-    .fetch_optional(tx)
+    .fetch_one(tx)
+    .await?)
+}
+
+/// Nothing more is taken out of a queue; what is under way goes on. The first
+/// word stays where it is paused already.
+pub async fn pause_queue(tx: &mut PgConnection, queue: &str, by: &str, reason: Option<&str>) -> Result<(), StoreError> {
+    sqlx::query!(
+        "insert into queue_pauses (queue, paused_by, reason) values ($1, $2, $3) on conflict do nothing",
+        queue,
+        by,
+        reason,
+    )
+    .execute(tx)
     .await?;
-    Ok(row.map(|row| (CompanyId(row.company_id), RunId(row.run))))
+    Ok(())
+}
+
+/// Workers take from a queue again.
+pub async fn resume_queue(tx: &mut PgConnection, queue: &str) -> Result<(), StoreError> {
+    sqlx::query!("delete from queue_pauses where queue = $1", queue).execute(tx).await?;
+    Ok(())
+}
+
+/// Who paused a queue, why, and since when.
+#[derive(Debug, Clone)]
+pub struct PauseRow {
+    /// Who.
+    pub paused_by: String,
+    /// Why.
+    pub reason: Option<String>,
+    /// Since when.
+    pub since: DateTime<Utc>,
+}
+
+/// The pause of a queue, if it is paused.
+pub async fn pause_of(tx: &mut PgConnection, queue: &str) -> Result<Option<PauseRow>, StoreError> {
+    Ok(sqlx::query_as!(PauseRow, "select paused_by, reason, since from queue_pauses where queue = $1", queue)
+        .fetch_optional(tx)
+        .await?)
+}
+
+/// A job.
+#[derive(Debug, Clone)]
+pub struct JobRow {
+    /// Which.
+    pub id: i64,
+    /// Where it waits.
+    pub queue: String,
+    /// What it is.
+    pub kind: String,
+    /// Whose it is.
+    pub company_id: Uuid,
+    /// What it is about.
+    pub ref_id: Option<Uuid>,
+    /// Which step of that.
+    pub step: i32,
+    /// `ready`, `scheduled` or `running`.
+    pub state: String,
+    /// Lower is taken earlier, within the company.
+    pub priority: i16,
+    /// Tries charged.
+    pub attempt: i32,
+    /// Deaths of workers.
+    pub crash_count: i16,
+    /// The worker that holds it.
+    pub session_id: Option<i64>,
+    /// When it may be taken; none while its company is halted.
+    pub due_at: Option<DateTime<Utc>>,
+    /// When it is taken away from its worker.
+    pub deadline_at: Option<DateTime<Utc>>,
+    /// When it was made.
+    pub created_at: DateTime<Utc>,
+}
+
+/// What picks jobs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct JobFilter<'a> {
+    /// Of one company.
+    pub company: Option<Uuid>,
+    /// In one queue.
+    pub queue: Option<&'a str>,
+    /// In one state.
+    pub state: Option<&'a str>,
+    /// Of one kind.
+    pub kind: Option<&'a str>,
+    /// Older than this one.
+    pub before: Option<i64>,
+}
+
+/// How many jobs one page looks at: what its filters leave out counts too.
+pub const LOOKED_AT_MAX: i64 = 10_000;
+
+/// A page of jobs, newest first, and the job after which the next one begins:
+/// `None` where nothing is left. A page may be short of its limit, since a
+/// filter costs no more than [`LOOKED_AT_MAX`] rows.
+pub async fn jobs(pool: &PgPool, filter: JobFilter<'_>, limit: i64) -> Result<(Vec<JobRow>, Option<i64>), StoreError> {
+    let mut tx = pool.begin().await?;
+    let rows = sqlx::query_as!(
+        JobRow,
+        r#"select j.id as "id!", j.queue as "queue!", j.kind as "kind!", j.company_id as "company_id!", j.ref_id,
+               j.step as "step!", j.state as "state!", j.priority as "priority!", j.attempt as "attempt!",
+               j.crash_count as "crash_count!", j.session_id,
+               case when isfinite(j.due_at) then j.due_at end as "due_at?", j.deadline_at, j.created_at as "created_at!"
+           from (select * from jobs where $5::bigint is null or id < $5 order by id desc limit $6) j
+           where ($1::uuid is null or j.company_id = $1) and ($2::text is null or j.queue = $2)
+               and ($3::text is null or j.state = $3) and ($4::text is null or j.kind = $4)
+           order by j.id desc limit $7"#,
+        filter.company,
+        filter.queue,
+        filter.state,
+        filter.kind,
+        filter.before,
+        LOOKED_AT_MAX,
+        limit,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    let next = if i64::try_from(rows.len()).is_ok_and(|found| found == limit) {
+        rows.last().map(|row| row.id)
+    } else {
+        // The last of those looked at, if there were that many.
+        sqlx::query_scalar!(
+            "select id from jobs where $1::bigint is null or id < $1 order by id desc offset $2 limit 1",
+            filter.before,
+            LOOKED_AT_MAX - 1,
+        )
+        .fetch_optional(&mut *tx)
+        .await?
+    };
+    Ok((rows, next))
 }

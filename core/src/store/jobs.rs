@@ -360,6 +360,7 @@ pub async fn look(pool: &PgPool, queues: &[String]) -> Result<Outlook, StoreErro
         r#"select exists (
                select from unnest($1::text[]) as q (queue)
                where exists (select from jobs j where j.state = 'ready' and j.queue = q.queue)
+                   and not exists (select from queue_pauses p where p.queue = q.queue)
            ) as "ready!",
            (select (extract(epoch from due_at) - extract(epoch from now()))::float8
             from jobs where state = 'scheduled' order by due_at limit 1) as next_due_s,

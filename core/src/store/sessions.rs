@@ -40,19 +40,46 @@ pub async fn open(
     .await?)
 }
 
-/// Renews the lease; false when the session has been declared dead, which no
-/// beat undoes.
-pub async fn beat(connection: &mut PgConnection, id: i64, draining: bool) -> Result<bool, StoreError> {
-    let done = sqlx::query!(
+/// What a beat hears.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beat {
+    /// The lease is renewed.
+    Renewed,
+    /// The same, and the worker is to let go of its work and end.
+    Drain,
+    /// The session has been declared dead, which no beat undoes.
+    Dead,
+}
+
+/// Renews the lease; says of itself whether the worker is draining.
+pub async fn beat(connection: &mut PgConnection, id: i64, draining: bool) -> Result<Beat, StoreError> {
+    let state = sqlx::query_scalar!(
         "update worker_sessions
          set beat_at = clock_timestamp(), state = case when $2 then 'draining' else state end
-         where id = $1 and ended_at is null",
+         where id = $1 and ended_at is null
+         returning state",
         id,
         draining,
     )
-    .execute(connection)
+    .fetch_optional(connection)
     .await?;
-    Ok(done.rows_affected() == 1)
+    Ok(match state.as_deref() {
+        None => Beat::Dead,
+        Some("draining") => Beat::Drain,
+        Some(_) => Beat::Renewed,
+    })
+}
+
+/// Asks a worker to drain; it hears so with its next beat. Gives its state now,
+/// `None` where there never was such a session.
+pub async fn drain(connection: &mut PgConnection, id: i64) -> Result<Option<String>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "update worker_sessions set state = case when state = 'active' then 'draining' else state end
+         where id = $1 returning state",
+        id,
+    )
+    .fetch_optional(connection)
+    .await?)
 }
 
 /// Ends a session whose worker has let go of everything.

@@ -4,9 +4,9 @@
 //! database's row-level security shows a transaction only what belongs to the
 //! account that it names, so that a query which forgets finds nothing.
 
-use sqlx::{AssertSqlSafe, PgPool, Postgres, Transaction};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, Transaction};
 
-use super::StoreError;
+use super::{SYSTEM_ROLE, StoreError};
 use crate::domain::ids::{AccountId, CompanyId};
 
 /// Whom a request serves.
@@ -46,4 +46,11 @@ pub async fn begin(pool: &PgPool, tenant: Tenant, plans: Plans) -> Result<Transa
         tenant.account.0
     );
     pool.begin_with(AssertSqlSafe(sql)).await.map_err(StoreError::from)
+}
+
+/// Takes the second wall away for the rest of a transaction: it is about the
+/// server itself, and whoever asks has been found to run it.
+pub async fn serve_all(tx: &mut PgConnection) -> Result<(), StoreError> {
+    sqlx::query(AssertSqlSafe(format!("set local role {SYSTEM_ROLE}"))).execute(tx).await?;
+    Ok(())
 }

@@ -4,7 +4,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use capx_core::domain::ids::{CompanyId, PlaybookId};
-use capx_core::domain::playbook::{self, Playbook as Model};
+use capx_core::domain::playbook::{self, Playbook as Model, diff};
 use capx_core::engine::FieldProblem;
 use capx_core::engine::playbooks as engine;
 use capx_core::engine::playbooks::CreatePlaybook;
@@ -49,6 +49,7 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::PlaybooksWrite, 2, routes!(archive))
         .with(Scope::PlaybooksRead, 1, routes!(versions))
         .with(Scope::PlaybooksRead, 1, routes!(version))
+        .with(Scope::PlaybooksRead, 1, routes!(diff_versions))
         .with(Scope::PlaybooksWrite, 2, routes!(rollback))
 }
 
@@ -624,4 +625,73 @@ async fn version(
     let item = VersionItem { version: v.version, current: v.version == row.version, created_at: Time(v.created_at) };
     let steps = read(&v.yaml).as_ref().map(steps).unwrap_or_default();
     caller.one(&Version { item, yaml: v.yaml, steps })
+}
+
+/// Which versions to compare.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct DiffQuery {
+    /// The number of the earlier version; by default the one before `to`.
+    #[param(minimum = 1)]
+    from: Option<i64>,
+    /// The number of the later version; by default the current one.
+    #[param(minimum = 1)]
+    to: Option<i64>,
+}
+
+/// A difference between two versions.
+#[derive(Debug, Serialize, ToSchema)]
+struct VersionChange {
+    /// Where, e.g. `steps.draft.timeout`; a step is called by its id.
+    path: String,
+    /// `added`, `removed`, `changed`, or `moved` for a step in another place.
+    #[schema(value_type = String)]
+    kind: diff::Kind,
+    /// What it was; of a step that moved, the step before it.
+    from: Value,
+    /// What it is; of a step that moved, the step before it.
+    to: Value,
+}
+
+/// What two versions mean differently.
+#[derive(Debug, Serialize, ToSchema)]
+struct VersionDiff {
+    from: i64,
+    to: i64,
+    /// Empty where they mean the same.
+    changes: Vec<VersionChange>,
+}
+
+/// Compare two versions of a playbook
+///
+/// By meaning: dialect, comments, the order of keys and the way a value is written
+/// do not count.
+#[utoipa::path(get, path = "/companies/{company}/playbooks/{playbook}/diff", tag = "Playbooks",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"), DiffQuery),
+    responses((status = 200, description = "What differs.", body = One<VersionDiff>)))]
+async fn diff_versions(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, playbook)): Path<(String, String)>,
+    Query(query): Query<DiffQuery>,
+) -> Result<Response, ApiError> {
+    let mut tx = caller.look_up(&state).await?;
+    let company = caller.company_id(&mut tx, &company).await?;
+    let row = find(&mut tx, company, &playbook).await?;
+    let to = query.to.unwrap_or_else(|| row.version.into());
+    let from = query.from.unwrap_or(to - 1).max(1);
+    let mut texts = Vec::with_capacity(2);
+    for (field, number) in [("from", from), ("to", to)] {
+        let unknown = || ApiError::field(field, format!("the playbook has no version {number}"));
+        let number = i32::try_from(number).map_err(|_| unknown())?;
+        let version = playbooks::version(&mut tx, company, row.playbook, number).await?;
+        texts.push(version.ok_or_else(unknown)?.yaml);
+    }
+    drop(tx);
+    let changes = diff::diff(&texts[0], &texts[1])
+        .map_err(|_| ApiError::Conflict("one of the versions is in a form that this server no longer reads".into()))?;
+    let shown =
+        |change: diff::Change| VersionChange { path: change.path, kind: change.kind, from: change.from, to: change.to };
+    caller.figures(VersionDiff { from, to, changes: changes.into_iter().map(shown).collect() })
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use capx_core::store::sessions;
+use capx_core::store::sessions::{self, Beat as Heard};
 use sqlx::PgConnection;
 use tokio_util::sync::CancellationToken;
 
@@ -83,10 +83,16 @@ impl Beat {
             }
             let sent = boot_time();
             match tokio::time::timeout(interval * 2, self.beat()).await {
-                Ok(Ok(true)) => self.renewed = sent,
+                Ok(Ok(heard @ (Heard::Renewed | Heard::Drain))) => {
+                    self.renewed = sent;
+                    if heard == Heard::Drain && !self.shared.drain.is_cancelled() {
+                        tracing::info!(session.id = self.shared.session, "the worker drains");
+                        self.shared.drain.cancel();
+                    }
+                }
                 // It has just ended in order.
-                Ok(Ok(false)) if over.is_cancelled() => return,
-                Ok(Ok(false)) => {
+                Ok(Ok(Heard::Dead)) if over.is_cancelled() => return,
+                Ok(Ok(Heard::Dead)) => {
                     tracing::warn!(session.id = self.shared.session, "the session has been declared dead");
                     self.shared.lost.cancel();
                     return;
@@ -101,14 +107,14 @@ impl Beat {
         }
     }
 
-    async fn beat(&mut self) -> Result<bool, capx_core::store::StoreError> {
+    async fn beat(&mut self) -> Result<Heard, capx_core::store::StoreError> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => sessions::connect(&self.url).await?,
         };
         let draining = self.shared.draining.load(Ordering::Relaxed);
-        let alive = sessions::beat(&mut connection, self.shared.session, draining).await?;
+        let heard = sessions::beat(&mut connection, self.shared.session, draining).await?;
         self.connection = Some(connection);
-        Ok(alive)
+        Ok(heard)
     }
 }

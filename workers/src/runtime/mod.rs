@@ -137,6 +137,8 @@ pub(crate) struct Shared {
     pub stopping: CancellationToken,
     /// The session is dead or its owner gives up: attempts end now.
     pub lost: CancellationToken,
+    /// An operator has asked this worker to drain.
+    pub drain: CancellationToken,
     /// Tells the beat that this worker drains.
     pub draining: Arc<AtomicBool>,
     /// Over every call of the database.
@@ -195,8 +197,8 @@ impl Worker {
         Arc::clone(&self.counters)
     }
 
-    /// Runs until `stop`, then drains: session after session, should one be
-    /// lost. An error means that the process should end, and be started again.
+    /// Runs until `stop`, or until an operator says so, then drains: session after
+    /// session, should one be lost. An error means that the process should end, and be started again.
     pub async fn run(&self, stop: CancellationToken) -> Result<(), Wedged> {
         tokio::select! {
             () = self.sessions(stop) => Ok(()),
@@ -277,6 +279,7 @@ impl Worker {
             out_of_reach: Arc::clone(&self.out_of_reach),
             stopping: CancellationToken::new(),
             lost: CancellationToken::new(),
+            drain: CancellationToken::new(),
             draining: Arc::new(AtomicBool::new(false)),
             watchdog: self.watchdog.clone(),
         });
@@ -295,6 +298,7 @@ impl Worker {
 
         let ended = tokio::select! {
             () = stop.cancelled() => Ended::Stopped,
+            () = shared.drain.cancelled() => Ended::Stopped,
             () = shared.lost.cancelled() => Ended::Lost,
         };
         shared.stopping.cancel();

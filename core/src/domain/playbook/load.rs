@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::expr::Reference;
+use super::keys;
 use super::model::{InputKind, InputSpec, Playbook, Step, Trigger};
 use super::problem::{Pos, Problem, did_you_mean};
 use super::template::{self, Template};
@@ -20,20 +21,8 @@ mod flow;
 mod step;
 
 pub(crate) use fields::Fields;
+pub(super) use step::free_id;
 
-const TOP_KEYS: &[&str] = &[
-    "name",
-    "playbook",
-    "description",
-    "version",
-    "trigger",
-    "schedule",
-    "inputs",
-    "steps",
-    "rubric",
-    "output",
-    "tags",
-];
 /// Keys of the language that this version does not carry out yet; refused, so
 /// that nobody believes in a guard that is not there.
 const TOP_KEYS_LATER: &[&str] =
@@ -91,7 +80,7 @@ impl Loader {
     }
 
     fn playbook(&mut self, root: &Node) -> Option<Playbook> {
-        let fields = Fields::open(self, root, "", TOP_KEYS, TOP_KEYS_LATER)?;
+        let fields = Fields::open(self, root, "", keys::TOP, TOP_KEYS_LATER)?;
         let name = fields.one_of(self, &["name", "playbook"]).and_then(|node| self.text(node, "name"));
         if name.is_none() && !fields.has("name") && !fields.has("playbook") {
             self.error(root.at, "name", "a playbook needs a `name`");
@@ -194,9 +183,8 @@ impl Loader {
         match &node.kind {
             Kind::Str(word) => self.trigger_of(word, node, top, "trigger"),
             Kind::Map(_) => {
-                let keys = ["type", "schedule", "cron", "timezone", "event"];
                 let later = ["catch_up", "dst_gap", "dst_overlap", "jitter", "match"];
-                let fields = Fields::open(self, node, "trigger", &keys, &later)?;
+                let fields = Fields::open(self, node, "trigger", keys::TRIGGER, &later)?;
                 match fields.get("type").map(|n| &n.kind) {
                     Some(Kind::Str(word)) => self.trigger_of(word, node, &fields, "trigger"),
                     None => self.trigger_of("schedule", node, &fields, "trigger"),
@@ -291,8 +279,7 @@ impl Loader {
             Kind::Null => return Some(input),
             Kind::Str(_) => input.kind = self.input_kind(node, &path)?,
             Kind::Map(_) => {
-                let keys = ["type", "required", "default", "description"];
-                let fields = Fields::open(self, node, &path, &keys, &["enum", "min", "max", "pattern"])?;
+                let fields = Fields::open(self, node, &path, keys::INPUT, &["enum", "min", "max", "pattern"])?;
                 if let Some(kind) = fields.get("type") {
                     input.kind = self.input_kind(kind, &path)?;
                 }

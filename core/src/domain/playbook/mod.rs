@@ -3,13 +3,20 @@
 //! [`yaml`] reads text into a tree that remembers where everything stands,
 //! [`mod@load`] turns the tree into a [`Playbook`] and collects every problem
 //! with its place, cause and suggestion, [`template`] is the language inside
-//! `${…}`, [`inputs`] checks what a run is started with.
+//! `${…}`, [`inputs`] checks what a run is started with, [`mod@canonical`] is the
+//! one way to write what the dialects say in several, [`mod@diff`] tells what two
+//! versions mean differently, [`mod@schema`] helps editors, and [`keys`] is the table that
+//! all of them share.
 
+pub mod canonical;
+pub mod diff;
 pub mod expr;
 pub mod inputs;
+pub mod keys;
 pub mod load;
 pub mod model;
 pub mod problem;
+pub mod schema;
 pub mod template;
 pub mod yaml;
 

@@ -5,8 +5,9 @@
 -- row, which the walk has found already: dead entries before it are walked once.
 -- Companies come in the order of the walk, queues among them in the order given,
 -- which the caller turns, as it moves $3 on: with room for one job, each gets its
--- turn. A session that has been declared dead takes nothing; its row is locked so
--- that it cannot be declared dead in between.
+-- turn. Nothing is taken out of a paused queue. A session that has been declared
+-- dead takes nothing; its row is locked so that it cannot be declared dead in
+-- between.
 with me as (
     select id from worker_sessions where id = $1 and ended_at is null for key share
 ),
@@ -36,6 +37,7 @@ tenants as materialized (
         )
         select company_id, priority, id, place from walk
     ) c
+    where not exists (select from queue_pauses p where p.queue = q.queue)
     order by c.place, q.turn
 ),
 picked as materialized (

@@ -2,6 +2,7 @@
 //! suggestion.
 
 use super::Loader;
+use crate::domain::playbook::keys;
 use crate::domain::playbook::problem::did_you_mean;
 use crate::domain::playbook::yaml::{Key, Kind, Node};
 
@@ -17,9 +18,10 @@ impl<'a> Fields<'a> {
         loader: &mut Loader,
         node: &'a Node,
         path: &str,
-        known: &[&str],
+        known: &[keys::Key],
         later: &[&str],
     ) -> Option<Self> {
+        let known = keys::names(known);
         let Kind::Map(entries) = &node.kind else {
             let found = node.describe();
             loader.error(node.at, path, format!("expected a map, found {found}"));

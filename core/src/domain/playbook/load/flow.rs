@@ -7,6 +7,7 @@ use super::step::{Read, duration_of};
 use super::{Fields, Loader};
 use crate::domain::event::is_event_name;
 use crate::domain::playbook::expr::{self, Expr};
+use crate::domain::playbook::keys;
 use crate::domain::playbook::model::{OnFailure, Pause, RUN_STEPS_MAX, StepKind, WAIT_TIMEOUT, WaitFor};
 use crate::domain::playbook::problem::{Pos, did_you_mean};
 use crate::domain::playbook::template::Template;
@@ -60,7 +61,7 @@ fn wait_for(loader: &mut Loader, node: &Node, path: &str) -> WaitFor {
         wait.event = event(loader, node, path).unwrap_or(wait.event);
         return wait;
     }
-    let Some(fields) = Fields::open(loader, node, path, &["event", "timeout", "match"], &[]) else { return wait };
+    let Some(fields) = Fields::open(loader, node, path, keys::WAIT_FOR, &[]) else { return wait };
     match fields.get("event") {
         Some(n) => wait.event = event(loader, n, &format!("{path}.event")).unwrap_or(wait.event),
         None => loader.error(node.at, format!("{path}.event"), "a wait needs the name of an `event`"),

@@ -10,33 +10,12 @@ use super::{Fields, Loader, TOOLS, params};
 use crate::domain::backoff::Backoff;
 use crate::domain::duration;
 use crate::domain::outcome::ErrorClass;
+use crate::domain::playbook::keys;
 use crate::domain::playbook::model::{Approval, MAX_ATTEMPTS_MAX, OnTimeout, Retry, STEP_TIMEOUT, Step, StepKind};
 use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
 use crate::domain::playbook::template::Template;
 use crate::domain::playbook::yaml::{Kind, Node};
 
-const KEYS: &[&str] = &[
-    "id",
-    "name",
-    "role",
-    "agent",
-    "action",
-    "tool",
-    "params",
-    "with",
-    "retry",
-    "timeout",
-    "approval",
-    "adapter",
-    "model",
-    "rubric",
-    "if",
-    "goto",
-    "max_retries",
-    "sleep",
-    "wait_for",
-    "on_failure",
-];
 const KEYS_LATER: &[&str] = &[
     "for_each",
     "max_parallel",
@@ -61,7 +40,7 @@ pub(super) struct Read {
 /// Reads one step; `taken` holds the ids before it.
 pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut HashSet<String>) -> Option<Read> {
     let path = format!("steps.{index}");
-    let fields = Fields::open(loader, node, &path, KEYS, KEYS_LATER)?;
+    let fields = Fields::open(loader, node, &path, keys::STEP, KEYS_LATER)?;
     let role = fields
         .one_of(loader, &["role", "agent"])
         .and_then(|n| loader.text(n, &format!("{path}.role")))
@@ -161,7 +140,7 @@ fn check_id(loader: &mut Loader, id: &str, at: &Node, path: &str, taken: &HashSe
 }
 
 /// A step without an id is called after its action.
-fn free_id(action: &str, taken: &HashSet<String>) -> String {
+pub(in crate::domain::playbook) fn free_id(action: &str, taken: &HashSet<String>) -> String {
     let base: String =
         action.chars().take(60).map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect();
     std::iter::once(base.clone())
@@ -192,8 +171,7 @@ fn retry(loader: &mut Loader, node: &Node, path: &str) -> Option<Retry> {
         retry.max_attempts = attempts(loader, node, path)?;
         return Some(retry);
     }
-    let keys = ["max_attempts", "backoff", "initial", "max", "jitter", "on"];
-    let fields = Fields::open(loader, node, path, &keys, &[])?;
+    let fields = Fields::open(loader, node, path, keys::RETRY, &[])?;
     if let Some(n) = fields.get("max_attempts") {
         retry.max_attempts = attempts(loader, n, &format!("{path}.max_attempts"))?;
     }
@@ -280,8 +258,7 @@ fn approval(loader: &mut Loader, node: &Node, path: &str) -> Option<Approval> {
         }
         _ => {}
     }
-    let keys = ["required", "timeout", "on_timeout", "message"];
-    let fields = Fields::open(loader, node, path, &keys, &["reviewers"])?;
+    let fields = Fields::open(loader, node, path, keys::APPROVAL, &["reviewers"])?;
     let mut approval = Approval::default();
     if let Some(n) = fields.get("timeout") {
         approval.timeout = duration_of(loader, n, &format!("{path}.timeout"))?;

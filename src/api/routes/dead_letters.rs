@@ -1,12 +1,12 @@
-//! What operators see and repair: workers, dead letters.
+//! Work that gave up: seen with its evidence, and tried again.
 
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use capx_core::domain::ids::{CompanyId, DeadLetterId, RunId};
+use capx_core::engine::dead_letters::{self as engine, LETTERS_MAX};
 use capx_core::engine::retry::retry_run;
-use capx_core::store::fleet::{self, LetterFilter, LetterRow, WorkerRow};
-use capx_core::store::tenants;
+use capx_core::store::dead_letters::{self, LetterFilter, LetterRow};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::{IntoParams, ToSchema};
@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 use super::Routes;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
-use crate::api::reply::{Many, One, Time, cursor, id_cursor, page, wrong_cursor};
+use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, Shared, openapi};
 
 /// Why work gave up.
@@ -26,84 +26,11 @@ fn reasons() -> utoipa::openapi::schema::Object {
 }
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
-    routes.with(Scope::OpsRead, 1, routes!(workers)).with(Scope::OpsRead, 1, routes!(letters)).with(
+    routes.with(Scope::OpsRead, 1, routes!(list)).with(Scope::OpsWrite, 2, routes!(retry)).with(
         Scope::OpsWrite,
         2,
-        routes!(retry),
+        routes!(retry_many),
     )
-}
-
-/// A live worker process.
-#[derive(Debug, Serialize, ToSchema)]
-struct Worker {
-    /// Its number, another one after each start.
-    id: String,
-    /// Host and process.
-    worker: String,
-    version: String,
-    queues: Vec<String>,
-    /// Attempts at once.
-    slots: i32,
-    /// Jobs that it holds now.
-    jobs: i64,
-    /// `active` or `draining`.
-    status: String,
-    /// Seconds that it lives without a beat.
-    lease: f64,
-    started_at: Time,
-    last_beat_at: Time,
-}
-
-impl From<WorkerRow> for Worker {
-    fn from(row: WorkerRow) -> Self {
-        Self {
-            id: row.id.to_string(),
-            worker: row.worker,
-            version: row.version,
-            queues: row.queues,
-            slots: row.slots,
-            jobs: row.jobs,
-            status: row.state,
-            lease: row.lease_ms as f64 / 1e3,
-            started_at: Time(row.started_at),
-            last_beat_at: Time(row.beat_at),
-        }
-    }
-}
-
-#[derive(Debug, Deserialize, IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-struct WorkersQuery {
-    /// Results of a page.
-    #[param(minimum = 1, maximum = 200, default = 50)]
-    limit: Option<i64>,
-    /// `meta.cursor` of the page before.
-    #[param(pattern = "^[1-9][0-9]{0,17}$")]
-    cursor: Option<String>,
-}
-
-/// List workers
-///
-/// The live worker processes of the fleet, newest first. For the account that
-/// runs the server.
-#[utoipa::path(get, path = "/workers", tag = "Operations", params(WorkersQuery),
-    responses((status = 200, description = "A page.", body = Many<Worker>)))]
-async fn workers(
-    State(state): Shared,
-    caller: Caller,
-    Query(query): Query<WorkersQuery>,
-) -> Result<Response, ApiError> {
-    let limit = limit(query.limit, 50, 200)?;
-    let before = query.cursor.map(|text| text.parse::<i64>().ok().filter(|id| *id > 0).ok_or_else(wrong_cursor));
-    let before = before.transpose()?;
-    let mut tx = caller.read(&state).await?;
-    if caller.company.is_some() || !tenants::is_operator(&mut tx, caller.account).await? {
-        return Err(ApiError::NotOperator);
-    }
-    drop(tx);
-    let rows = fleet::workers(&state.engine.pool, before, limit + 1).await?;
-    caller.list(page(rows, limit, |row| row.id.to_string(), Worker::from))
 }
 
 /// Work that gave up.
@@ -176,20 +103,17 @@ struct LettersQuery {
 /// is retried.
 #[utoipa::path(get, path = "/dead-letters", tag = "Operations", params(LettersQuery),
     responses((status = 200, description = "A page.", body = Many<DeadLetter>)))]
-async fn letters(
-    State(state): Shared,
-    caller: Caller,
-    Query(query): Query<LettersQuery>,
-) -> Result<Response, ApiError> {
+async fn list(State(state): Shared, caller: Caller, Query(query): Query<LettersQuery>) -> Result<Response, ApiError> {
     let limit = limit(query.limit, 25, 100)?;
     let reason = one_of("reason", query.reason.as_deref(), REASONS)?;
-    let before = cursor(query.cursor.as_deref())?;
+    let beyond = cursor(query.cursor.as_deref())?;
     let mut tx = caller.read(&state).await?;
     let company = match query.company_id.as_deref() {
         Some(id) => Some(caller.company_id(&mut tx, id).await?),
         None => caller.company,
     };
-    let rows = fleet::letters(&mut tx, caller.account, LetterFilter { company, reason, before }, limit + 1).await?;
+    let rows =
+        dead_letters::letters(&mut tx, caller.account, LetterFilter { company, reason, beyond }, limit + 1).await?;
     caller.list(page(rows, limit, |row| id_cursor(row.id), DeadLetter::from))
 }
 
@@ -220,10 +144,80 @@ async fn retry(
 ) -> Result<Response, ApiError> {
     let id: DeadLetterId = letter.parse().map_err(|_| ApiError::NotFound("dead letter"))?;
     let mut command = caller.command(&state, digest).await?;
-    let (company, run) = fleet::run_of_letter(command.tx(), caller.account, caller.company, id)
+    let (company, run) = dead_letters::run_of_letter(command.tx(), caller.account, caller.company, id)
         .await?
         .ok_or(ApiError::NotFound("dead letter"))?;
     retry_run(&state.engine, command.tx(), company, run, &caller.key.to_string()).await?;
     command.wake();
     command.finish(StatusCode::OK, Retried { id, company_id: company, run_id: run, retried: true }).await
+}
+
+/// Which dead letters to retry.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct RetryManyBody {
+    /// `co_…`: of this company alone.
+    company_id: Option<String>,
+    /// `exhausted`, `invalid` or `quarantined`.
+    #[schema(schema_with = reasons)]
+    reason: Option<String>,
+    /// How many at most.
+    #[schema(minimum = 1, maximum = 200, default = 100)]
+    limit: Option<i64>,
+    /// `cursor` of the answer before, to go on behind what could not be retried.
+    #[schema(schema_with = openapi::id_cursor)]
+    cursor: Option<String>,
+}
+
+/// Dead letters whose runs go on.
+#[derive(Debug, Serialize, ToSchema)]
+struct RetriedMany {
+    /// Those whose runs go on.
+    retried: Vec<Retried>,
+    /// Those that stay, and why.
+    refused: Vec<Refused>,
+    /// Where to go on; null when the filter picks no more.
+    #[schema(required)]
+    cursor: Option<String>,
+}
+
+/// A dead letter that stays.
+#[derive(Debug, Serialize, ToSchema)]
+struct Refused {
+    #[schema(value_type = String)]
+    id: DeadLetterId,
+    /// Why its run does not go on.
+    message: String,
+}
+
+/// Retry dead letters
+///
+/// Those that a filter picks, oldest first: their runs go on at the steps that gave
+/// up. What cannot be retried stays and says why, and holds up no other.
+#[utoipa::path(post, path = "/dead-letters/retry", tag = "Operations", request_body = RetryManyBody,
+    responses((status = 200, description = "What became of them.", body = One<RetriedMany>)))]
+async fn retry_many(
+    State(state): Shared,
+    caller: Caller,
+    Body { body, digest }: Body<RetryManyBody>,
+) -> Result<Response, ApiError> {
+    let mut command = caller.command(&state, digest).await?;
+    let limit = limit(body.limit, LETTERS_MAX / 2, LETTERS_MAX)?;
+    let reason = one_of("reason", body.reason.as_deref(), REASONS)?;
+    let beyond = cursor(body.cursor.as_deref())?;
+    let company = match body.company_id.as_deref() {
+        Some(id) => Some(caller.company_id(command.tx(), id).await?),
+        None => caller.company,
+    };
+    let filter = LetterFilter { company, reason, beyond };
+    let by = caller.key.to_string();
+    let done = engine::retry_many(&state.engine, command.tx(), caller.account, filter, limit, &by).await?;
+    command.wake();
+    let retried = |(id, company_id, run_id)| Retried { id, company_id, run_id, retried: true };
+    let shown = RetriedMany {
+        retried: done.retried.into_iter().map(retried).collect(),
+        refused: done.refused.into_iter().map(|(id, message)| Refused { id, message }).collect(),
+        cursor: done.beyond.map(|id| id_cursor(id.0)),
+    };
+    command.finish(StatusCode::OK, shown).await
 }

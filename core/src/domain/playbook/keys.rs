@@ -1,0 +1,154 @@
+//! The keys of the language: one table for the loader, the canonical form and
+//! the schema for editors. The order of a table is that of the canonical form.
+
+/// A key of a map.
+#[derive(Debug)]
+pub struct Key {
+    /// As it is written.
+    pub name: &'static str,
+    /// The canonical name, where this is another dialect's.
+    pub same_as: Option<&'static str>,
+    /// For authors.
+    pub doc: &'static str,
+    /// Its JSON Schema.
+    pub shape: &'static str,
+}
+
+const fn key(name: &'static str, doc: &'static str, shape: &'static str) -> Key {
+    Key { name, same_as: None, doc, shape }
+}
+
+const fn other(name: &'static str, canonical: &'static str, shape: &'static str) -> Key {
+    Key { name, same_as: Some(canonical), doc: "", shape }
+}
+
+/// The names of a table.
+pub fn names(table: &[Key]) -> Vec<&'static str> {
+    table.iter().map(|key| key.name).collect()
+}
+
+const TEXT: &str = r#"{"type": ["string", "number"]}"#;
+const ANY: &str = "true";
+const MAP: &str = r#"{"type": "object"}"#;
+const YES_NO: &str = r#"{"type": "boolean"}"#;
+const DURATION: &str = r##"{"$ref": "#/$defs/duration"}"##;
+const DURATION_OR_TEMPLATE: &str =
+    r##"{"anyOf": [{"$ref": "#/$defs/duration"}, {"type": "string", "pattern": "\\$\\{|\\{\\{"}]}"##;
+const TRIES: &str = r#"{"type": "integer", "minimum": 1, "maximum": 100}"#;
+
+/// Of a playbook.
+pub const TOP: &[Key] = &[
+    key("name", "Unique within the company.", TEXT),
+    other("playbook", "name", TEXT),
+    key("version", "For people; the server counts versions itself.", r#"{"type": "integer", "minimum": 1}"#),
+    key("description", "For people.", TEXT),
+    key("tags", "For people.", r#"{"type": ["array", "string"]}"#),
+    key("trigger", "What starts a run, besides a person.", r##"{"$ref": "#/$defs/trigger"}"##),
+    other("schedule", "trigger.schedule", TEXT),
+    key(
+        "inputs",
+        "What a run can be given, by name.",
+        r##"{"type": "object", "maxProperties": 100, "additionalProperties": {"$ref": "#/$defs/input"}}"##,
+    ),
+    key(
+        "steps",
+        "What is done, in this order.",
+        r##"{"type": "array", "minItems": 1, "maxItems": 1000, "items": {"$ref": "#/$defs/step"}}"##,
+    ),
+    key("output", "What the run's output is made of; may hold `${…}`.", ANY),
+    key("rubric", "Limits and criteria of the whole run.", MAP),
+];
+
+/// Of a step.
+pub const STEP: &[Key] = &[
+    key(
+        "id",
+        "What `steps.ID.output` refers to.",
+        r#"{"type": ["string", "integer"], "pattern": "^[A-Za-z0-9_-]{1,64}$"}"#,
+    ),
+    other("name", "id", r#"{"type": ["string", "integer"], "pattern": "^[A-Za-z0-9_-]{1,64}$"}"#),
+    key("if", "The step is left out where this does not hold.", r#"{"type": ["string", "boolean"]}"#),
+    key("role", "Whose work it is; a registered tool can do without.", TEXT),
+    other("agent", "role", TEXT),
+    key("action", "A tool's name, or what the role's agent is asked to do.", TEXT),
+    other("tool", "action", TEXT),
+    key("goto", "The run goes on at this earlier step.", TEXT),
+    key("max_retries", "How often a `goto` may jump.", r#"{"type": "integer", "minimum": 1, "maximum": 10000}"#),
+    key("sleep", "The run goes on after this time.", DURATION_OR_TEMPLATE),
+    key(
+        "wait_for",
+        "The run goes on when this event has come.",
+        r##"{"anyOf": [{"type": "string"}, {"$ref": "#/$defs/wait_for"}]}"##,
+    ),
+    key("params", "The arguments; may hold `${…}`.", MAP),
+    other("with", "params", MAP),
+    key("adapter", "Overrides the agent's adapter.", TEXT),
+    key("model", "Overrides the agent's model.", TEXT),
+    key(
+        "approval",
+        "A person must say yes before the step is tried.",
+        r##"{"anyOf": [{"enum": ["required", "none", true, false]}, {"$ref": "#/$defs/approval"}]}"##,
+    ),
+    key("timeout", "How long one attempt may take.", DURATION),
+    key(
+        "retry",
+        "When and how often a failed attempt is made again.",
+        r##"{"anyOf": [{"type": "integer", "minimum": 1, "maximum": 100}, {"$ref": "#/$defs/retry"}]}"##,
+    ),
+    key("on_failure", "`abort`, `continue`, or the id of a later step.", TEXT),
+    key("rubric", "Criteria of the step.", ANY),
+];
+
+/// Of a trigger.
+pub const TRIGGER: &[Key] = &[
+    key(
+        "type",
+        "What starts a run; `schedule` where nothing is said.",
+        r#"{"enum": ["schedule", "scheduled", "manual", "webhook", "event", "event-driven"]}"#,
+    ),
+    key("schedule", "Five cron fields, or `@hourly`, `@daily`, `@weekly`.", TEXT),
+    other("cron", "schedule", TEXT),
+    key("timezone", "An IANA zone such as Europe/Berlin; UTC without.", TEXT),
+    key("event", "The event's name.", TEXT),
+];
+
+/// Of an input.
+pub const INPUT: &[Key] = &[
+    key("type", "What it must be.", r##"{"$ref": "#/$defs/type"}"##),
+    key("required", "A run needs it.", YES_NO),
+    key("default", "What it is when not given.", ANY),
+    key("description", "For people.", TEXT),
+];
+
+/// Of `retry`.
+pub const RETRY: &[Key] = &[
+    key("max_attempts", "Tries in all, the first included.", TRIES),
+    key(
+        "backoff",
+        "`exponential`, `constant`, or a factor from 1.",
+        r#"{"anyOf": [{"enum": ["exponential", "constant", "fixed"]}, {"type": "number", "minimum": 1}]}"#,
+    ),
+    key("initial", "The pause before the second try.", DURATION),
+    key("max", "The longest pause.", DURATION),
+    key("jitter", "Pauses are of random length up to that.", YES_NO),
+    key(
+        "on",
+        "Which errors are worth another try.",
+        r#"{"type": "array", "items": {"enum": ["transient", "rate_limited", "timeout", "invalid", "governance"]}}"#,
+    ),
+];
+
+/// Of `approval`.
+pub const APPROVAL: &[Key] = &[
+    key("required", "Always true.", YES_NO),
+    key("timeout", "When it is decided by itself; 24h without.", DURATION),
+    key("on_timeout", "What is decided then; `reject` without.", r#"{"enum": ["reject", "approve"]}"#),
+    key("message", "What the approver reads.", TEXT),
+];
+
+/// Of `wait_for`.
+pub const WAIT_FOR: &[Key] = &[
+    key("event", "The event's name; may hold `${…}`.", TEXT),
+    key("match", "What the event's data must hold; may hold `${…}`.", MAP),
+    key("timeout", "How long; then the step fails. 24h without.", DURATION),
+];
