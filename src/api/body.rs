@@ -6,6 +6,7 @@ use std::sync::Arc;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::request::Parts;
+use capx_core::domain::address::Rules;
 use capx_core::domain::playbook::problem::did_you_mean;
 use capx_core::domain::storable;
 use capx_core::engine::FieldProblem;
@@ -32,12 +33,23 @@ pub struct Body<T> {
 #[serde(deny_unknown_fields)]
 pub struct Nothing {}
 
+/// What a body must hold besides its types.
+pub trait Check {
+    /// Everything that is wrong with its values; `rules` are those for addresses.
+    fn problems(&self, rules: &Rules) -> Vec<FieldProblem> {
+        let _ = rules;
+        Vec::new()
+    }
+}
+
+impl Check for Nothing {}
+
 /// How deep JSON may be nested.
 const DEPTH_MAX: usize = 64;
 /// How many values a body may hold, keys of objects included.
 const VALUES_MAX: usize = 50_000;
 
-impl<T: DeserializeOwned> FromRequest<Arc<ApiState>> for Body<T> {
+impl<T: DeserializeOwned + Check> FromRequest<Arc<ApiState>> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &Arc<ApiState>) -> Result<Self, ApiError> {
@@ -63,7 +75,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<ApiState>> for Body<T> {
             })?;
         let digest = request_digest(&method, &bytes);
         if bytes.iter().all(u8::is_ascii_whitespace) {
-            return Ok(Self { body: read(Value::Object(serde_json::Map::new()))?, digest });
+            return Ok(Self { body: read(Value::Object(serde_json::Map::new()), &state.rules)?, digest });
         }
         if is_json != Some(true) {
             return Err(ApiError::UnsupportedMediaType);
@@ -77,7 +89,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<ApiState>> for Body<T> {
         })?;
         storable::to_json(&value, usize::MAX)
             .map_err(|error| ApiError::Invalid { message: format!("the body {error}"), fields: Vec::new() })?;
-        Ok(Self { body: read(value)?, digest })
+        Ok(Self { body: read(value, &state.rules)?, digest })
     }
 }
 
@@ -110,8 +122,9 @@ fn too_complex(bytes: &[u8]) -> Option<String> {
 const PROBLEMS_MAX: usize = 20;
 
 /// Reads a body, or says all that is wrong with its fields: what is wrong is
-/// put right in a copy, until serde comes to the end.
-fn read<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
+/// put right in a copy, until serde comes to the end, and the values of that are
+/// looked at too.
+fn read<T: DeserializeOwned + Check>(value: Value, rules: &Rules) -> Result<T, ApiError> {
     if !value.is_object() {
         return Err(ApiError::Invalid { message: "the body must be a JSON object".into(), fields: Vec::new() });
     }
@@ -119,18 +132,21 @@ fn read<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
     let mut problems: Vec<FieldProblem> = Vec::new();
     // A missing field is put right in two goes: null tells its type.
     for _ in 0..2 * PROBLEMS_MAX {
-        match serde_path_to_error::deserialize(&mended) {
-            Ok(read) if problems.is_empty() => return Ok(read),
-            Ok(_) => break,
+        match serde_path_to_error::deserialize::<_, T>(&mended) {
+            Ok(read) => {
+                let values = read.problems(rules);
+                if problems.is_empty() && values.is_empty() {
+                    return Ok(read);
+                }
+                let structural = std::mem::take(&mut problems);
+                problems.extend(values.into_iter().filter(|value| !within(&structural, &value.field)));
+                problems.splice(0..0, structural);
+                break;
+            }
             Err(error) => {
                 let wrong = Wrong::of(error.path(), &error.inner().to_string());
                 let placeholder = wrong.placeholder;
-                // What follows from a problem that is told already is none.
-                let within = |known: &FieldProblem| {
-                    let rest = wrong.field.strip_prefix(&known.field);
-                    rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-                };
-                if !problems.iter().any(within) {
+                if !within(&problems, &wrong.field) {
                     problems.push(FieldProblem::new(wrong.field, wrong.message));
                 }
                 if problems.len() == PROBLEMS_MAX || !mend(&mut mended, &wrong.at, placeholder) {
@@ -140,6 +156,15 @@ fn read<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
         }
     }
     Err(ApiError::fields(problems))
+}
+
+/// Whether a field lies within one that is told already: what follows from a
+/// problem is none.
+fn within(known: &[FieldProblem], field: &str) -> bool {
+    let holds = |known: &FieldProblem| {
+        field.strip_prefix(&known.field).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    };
+    known.iter().any(holds)
 }
 
 /// Puts a value at a place, or takes away what is there; false where there is
@@ -371,14 +396,19 @@ mod tests {
     #[derive(Debug, Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Outer {
-        #[expect(dead_code, reason = "only read by serde")]
         name: String,
         #[expect(dead_code, reason = "only read by serde")]
         agents: Vec<Inner>,
     }
 
+    impl Check for Outer {
+        fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+            if self.name.len() > 3 { vec![FieldProblem::new("name", "is too long")] } else { Vec::new() }
+        }
+    }
+
     fn wrong(value: Value) -> Vec<(String, String)> {
-        match read::<Outer>(value).expect_err("is refused") {
+        match read::<Outer>(value, &Rules::default()).expect_err("is refused") {
             ApiError::Invalid { fields, .. } => fields.into_iter().map(|f| (f.field, f.message)).collect(),
             other => panic!("{other:?}"),
         }
@@ -403,6 +433,14 @@ mod tests {
         assert_eq!(fields, wanted);
         let all = wrong(json!({"name": {}, "agents": {}}));
         assert_eq!(all.len(), 2, "{all:?}");
+    }
+
+    #[test]
+    fn wrong_values_are_told_beside_wrong_fields() {
+        let all = wrong(json!({"name": "too long", "agents": [{"role": "x", "rol": 1}]}));
+        let fields: Vec<&str> = all.iter().map(|(field, _)| field.as_str()).collect();
+        assert_eq!(fields, ["agents.0.rol", "name"]);
+        assert_eq!(wrong(json!({"name": 12_345, "agents": []})).len(), 1, "what follows from one is none");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{AgentId, CompanyId};
 use capx_core::engine::FieldProblem;
 use capx_core::engine::agents as engine;
@@ -18,7 +19,7 @@ use utoipa_axum::routes;
 use super::Routes;
 use super::companies::Deleted;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
+use crate::api::body::{Body, Check, Nothing, Path, Query, limit, one_of};
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, Shared, openapi};
 
@@ -98,7 +99,7 @@ impl AgentBody {
 
     /// Everything wrong with it. In the catalog's form instructions may be
     /// left out, as the template brings them.
-    pub fn problems(&self, path: &str, with_defaults: bool) -> Vec<FieldProblem> {
+    pub fn problems_at(&self, path: &str, with_defaults: bool) -> Vec<FieldProblem> {
         let mut problems = Vec::new();
         let at = |field: &str| if path.is_empty() { field.to_owned() } else { format!("{path}.{field}") };
         let mut wrong = |field: &str, message: String| problems.push(FieldProblem::new(at(field), message));
@@ -202,8 +203,14 @@ struct UpdateAgentBody {
     adapter: Option<Value>,
 }
 
-impl UpdateAgentBody {
-    fn check(&self) -> Result<(), ApiError> {
+impl Check for AgentBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        self.problems_at("", false)
+    }
+}
+
+impl Check for UpdateAgentBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
         let mut problems = Vec::new();
         for (field, given) in [("role", &self.role), ("adapter", &self.adapter)] {
             if given.is_some() {
@@ -222,7 +229,7 @@ impl UpdateAgentBody {
         if let Some(config) = &self.config {
             problems.extend(config_problems("config", config));
         }
-        if problems.is_empty() { Ok(()) } else { Err(ApiError::fields(problems)) }
+        problems
     }
 }
 
@@ -332,10 +339,6 @@ async fn add(
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
-    let problems = body.problems("", false);
-    if !problems.is_empty() {
-        return Err(ApiError::fields(problems));
-    }
     let new = body.into_new();
     let created_at = add_agent(command.tx(), company, &new).await?;
     let agent = Agent {
@@ -438,7 +441,6 @@ async fn update(
     Path((company, agent)): Path<(String, String)>,
     Body { body, digest }: Body<UpdateAgentBody>,
 ) -> Result<Response, ApiError> {
-    body.check()?;
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
     let row = find_live(command.tx(), company, &agent).await?;

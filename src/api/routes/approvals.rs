@@ -5,8 +5,10 @@ use std::collections::HashMap;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{AgentId, CompanyId, RunId, TaskId};
 use capx_core::domain::task::Change;
+use capx_core::engine::FieldProblem;
 use capx_core::engine::gates::{Verdict, decide};
 use capx_core::engine::tasks as engine_tasks;
 use capx_core::store::approvals::{self, ApprovalRow, Asked, Filter};
@@ -20,7 +22,7 @@ use uuid::Uuid;
 
 use super::Routes;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Path, Query, limit, one_of};
+use crate::api::body::{Body, Check, Path, Query, limit, one_of};
 use crate::api::reply::{Many, One, Page, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, ApiState, Shared, openapi};
 
@@ -296,10 +298,9 @@ pub(super) struct ApproveBody {
     pub note: Option<String>,
 }
 
-impl ApproveBody {
-    /// The note, checked.
-    pub fn note(self) -> Result<Option<String>, ApiError> {
-        bounded("note", self.note)
+impl Check for ApproveBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        self.note.as_deref().and_then(|note| too_long("note", note)).into_iter().collect()
     }
 }
 
@@ -312,23 +313,17 @@ pub(super) struct RejectBody {
     pub feedback: String,
 }
 
-impl RejectBody {
-    /// The feedback, checked.
-    pub fn feedback(self) -> Result<String, ApiError> {
-        if self.feedback.trim().is_empty() {
-            return Err(ApiError::field("feedback", "must not be empty: it is what the asker learns from"));
-        }
-        Ok(bounded("feedback", Some(self.feedback))?.unwrap_or_default())
+impl Check for RejectBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        let empty = self.feedback.trim().is_empty();
+        let empty = empty.then(|| FieldProblem::new("feedback", "must not be empty: it is what the asker learns from"));
+        empty.or_else(|| too_long("feedback", &self.feedback)).into_iter().collect()
     }
 }
 
-fn bounded(field: &str, words: Option<String>) -> Result<Option<String>, ApiError> {
-    match words {
-        Some(words) if words.chars().count() > WORDS_CHARS_MAX => {
-            Err(ApiError::field(field, format!("must be at most {WORDS_CHARS_MAX} characters")))
-        }
-        words => Ok(words),
-    }
+fn too_long(field: &str, words: &str) -> Option<FieldProblem> {
+    let long = words.chars().count() > WORDS_CHARS_MAX;
+    long.then(|| FieldProblem::new(field, format!("must be at most {WORDS_CHARS_MAX} characters")))
 }
 
 async fn decided(
@@ -372,7 +367,7 @@ async fn approve(
     Path(approval): Path<String>,
     Body { body, digest }: Body<ApproveBody>,
 ) -> Result<Response, ApiError> {
-    let verdict = Verdict::Approve { note: body.note()? };
+    let verdict = Verdict::Approve { note: body.note };
     decided(&state, &caller, &approval, digest, &verdict).await
 }
 
@@ -388,6 +383,6 @@ async fn reject(
     Path(approval): Path<String>,
     Body { body, digest }: Body<RejectBody>,
 ) -> Result<Response, ApiError> {
-    let verdict = Verdict::Reject { feedback: body.feedback()? };
+    let verdict = Verdict::Reject { feedback: body.feedback };
     decided(&state, &caller, &approval, digest, &verdict).await
 }

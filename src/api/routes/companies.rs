@@ -3,6 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{AccountId, CompanyId};
 use capx_core::engine::FieldProblem;
 use capx_core::engine::lifecycle::{self, Change};
@@ -18,7 +19,7 @@ use super::Routes;
 use super::agents::{AgentBody, AgentItem};
 use super::templates;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
+use crate::api::body::{Body, Check, Nothing, Path, Query, limit, one_of};
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, Shared, openapi};
 
@@ -262,8 +263,8 @@ fn check_governance(path: &str, policy: &Value, problems: &mut Vec<FieldProblem>
     }
 }
 
-impl CreateCompanyBody {
-    fn check(&self) -> Result<(), ApiError> {
+impl Check for CreateCompanyBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
         let mut problems = Vec::new();
         check_name(&self.name, &mut problems);
         check_description(self.description.as_deref(), &mut problems);
@@ -284,7 +285,7 @@ impl CreateCompanyBody {
         let mut roles = std::collections::HashSet::new();
         for (at, agent) in self.agents.iter().take(AGENTS_MAX).enumerate() {
             let with_defaults = template.is_some() || self.governance.is_some();
-            problems.extend(agent.problems(&format!("agents.{at}"), with_defaults));
+            problems.extend(agent.problems_at(&format!("agents.{at}"), with_defaults));
             if !roles.insert(agent.role.as_str()) {
                 problems.push(FieldProblem::new(format!("agents.{at}.role"), "another agent has this role already"));
             }
@@ -295,9 +296,25 @@ impl CreateCompanyBody {
         if let Some(policy) = &self.governance {
             check_governance("governance", policy, &mut problems);
         }
-        if problems.is_empty() { Ok(()) } else { Err(ApiError::fields(problems)) }
+        problems
     }
+}
 
+impl Check for UpdateCompanyBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        let mut problems = Vec::new();
+        if let Some(name) = &self.name {
+            check_name(name, &mut problems);
+        }
+        check_description(self.description.as_deref(), &mut problems);
+        if let Some(config) = &self.config {
+            check_config(config, &mut problems);
+        }
+        problems
+    }
+}
+
+impl CreateCompanyBody {
     fn into_request(self) -> CreateCompany {
         let mut agents = self.agents;
         for brought in self.template.as_deref().and_then(templates::agents).unwrap_or_default() {
@@ -327,7 +344,6 @@ async fn create(
     caller: Caller,
     Body { body, digest }: Body<CreateCompanyBody>,
 ) -> Result<Response, ApiError> {
-    body.check()?;
     if caller.company.is_some() {
         return Err(ApiError::Conflict(
             "this key is bound to one company; create companies with a key of the account".into(),
@@ -426,17 +442,6 @@ async fn update(
     Path(company): Path<String>,
     Body { body, digest }: Body<UpdateCompanyBody>,
 ) -> Result<Response, ApiError> {
-    let mut problems = Vec::new();
-    if let Some(name) = &body.name {
-        check_name(name, &mut problems);
-    }
-    check_description(body.description.as_deref(), &mut problems);
-    if let Some(config) = &body.config {
-        check_config(config, &mut problems);
-    }
-    if !problems.is_empty() {
-        return Err(ApiError::fields(problems));
-    }
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
     let config = body.config.map(Value::Object);

@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 
 use super::Routes;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
+use crate::api::body::{Body, Check, Nothing, Path, Query, limit, one_of};
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, Shared, openapi};
 
@@ -168,6 +168,8 @@ struct RetryManyBody {
     #[schema(schema_with = openapi::id_cursor)]
     cursor: Option<String>,
 }
+
+impl Check for RetryManyBody {}
 
 /// Dead letters whose runs go on.
 #[derive(Debug, Serialize, ToSchema)]

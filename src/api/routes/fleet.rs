@@ -3,7 +3,9 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{CompanyId, RunId};
+use capx_core::engine::FieldProblem;
 use capx_core::store::fleet::{self, JobFilter, JobRow, PauseRow, QueueRow, WorkerRow};
 use capx_core::store::jobs::kind;
 use capx_core::store::{sessions, tenancy, tenants};
@@ -14,7 +16,7 @@ use utoipa_axum::routes;
 
 use super::Routes;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
+use crate::api::body::{Body, Check, Nothing, Path, Query, limit, one_of};
 use crate::api::command::Command;
 use crate::api::reply::{All, Many, One, Page, Time, page, wrong_cursor};
 use crate::api::{ApiError, ApiState, Shared, openapi};
@@ -223,6 +225,14 @@ struct PauseQueueBody {
     reason: Option<String>,
 }
 
+impl Check for PauseQueueBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        let long = self.reason.as_ref().is_some_and(|reason| reason.chars().count() > REASON_CHARS_MAX);
+        let long = long.then(|| FieldProblem::new("reason", format!("must be at most {REASON_CHARS_MAX} characters")));
+        long.into_iter().collect()
+    }
+}
+
 /// Whether a queue is paused.
 #[derive(Debug, Serialize, ToSchema)]
 struct QueueStatus {
@@ -262,9 +272,6 @@ async fn pause(
     Body { body, digest }: Body<PauseQueueBody>,
 ) -> Result<Response, ApiError> {
     let mut command = operation(&caller, &state, digest).await?;
-    if body.reason.as_ref().is_some_and(|reason| reason.chars().count() > REASON_CHARS_MAX) {
-        return Err(ApiError::field("reason", format!("must be at most {REASON_CHARS_MAX} characters")));
-    }
     known(command.tx(), &queue).await?;
     fleet::pause_queue(command.tx(), &queue, &caller.key.to_string(), body.reason.as_deref()).await?;
     let pause = fleet::pause_of(command.tx(), &queue).await?;

@@ -3,6 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{CompanyId, KeyId};
 use capx_core::domain::key::{ApiKey, SCOPES};
 use capx_core::domain::playbook::problem::did_you_mean;
@@ -17,7 +18,7 @@ use utoipa_axum::routes;
 use super::Routes;
 use super::companies::Deleted;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Nothing, Path, Query, limit};
+use crate::api::body::{Body, Check, Nothing, Path, Query, limit};
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, Shared, openapi};
 
@@ -117,6 +118,26 @@ async fn list(State(state): Shared, caller: Caller, Query(query): Query<ListQuer
     caller.list(page(rows, limit, |row| id_cursor(row.key.0), KeyItem::new))
 }
 
+impl Check for CreateKeyBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        let mut problems = Vec::new();
+        if self.name.trim().is_empty() || self.name.chars().count() > NAME_CHARS_MAX {
+            problems.push(FieldProblem::new("name", format!("must be 1 to {NAME_CHARS_MAX} characters")));
+        }
+        let scopes = self.scopes.as_deref();
+        if scopes.is_some_and(<[String]>::is_empty) {
+            problems.push(FieldProblem::new("scopes", "must name at least one; leave it out for all"));
+        }
+        let unknown = scopes.into_iter().flatten().enumerate().filter(|(_, scope)| !SCOPES.contains(&scope.as_str()));
+        for (at, scope) in unknown.take(20) {
+            let near = did_you_mean(scope, SCOPES.iter().copied());
+            let near = near.unwrap_or_else(|| format!("use one of {}", SCOPES.join(", ")));
+            problems.push(FieldProblem::new(format!("scopes.{at}"), format!("unknown scope; {near}")));
+        }
+        problems
+    }
+}
+
 /// Create an API key
 ///
 /// It is shown this once. A company has at most five active keys.
@@ -128,21 +149,6 @@ async fn create(
     Body { body, digest }: Body<CreateKeyBody>,
 ) -> Result<Response, ApiError> {
     let scopes = body.scopes.unwrap_or_else(|| vec!["*".to_owned()]);
-    let mut problems = Vec::new();
-    if body.name.trim().is_empty() || body.name.chars().count() > NAME_CHARS_MAX {
-        problems.push(FieldProblem::new("name", format!("must be 1 to {NAME_CHARS_MAX} characters")));
-    }
-    if scopes.is_empty() {
-        problems.push(FieldProblem::new("scopes", "must name at least one; leave it out for all"));
-    }
-    for (at, scope) in scopes.iter().enumerate().filter(|(_, scope)| !SCOPES.contains(&scope.as_str())).take(20) {
-        let near =
-            did_you_mean(scope, SCOPES.iter().copied()).unwrap_or_else(|| format!("use one of {}", SCOPES.join(", ")));
-        problems.push(FieldProblem::new(format!("scopes.{at}"), format!("unknown scope; {near}")));
-    }
-    if !problems.is_empty() {
-        return Err(ApiError::fields(problems));
-    }
     let mut command = caller.command(&state, digest).await?;
     let company = match body.company_id.as_deref() {
         Some(id) => Some(caller.company_id(command.tx(), id).await?),

@@ -3,6 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{CompanyId, PlaybookId};
 use capx_core::domain::playbook::{self, Playbook as Model, diff};
 use capx_core::engine::FieldProblem;
@@ -19,7 +20,7 @@ use utoipa_axum::routes;
 use super::Routes;
 use super::companies::Deleted;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Nothing, Path, Query, Several, limit, one_of};
+use crate::api::body::{Body, Check, Nothing, Path, Query, Several, limit, one_of};
 use crate::api::command::Command;
 use crate::api::reply::{Many, One, Page, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, Shared, openapi};
@@ -235,7 +236,7 @@ impl Playbook {
     }
 }
 
-fn problems(name: Option<&str>, description: Option<&str>, tags: &[String]) -> Result<(), ApiError> {
+fn problems(name: Option<&str>, description: Option<&str>, tags: &[String]) -> Vec<FieldProblem> {
     let mut problems = Vec::new();
     if name.is_some_and(|name| name.trim().is_empty() || name.chars().count() > NAME_CHARS_MAX) {
         problems.push(FieldProblem::new("name", format!("must be 1 to {NAME_CHARS_MAX} characters")));
@@ -246,8 +247,23 @@ fn problems(name: Option<&str>, description: Option<&str>, tags: &[String]) -> R
     if tags.len() > TAGS_MAX || tags.iter().any(|tag| tag.is_empty() || tag.chars().count() > TAG_CHARS_MAX) {
         problems.push(FieldProblem::new("tags", format!("at most {TAGS_MAX}, each 1 to {TAG_CHARS_MAX} characters")));
     }
-    if problems.is_empty() { Ok(()) } else { Err(ApiError::fields(problems)) }
+    problems
 }
+
+impl Check for CreatePlaybookBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        problems(self.name.as_deref(), self.description.as_deref(), &self.tags)
+    }
+}
+
+impl Check for UpdatePlaybookBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        problems(self.name.as_deref(), self.description.as_deref(), self.tags.as_deref().unwrap_or_default())
+    }
+}
+
+impl Check for RollbackBody {}
+impl Check for ValidateBody {}
 
 /// Create a playbook
 ///
@@ -265,7 +281,6 @@ async fn create(
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
-    problems(body.name.as_deref(), body.description.as_deref(), &body.tags)?;
     let request = CreatePlaybook { name: body.name, description: body.description, yaml: body.yaml, tags: body.tags };
     let created = engine::create_in(command.tx(), company, &request).await?;
     let row = find(command.tx(), company, &created.upserted.playbook.to_string()).await?;
@@ -410,7 +425,6 @@ async fn update(
     Path((company, playbook)): Path<(String, String)>,
     Body { body, digest }: Body<UpdatePlaybookBody>,
 ) -> Result<Response, ApiError> {
-    problems(body.name.as_deref(), body.description.as_deref(), body.tags.as_deref().unwrap_or_default())?;
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
     let row = find(command.tx(), company, &playbook).await?;

@@ -13,7 +13,7 @@ use utoipa_axum::routes;
 use super::Routes;
 use super::runs::{Run, find, ids, one_of_both, show};
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Nothing, Path};
+use crate::api::body::{Body, Check, Nothing, Path};
 use crate::api::reply::One;
 use crate::api::{ApiError, Shared};
 
@@ -85,6 +85,8 @@ struct ReplayBody {
     /// The guide's word for the same.
     inputs: Option<Map<String, Value>>,
 }
+
+impl Check for ReplayBody {}
 
 /// A step's id, or its place from 0.
 #[derive(Debug, Deserialize, ToSchema)]

@@ -21,7 +21,7 @@ use utoipa_axum::routes;
 
 use super::Routes;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Path, Query, limit};
+use crate::api::body::{Body, Check, Path, Query, limit};
 use crate::api::command::Command;
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, ApiState, Shared, openapi};
@@ -56,6 +56,8 @@ struct StartRunBody {
     inputs: Option<Map<String, Value>>,
 }
 
+impl Check for StartRunBody {}
+
 /// What a run is started with, and of which playbook.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -72,6 +74,8 @@ struct StartAnyRunBody {
     /// The guide's word for the same.
     inputs: Option<Map<String, Value>>,
 }
+
+impl Check for StartAnyRunBody {}
 
 pub(super) fn one_of_both(
     params: Option<Map<String, Value>>,

@@ -3,6 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use capx_core::domain::address::Rules;
 use capx_core::domain::event::is_event_name;
 use capx_core::domain::ids::{CompanyId, RunId, SignalId};
 use capx_core::domain::storable::{self, OUTPUT_BYTES_MAX};
@@ -17,7 +18,7 @@ use utoipa_axum::routes;
 use super::Routes;
 use super::runs::{find, ids};
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Path};
+use crate::api::body::{Body, Check, Path};
 use crate::api::command::Command;
 use crate::api::reply::{One, Time};
 use crate::api::{ApiError, Shared};
@@ -74,8 +75,8 @@ impl TakenEvent {
     }
 }
 
-impl EventBody {
-    fn check(&self) -> Result<(), ApiError> {
+impl Check for EventBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
         let mut problems = Vec::new();
         if !is_event_name(&self.name) {
             let message = "must be 1 to 200 letters, digits, `.`, `_`, `-`, `:` or `/`";
@@ -87,7 +88,7 @@ impl EventBody {
         if let Err(error) = storable::to_json(&self.data, OUTPUT_BYTES_MAX) {
             problems.push(FieldProblem::new("data", error.to_string()));
         }
-        if problems.is_empty() { Ok(()) } else { Err(ApiError::fields(problems)) }
+        problems
     }
 }
 
@@ -118,7 +119,6 @@ async fn to_company(
     Path(company): Path<String>,
     Body { body, digest }: Body<EventBody>,
 ) -> Result<Response, ApiError> {
-    body.check()?;
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_row(command.tx(), &company).await?;
     if company.status == "stopped" {
@@ -142,7 +142,6 @@ async fn to_run(
     Path((company, playbook, run)): Path<(String, String, String)>,
     Body { body, digest }: Body<EventBody>,
 ) -> Result<Response, ApiError> {
-    body.check()?;
     let ids = ids(&company, &playbook, &run)?;
     let mut command = caller.command(&state, digest).await?;
     find(command.tx(), &caller, ids).await?;

@@ -3,6 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{AgentId, CompanyId, RunId, TaskId};
 use capx_core::domain::task::{Change, PRIORITIES, STATUSES};
 use capx_core::engine::FieldProblem;
@@ -18,7 +19,7 @@ use super::Routes;
 use super::agents;
 use super::approvals::{ApproveBody, RejectBody};
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
+use crate::api::body::{Body, Check, Nothing, Path, Query, limit, one_of};
 use crate::api::period;
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, ApiState, Shared, openapi};
@@ -167,7 +168,7 @@ impl Task {
     }
 }
 
-fn problems(title: Option<&str>, description: Option<&str>, priority: Option<&str>) -> Result<(), ApiError> {
+fn problems(title: Option<&str>, description: Option<&str>, priority: Option<&str>) -> Vec<FieldProblem> {
     let mut problems = Vec::new();
     if title.is_some_and(|title| title.trim().is_empty() || title.chars().count() > TITLE_CHARS_MAX) {
         problems.push(FieldProblem::new("title", format!("must be 1 to {TITLE_CHARS_MAX} characters")));
@@ -178,7 +179,35 @@ fn problems(title: Option<&str>, description: Option<&str>, priority: Option<&st
     if priority.is_some_and(|priority| !PRIORITIES.contains(&priority)) {
         problems.push(FieldProblem::new("priority", format!("must be one of {}", PRIORITIES.join(", "))));
     }
-    if problems.is_empty() { Ok(()) } else { Err(ApiError::fields(problems)) }
+    problems
+}
+
+impl Check for CreateTaskBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        problems(Some(&self.title), self.description.as_deref(), self.priority.as_deref())
+    }
+}
+
+impl Check for DirectiveBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        let mut problems = Vec::new();
+        if self.objective.trim().is_empty() || self.objective.chars().count() > DESCRIPTION_CHARS_MAX {
+            problems.push(FieldProblem::new("objective", format!("must be 1 to {DESCRIPTION_CHARS_MAX} characters")));
+        }
+        if self.budget.is_some_and(|budget| budget < 0) {
+            problems.push(FieldProblem::new("budget", "must be credits, 0 or more"));
+        }
+        if let Some(Err(message)) = self.deadline.as_deref().map(period::time) {
+            problems.push(FieldProblem::new("deadline", message));
+        }
+        problems
+    }
+}
+
+impl Check for UpdateTaskBody {
+    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
+        problems(self.title.as_deref(), self.description.as_deref(), self.priority.as_deref())
+    }
 }
 
 /// An agent that a body names: one of the company's that is not removed.
@@ -205,7 +234,6 @@ async fn create(
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_row(command.tx(), &company).await?;
-    problems(Some(&body.title), body.description.as_deref(), body.priority.as_deref())?;
     let request = CreateTask {
         agent: assignee(command.tx(), company.company, body.agent_id.as_deref()).await?,
         title: body.title,
@@ -231,19 +259,6 @@ async fn direct(
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_row(command.tx(), &company).await?;
-    let mut wrong = Vec::new();
-    if body.objective.trim().is_empty() || body.objective.chars().count() > DESCRIPTION_CHARS_MAX {
-        wrong.push(FieldProblem::new("objective", format!("must be 1 to {DESCRIPTION_CHARS_MAX} characters")));
-    }
-    if body.budget.is_some_and(|budget| budget < 0) {
-        wrong.push(FieldProblem::new("budget", "must be credits, 0 or more"));
-    }
-    if let Some(Err(message)) = body.deadline.as_deref().map(period::time) {
-        wrong.push(FieldProblem::new("deadline", message));
-    }
-    if !wrong.is_empty() {
-        return Err(ApiError::fields(wrong));
-    }
     let strategist = match agents::find(command.tx(), company.company, "strategist").await {
         Ok(row) => row.agent,
         Err(ApiError::NotFound(_)) => {
@@ -355,7 +370,6 @@ async fn update(
     Path((company, task)): Path<(String, String)>,
     Body { body, digest }: Body<UpdateTaskBody>,
 ) -> Result<Response, ApiError> {
-    problems(body.title.as_deref(), body.description.as_deref(), body.priority.as_deref())?;
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
     let agent = assignee(command.tx(), company, body.agent_id.as_deref()).await?;
@@ -396,7 +410,7 @@ async fn approve(
     Path(path): Path<(String, String)>,
     Body { body, digest }: Body<ApproveBody>,
 ) -> Result<Response, ApiError> {
-    let note = body.note()?;
+    let note = body.note;
     changed(&state, &caller, path, digest, Change::Approve, note.as_deref()).await
 }
 
@@ -412,7 +426,7 @@ async fn reject(
     Path(path): Path<(String, String)>,
     Body { body, digest }: Body<RejectBody>,
 ) -> Result<Response, ApiError> {
-    let feedback = body.feedback()?;
+    let feedback = body.feedback;
     changed(&state, &caller, path, digest, Change::Reject, Some(&feedback)).await
 }
 

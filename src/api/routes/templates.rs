@@ -51,7 +51,7 @@ mod tests {
             let agents = agents(name).expect("a template");
             assert!(!agents.is_empty());
             for agent in agents {
-                assert!(agent.problems("", false).is_empty(), "{name}: {}", agent.role);
+                assert!(agent.problems_at("", false).is_empty(), "{name}: {}", agent.role);
             }
         }
     }

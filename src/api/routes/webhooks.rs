@@ -18,7 +18,7 @@ use utoipa_axum::routes;
 use super::Routes;
 use super::companies::Deleted;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
+use crate::api::body::{Body, Check, Nothing, Path, Query, limit};
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, Shared, openapi};
 
@@ -157,8 +157,31 @@ fn check_description(description: Option<&str>, problems: &mut Vec<FieldProblem>
     }
 }
 
-fn none_wrong(problems: Vec<FieldProblem>) -> Result<(), ApiError> {
-    if problems.is_empty() { Ok(()) } else { Err(ApiError::fields(problems)) }
+impl Check for CreateWebhookBody {
+    fn problems(&self, rules: &Rules) -> Vec<FieldProblem> {
+        let mut problems = Vec::new();
+        check_url(rules, &self.url, &mut problems);
+        check_events(&self.events, &mut problems);
+        check_description(self.description.as_deref(), &mut problems);
+        problems
+    }
+}
+
+impl Check for UpdateWebhookBody {
+    fn problems(&self, rules: &Rules) -> Vec<FieldProblem> {
+        let mut problems = Vec::new();
+        if let Some(url) = &self.url {
+            check_url(rules, url, &mut problems);
+        }
+        if let Some(events) = &self.events {
+            check_events(events, &mut problems);
+        }
+        check_description(self.description.as_deref(), &mut problems);
+        if self.status.as_ref().is_some_and(|status| !STATUSES.contains(&status.as_str())) {
+            problems.push(FieldProblem::new("status", format!("must be one of {}", STATUSES.join(", "))));
+        }
+        problems
+    }
 }
 
 /// A new secret: 32 bytes of a generator that the operating system has seeded.
@@ -216,11 +239,6 @@ async fn create(
     caller: Caller,
     Body { body, digest }: Body<CreateWebhookBody>,
 ) -> Result<Response, ApiError> {
-    let mut problems = Vec::new();
-    check_url(&state.rules, &body.url, &mut problems);
-    check_events(&body.events, &mut problems);
-    check_description(body.description.as_deref(), &mut problems);
-    none_wrong(problems)?;
     let mut command = caller.command(&state, digest).await?;
     let company = match body.company_id.as_deref() {
         Some(id) => Some(caller.company_id(command.tx(), id).await?),
@@ -269,21 +287,11 @@ async fn update(
     Body { body, digest }: Body<UpdateWebhookBody>,
 ) -> Result<Response, ApiError> {
     let id = id(&webhook)?;
-    let status = one_of("status", body.status.as_deref(), STATUSES)?;
-    let mut problems = Vec::new();
-    if let Some(url) = &body.url {
-        check_url(&state.rules, url, &mut problems);
-    }
-    if let Some(events) = &body.events {
-        check_events(events, &mut problems);
-    }
-    check_description(body.description.as_deref(), &mut problems);
-    none_wrong(problems)?;
     let change = Change {
         url: body.url.as_deref(),
         events: body.events.as_deref(),
         description: body.description.as_deref(),
-        active: status.map(|status| status == "active"),
+        active: body.status.map(|status| status == "active"),
     };
     let mut command = caller.command(&state, digest).await?;
     let row = store::update(command.tx(), owner(&caller), id, &change).await?;
