@@ -25,6 +25,10 @@ fn reasons() -> utoipa::openapi::schema::Object {
     openapi::names(REASONS)
 }
 
+fn reason_or_null() -> utoipa::openapi::schema::Object {
+    openapi::names_or_null(REASONS, "Those that gave up for this.")
+}
+
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
     routes.with(Scope::OpsRead, 1, routes!(list)).with(Scope::OpsWrite, 2, routes!(retry)).with(
         Scope::OpsWrite,
@@ -158,14 +162,13 @@ async fn retry(
 struct RetryManyBody {
     /// `co_…`: of this company alone.
     company_id: Option<String>,
-    /// `exhausted`, `invalid` or `quarantined`.
-    #[schema(schema_with = reasons)]
+    #[schema(schema_with = reason_or_null, required = false)]
     reason: Option<String>,
     /// How many at most.
     #[schema(minimum = 1, maximum = 200, default = 100)]
     limit: Option<i64>,
     /// `cursor` of the answer before, to go on behind what could not be retried.
-    #[schema(schema_with = openapi::id_cursor)]
+    #[schema(pattern = "^[0-9a-f]{32}$")]
     cursor: Option<String>,
 }
 

@@ -27,8 +27,8 @@ const EVENTS_MAX: usize = 50;
 const DESCRIPTION_CHARS_MAX: usize = 1_000;
 const STATUSES: &[&str] = &["active", "disabled"];
 
-fn statuses() -> utoipa::openapi::schema::Object {
-    openapi::names(STATUSES)
+fn status_or_null() -> utoipa::openapi::schema::Object {
+    openapi::names_or_null(STATUSES, "Whether it is sent to.")
 }
 
 pub(in crate::api) fn routes(routes: Routes) -> Routes {
@@ -72,8 +72,7 @@ struct UpdateWebhookBody {
     /// For people.
     #[schema(max_length = 1_000)]
     description: Option<String>,
-    /// `active` or `disabled`.
-    #[schema(schema_with = statuses)]
+    #[schema(schema_with = status_or_null, required = false)]
     status: Option<String>,
 }
 
