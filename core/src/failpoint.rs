@@ -114,4 +114,7 @@ pub const POINTS: &[&str] = &[
     "command.after_commit",
     "expire.before_commit",
     "expire.after_commit",
+    "fire.before_start",
+    "fire.before_commit",
+    "fire.after_commit",
 ];

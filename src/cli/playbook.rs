@@ -45,15 +45,15 @@ pub fn run(command: PlaybookCommand) -> anyhow::Result<()> {
 struct Checked {
     name: String,
     text: String,
-    /// Its name and how many steps it has, or what is wrong.
-    found: Result<(String, usize), Vec<Problem>>,
+    /// Its name, how many steps it has and what it is warned of, or what is wrong.
+    found: Result<(String, usize, Vec<Problem>), Vec<Problem>>,
 }
 
 fn check(files: &[PathBuf], as_json: bool) -> anyhow::Result<()> {
     let mut checked = Vec::with_capacity(files.len());
     for file in files {
         let text = read(file)?;
-        let found = playbook::load(&text).map(|playbook| (playbook.name, playbook.steps.len()));
+        let found = playbook::read(&text).map(|(playbook, warnings)| (playbook.name, playbook.steps.len(), warnings));
         let name = if file == Path::new("-") { "stdin".to_owned() } else { file.display().to_string() };
         checked.push(Checked { name, text, found });
     }
@@ -85,24 +85,31 @@ fn read(file: &Path) -> anyhow::Result<String> {
 impl Checked {
     fn to_json(&self) -> Value {
         match &self.found {
-            Ok((name, steps)) => json!({"file": self.name, "valid": true, "name": name, "step_count": steps}),
+            Ok((name, steps, warnings)) => {
+                json!({"file": self.name, "valid": true, "name": name, "step_count": steps, "warnings": warnings})
+            }
             Err(problems) => json!({"file": self.name, "valid": false, "problems": problems}),
         }
     }
 
     fn told(&self) -> String {
-        let problems = match &self.found {
-            Ok((name, steps)) => {
+        match &self.found {
+            Ok((name, steps, warnings)) => {
                 let steps = if *steps == 1 { "1 step".to_owned() } else { format!("{steps} steps") };
                 let good = "ok".if_supports_color(Stream::Stdout, |t| t.green()).to_string();
-                return format!("{good} {}: {name}, {steps}\n", self.name);
+                format!("{}{good} {}: {name}, {steps}\n", self.tell(warnings), self.name)
             }
-            Err(problems) => problems,
-        };
+            Err(problems) => self.tell(problems),
+        }
+    }
+
+    fn tell(&self, problems: &[Problem]) -> String {
         let mut told = String::new();
         for problem in problems {
-            let word = if problem.warning { "warning" } else { "error" };
-            let word = word.if_supports_color(Stream::Stdout, |t| t.red()).to_string();
+            let word = match problem.warning {
+                true => "warning".if_supports_color(Stream::Stdout, |t| t.yellow()).to_string(),
+                false => "error".if_supports_color(Stream::Stdout, |t| t.red()).to_string(),
+            };
             let path = if problem.path.is_empty() { String::new() } else { format!("{}: ", problem.path) };
             let _ = writeln!(told, "{word}: {path}{}", problem.message);
             let _ = writeln!(told, "  --> {}:{}:{}", self.name, problem.at.line, problem.at.column);

@@ -26,4 +26,5 @@ mod schedules;
 mod seeds;
 mod streams;
 mod tenancy;
+mod triggers;
 mod webhooks;

@@ -44,6 +44,8 @@ pub const PLAYBOOK_COMPLETED: &str = "playbook.completed";
 pub const PLAYBOOK_FAILED: &str = "playbook.failed";
 /// A run was cancelled by hand.
 pub const PLAYBOOK_CANCELLED: &str = "playbook.cancelled";
+/// A run that was to start by itself could not; `data.reason` says why.
+pub const PLAYBOOK_SKIPPED: &str = "playbook.skipped";
 /// An attempt has been running for longer than a blink.
 pub const STEP_STARTED: &str = "step.started";
 /// A step's result is stored.
@@ -81,6 +83,7 @@ pub const NAMES: &[&str] = &[
     PLAYBOOK_COMPLETED,
     PLAYBOOK_FAILED,
     PLAYBOOK_CANCELLED,
+    PLAYBOOK_SKIPPED,
     STEP_STARTED,
     STEP_COMPLETED,
     STEP_FAILED,

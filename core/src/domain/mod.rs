@@ -16,5 +16,6 @@ pub mod outcome;
 pub mod plan;
 pub mod playbook;
 pub mod run;
+pub mod schedule;
 pub mod storable;
 pub mod task;

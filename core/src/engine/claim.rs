@@ -48,6 +48,8 @@ pub enum Work {
     Heartbeat,
     /// An event goes to the runs that wait for it.
     Signal,
+    /// A schedule fires.
+    Schedule,
     /// What a deleted company held goes away.
     Purge,
     /// Nothing, durably.
@@ -240,6 +242,7 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
                 kind::PROVISION => Work::Provision,
                 kind::HEARTBEAT => Work::Heartbeat,
                 kind::SIGNAL => Work::Signal,
+                kind::SCHEDULE => Work::Schedule,
                 kind::PURGE => Work::Purge,
                 kind::NOOP => Work::Noop,
                 _ => Work::Unknown,

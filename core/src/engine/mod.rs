@@ -28,6 +28,7 @@ pub mod start;
 pub mod sweep;
 pub mod tasks;
 pub mod tenants;
+pub mod triggers;
 pub mod upkeep;
 pub mod wake;
 

@@ -2,9 +2,10 @@
 
 use std::collections::HashSet;
 
+use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 
-use super::{Engine, EngineError, FieldProblem, repeating};
+use super::{Engine, EngineError, FieldProblem, repeating, triggers};
 use crate::domain::digest::sha256;
 use crate::domain::ids::{CompanyId, PlaybookId};
 use crate::domain::playbook::{self, Playbook, Problem};
@@ -54,10 +55,10 @@ pub async fn create_in(
     company: CompanyId,
     request: &CreatePlaybook,
 ) -> Result<Created, EngineError> {
-    let playbook = check(&request.yaml)?;
+    let (playbook, mut warnings) = check(&request.yaml)?;
     let name = request.name.clone().unwrap_or_else(|| playbook.name.clone());
     let description = request.description.clone().or_else(|| playbook.description.clone());
-    let warnings = role_warnings(tx, company, &playbook).await?;
+    warnings.extend(role_warnings(tx, company, &playbook).await?);
     let new = NewPlaybook {
         company,
         name: &name,
@@ -68,12 +69,16 @@ pub async fn create_in(
         step_count: count(&playbook),
     };
     let upserted = playbooks::upsert(tx, &new).await?;
+    if upserted.changed {
+        triggers::sync(tx, company, upserted.playbook).await?;
+    }
     Ok(Created { upserted, name, playbook, warnings })
 }
 
-/// Reads a definition, or says everything that is wrong with it.
-pub fn check(yaml: &str) -> Result<Playbook, EngineError> {
-    playbook::load(yaml).map_err(|problems| invalid(yaml, &problems))
+/// Reads a definition with its warnings, or says everything that is wrong with it.
+pub fn check(yaml: &str) -> Result<(Playbook, Vec<String>), EngineError> {
+    let (playbook, warnings) = playbook::read(yaml).map_err(|problems| invalid(yaml, &problems))?;
+    Ok((playbook, warnings.iter().map(ToString::to_string).collect()))
 }
 
 fn count(playbook: &Playbook) -> i32 {
@@ -111,20 +116,34 @@ pub async fn update(
         tags: changes.tags.as_deref().unwrap_or_default(),
         yaml,
         hash: sha256(yaml),
-        step_count: model.as_ref().map_or(0, count),
+        step_count: model.as_ref().map_or(0, |(playbook, _)| count(playbook)),
     };
-    playbooks::update(tx, id, &new, changes.tags.is_some(), changes.yaml.is_some()).await.map_err(|error| match error {
+    let updated = playbooks::update(&mut *tx, id, &new, changes.tags.is_some(), changes.yaml.is_some()).await;
+    updated.map_err(|error| match error {
         StoreError::Conflict { constraint } if constraint == "playbooks_name" => {
             EngineError::Conflict(format!("the company has another playbook named `{}`", new.name))
         }
         other => other.into(),
-    })
+    })?;
+    triggers::sync(tx, company, id).await
+}
+
+/// Sets a playbook's status in the caller's transaction; says since when it has it.
+pub async fn set_status(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    id: PlaybookId,
+    status: &str,
+) -> Result<DateTime<Utc>, EngineError> {
+    let at = playbooks::set_status(&mut *tx, company, id, status).await?;
+    triggers::sync(tx, company, id).await?;
+    Ok(at)
 }
 
 /// Deletes a playbook that has no runs.
 pub async fn delete(tx: &mut PgConnection, company: CompanyId, id: PlaybookId) -> Result<(), EngineError> {
-    if playbooks::delete(tx, company, id).await? {
-        return Ok(());
+    if playbooks::delete(&mut *tx, company, id).await? {
+        return triggers::sync(tx, company, id).await;
     }
     Err(EngineError::Conflict("the playbook has runs, whose history would be lost; archive it instead".into()))
 }

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 
-use super::{Engine, EngineError};
+use super::{Engine, EngineError, triggers};
 use crate::domain::event::{EVENT_RECEIVED, Event};
 use crate::domain::ids::{CompanyId, RunId, SignalId};
 use crate::store::jobs::{NewJob, kind, queue};
@@ -70,8 +70,9 @@ fn the_same(known: SignalRow, send: &Send<'_>) -> Result<SignalRow, EngineError>
     Ok(known)
 }
 
-/// Hands an event to all who wait for it.
-pub async fn deliver(engine: &Engine, company: CompanyId, signal: SignalId) -> Result<(), EngineError> {
+/// Hands an event to all who wait for it, and starts what it starts; false when
+/// that is to be done later, as the company is paused.
+pub async fn deliver(engine: &Engine, company: CompanyId, signal: SignalId) -> Result<bool, EngineError> {
     let mut after = Some(0);
     while let Some(job) = after {
         let delivered = signals::deliver(&engine.pool, company, signal, job).await?;
@@ -80,5 +81,5 @@ pub async fn deliver(engine: &Engine, company: CompanyId, signal: SignalId) -> R
         }
         after = delivered.more;
     }
-    Ok(())
+    triggers::start_by_event(engine, company, signal).await
 }

@@ -209,6 +209,12 @@ impl Prepared {
         self.gate.is_none() && self.passed.is_empty()
     }
 
+    /// The same, once for each key.
+    pub(super) fn once(mut self, key: String) -> Self {
+        self.run.dedup_key = Some(key);
+        self
+    }
+
     /// The run's id, chosen here.
     pub(super) fn run(&self) -> RunId {
         self.run.run
@@ -296,6 +302,7 @@ pub(super) fn prepare(
         waiting_on: waits.as_ref().map(Value::to_string),
         first_step: place(first),
         replay_of: beginning.replay_of,
+        dedup_key: None,
         job_kind: match (&gate, waits.is_some()) {
             (Some(_), _) => kind::GATE_TIMEOUT,
             (None, true) => kind::TIMER,

@@ -25,6 +25,8 @@ pub mod kind {
     pub const HEARTBEAT: &str = "heartbeat";
     /// An event goes to the runs that wait for it.
     pub const SIGNAL: &str = "signal";
+    /// A schedule fires.
+    pub const SCHEDULE: &str = "schedule";
     /// What a deleted company held goes away.
     pub const PURGE: &str = "purge";
     /// Does nothing, durably: for benchmarks and checks of a queue.

@@ -28,6 +28,7 @@ pub mod steps;
 pub mod tasks;
 pub mod tenancy;
 pub mod tenants;
+pub mod triggers;
 pub mod usage;
 pub mod webhooks;
 

@@ -25,6 +25,7 @@ const TABLES: &[&str] = &[
     "waits",
     "signals_taken",
     "signals",
+    "triggers",
     // Last, since no index finds them by their company: work that is still
     // claimed finds no run, and ends.
     "jobs",

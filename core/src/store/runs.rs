@@ -38,6 +38,8 @@ pub struct NewRun {
     pub first_step: i32,
     /// The run that it plays again.
     pub replay_of: Option<RunId>,
+    /// Of the playbook's runs one has it: what started it.
+    pub dedup_key: Option<String>,
     /// The kind of its job.
     pub job_kind: &'static str,
     /// When the job may be taken.
@@ -91,6 +93,7 @@ pub async fn start(
         &third.data as &[Option<String>],
         &runs.iter().map(|r| r.first_step).collect::<Vec<_>>(),
         &runs.iter().map(|r| r.replay_of.map(|run| run.0)).collect::<Vec<_>>() as &[Option<Uuid>],
+        &runs.iter().map(|r| r.dedup_key.clone()).collect::<Vec<_>>() as &[Option<String>],
     )
     .fetch_all(executor)
     .await?;

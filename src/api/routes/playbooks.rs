@@ -10,7 +10,8 @@ use capx_core::engine::FieldProblem;
 use capx_core::engine::playbooks as engine;
 use capx_core::engine::playbooks::CreatePlaybook;
 use capx_core::store::playbooks::{self, Filter, PlaybookRow};
-use capx_core::store::usage;
+use capx_core::store::{triggers, usage};
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sqlx::PgConnection;
@@ -115,6 +116,8 @@ struct Validated {
     step_count: usize,
     steps: Vec<Step>,
     trigger: Value,
+    /// What its author may want to know.
+    warnings: Vec<String>,
 }
 
 /// A step of a definition.
@@ -187,6 +190,9 @@ struct Playbook {
     avg_run_cost: f64,
     /// How long a run took on average, in seconds.
     avg_run_duration: i64,
+    /// When it is planned to start by itself.
+    #[schema(required)]
+    next_run_at: Option<Time>,
     created_at: Time,
     updated_at: Time,
 }
@@ -219,7 +225,7 @@ impl PlaybookItem {
 }
 
 impl Playbook {
-    fn new(row: PlaybookRow) -> Self {
+    fn new(row: PlaybookRow, next_run_at: Option<DateTime<Utc>>) -> Self {
         let model = read(&row.yaml);
         Self {
             item: PlaybookItem::new(&row),
@@ -230,6 +236,7 @@ impl Playbook {
             yaml: row.yaml,
             avg_run_cost: row.avg_run_cost.to_usd(),
             avg_run_duration: row.avg_run_duration_s,
+            next_run_at: next_run_at.map(Time),
             created_at: Time(row.created_at),
             updated_at: Time(row.updated_at),
         }
@@ -307,13 +314,14 @@ async fn create(
 #[utoipa::path(post, path = "/playbooks/validate", tag = "Playbooks", request_body = ValidateBody,
     responses((status = 200, description = "It is in order.", body = One<Validated>)))]
 async fn validate(caller: Caller, Body { body, .. }: Body<ValidateBody>) -> Result<Response, ApiError> {
-    let model = engine::check(&body.yaml)?;
+    let (model, warnings) = engine::check(&body.yaml)?;
     caller.figures(Validated {
         valid: true,
         step_count: model.steps.len(),
         steps: steps(&model),
         trigger: model.trigger.to_json(),
         name: model.name,
+        warnings,
     })
 }
 
@@ -396,6 +404,14 @@ pub(super) async fn find(tx: &mut PgConnection, company: CompanyId, playbook: &s
     playbooks::list(tx, &filter, 1).await?.pop().ok_or(ApiError::NotFound("playbook"))
 }
 
+/// When a playbook is planned to start by itself; one that is not active does not.
+async fn next_run(tx: &mut PgConnection, row: &PlaybookRow) -> Result<Option<DateTime<Utc>>, ApiError> {
+    if row.status != "active" {
+        return Ok(None);
+    }
+    Ok(triggers::next_at(tx, row.company, row.playbook).await?)
+}
+
 /// Get a playbook
 #[utoipa::path(get, path = "/companies/{company}/playbooks/{playbook}", tag = "Playbooks",
     params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
@@ -410,7 +426,8 @@ async fn one(
     let mut rows = [find(&mut tx, company, &playbook).await?];
     usage::add_run_totals(&mut tx, &mut rows).await?;
     let [row] = rows;
-    caller.one(&Playbook::new(row))
+    let next = next_run(&mut tx, &row).await?;
+    caller.one(&Playbook::new(row, next))
 }
 
 /// Update a playbook
@@ -448,7 +465,8 @@ async fn changed(
     let mut rows = [find(command.tx(), company, &playbook.to_string()).await?];
     usage::add_run_totals(command.tx(), &mut rows).await?;
     let [row] = rows;
-    command.finish(StatusCode::OK, Playbook::new(row)).await
+    let next = next_run(command.tx(), &row).await?;
+    command.finish(StatusCode::OK, Playbook::new(row, next)).await
 }
 
 /// Roll a playbook back
@@ -512,7 +530,7 @@ async fn set_status(
     let mut command = caller.command(state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
     let id = find(command.tx(), company, &playbook).await?.playbook;
-    let at = playbooks::set_status(command.tx(), company, id, status).await?;
+    let at = engine::set_status(command.tx(), company, id, status).await?;
     command.finish(StatusCode::OK, PlaybookStatus { id, status, updated_at: Time(at) }).await
 }
 

@@ -10,7 +10,7 @@ use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
 use capx_core::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 use capx_core::engine::advance::{self, Finished};
 use capx_core::engine::claim::{Claimed, StepWork, Work};
-use capx_core::engine::{agents, cancel, gates, signals, tenants};
+use capx_core::engine::{agents, cancel, gates, signals, tenants, triggers};
 use capx_core::failpoint;
 use capx_core::store;
 use capx_core::store::jobs::{self, ClaimedJob};
@@ -63,6 +63,7 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
             shared.watchdog.answer("the end of a run", Box::pin(end_stopped(shared, &job))).await
         }
         Work::Heartbeat => shared.watchdog.answer("a beat", Box::pin(heartbeat(shared, &job))).await,
+        Work::Schedule => shared.watchdog.answer("a fire", Box::pin(fire(shared, &job))).await,
         Work::Signal => shared.watchdog.answer("an event", Box::pin(signal(shared, &job))).await,
         Work::Purge => shared.watchdog.answer("a purge", Box::pin(purge(shared, &job))).await,
         Work::GateTimeout => shared.watchdog.answer("a gate's end", Box::pin(gate_timeout(shared, &job))).await,
@@ -202,10 +203,23 @@ async fn heartbeat(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
     }
 }
 
+async fn fire(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
+    match triggers::fire(&shared.engine, job).await {
+        // Its transaction has settled the job.
+        Ok(()) => PlainOutcome::Nothing,
+        Err(error) => {
+            tracing::warn!(%error, job.id = job.lease.job, "a fire waits");
+            PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
+        }
+    }
+}
+
 async fn signal(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
     let Some(signal) = job.ref_id else { return PlainOutcome::Done };
     match signals::deliver(&shared.engine, job.company, SignalId(signal)).await {
-        Ok(()) => PlainOutcome::Done,
+        Ok(true) => PlainOutcome::Done,
+        // The company is paused.
+        Ok(false) => PlainOutcome::Again { delay: jobs::PARKED, charged: false },
         Err(error) => {
             tracing::warn!(%error, signal.id = %SignalId(signal), "an event waits");
             PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }

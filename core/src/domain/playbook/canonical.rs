@@ -85,6 +85,7 @@ fn key(at: Pos, text: &str) -> Key {
 /// a manual trigger is none.
 fn trigger(top: &mut Entries) {
     let schedule = take(top, "schedule");
+    let catch_up = take(top, "catch_up");
     let Some((name, node)) = take(top, "trigger").or_else(|| {
         let (key, _) = schedule.as_ref()?;
         Some((Key { at: key.at, text: "trigger".into() }, Node { at: key.at, kind: Kind::Map(Vec::new()) }))
@@ -100,6 +101,14 @@ fn trigger(top: &mut Entries) {
         && value_mut(&mut inner, "schedule").is_none()
     {
         inner.push(schedule);
+    }
+    if let Some(catch_up) = catch_up
+        && value_mut(&mut inner, "catch_up").is_none()
+    {
+        inner.push(catch_up);
+    }
+    if let Some(jitter) = value_mut(&mut inner, "jitter") {
+        duration_of(jitter);
     }
     let at = inner.first().map_or(node.at, |(key, _)| key.at);
     if value_mut(&mut inner, "type").is_none() {

@@ -45,6 +45,7 @@ pub const TOP: &[Key] = &[
     key("tags", "For people.", r#"{"type": ["array", "string"]}"#),
     key("trigger", "What starts a run, besides a person.", r##"{"$ref": "#/$defs/trigger"}"##),
     other("schedule", "trigger.schedule", TEXT),
+    other("catch_up", "trigger.catch_up", TEXT),
     key(
         "inputs",
         "What a run can be given, by name.",
@@ -109,6 +110,18 @@ pub const TRIGGER: &[Key] = &[
     key("schedule", "Five cron fields, or `@hourly`, `@daily`, `@weekly`.", TEXT),
     other("cron", "schedule", TEXT),
     key("timezone", "An IANA zone such as Europe/Berlin; UTC without.", TEXT),
+    key(
+        "dst_gap",
+        "Times that the zone leaves out: `shift` to the gap's end, or `skip`.",
+        r#"{"enum": ["shift", "skip"]}"#,
+    ),
+    key(
+        "dst_overlap",
+        "Times that the zone has twice: the `first`, or `both`. Without, an hourly schedule goes on through both.",
+        r#"{"enum": ["first", "both"]}"#,
+    ),
+    key("catch_up", "What was missed: `none`, `latest`, or `all(10)`. `latest` without.", TEXT),
+    key("jitter", "Each run is late by a part of this, always the same.", DURATION),
     key("event", "The event's name.", TEXT),
 ];
 

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::expr::Reference;
 use super::keys;
-use super::model::{InputKind, InputSpec, Playbook, Step, Trigger};
+use super::model::{InputKind, InputSpec, Playbook, Step};
 use super::problem::{Pos, Problem, did_you_mean};
 use super::template::{self, Template};
 use super::yaml::{self, Kind, Node};
@@ -19,6 +19,7 @@ mod check;
 mod fields;
 mod flow;
 mod step;
+mod trigger;
 
 pub(crate) use fields::Fields;
 pub(super) use step::free_id;
@@ -26,7 +27,7 @@ pub(super) use step::free_id;
 /// Keys of the language that this version does not carry out yet; refused, so
 /// that nobody believes in a guard that is not there.
 const TOP_KEYS_LATER: &[&str] =
-    &["execution", "concurrency", "finally", "idempotency_key", "secrets", "catch_up", "budget", "role"];
+    &["execution", "concurrency", "finally", "idempotency_key", "secrets", "budget", "role"];
 
 /// The tools that run without an agent's model.
 pub const TOOLS: &[&str] = &["http.request", "file.read", "file.write", "transform"];
@@ -36,13 +37,18 @@ const PROBLEMS_MAX: usize = 200;
 
 /// Reads and checks a playbook: the model, or every problem at once.
 pub fn load(text: &str) -> Result<Playbook, Vec<Problem>> {
+    read(text).map(|(playbook, _)| playbook)
+}
+
+/// The same, with the warnings of what loads.
+pub fn read(text: &str) -> Result<(Playbook, Vec<Problem>), Vec<Problem>> {
     let root = yaml::read(text).map_err(|problem| vec![problem])?;
     let mut loader = Loader { problems: Vec::new(), uses: Vec::new(), step: None };
     let playbook = loader.playbook(&root);
     let mut problems = loader.problems;
     problems.sort_by_key(|p| (p.at.line, p.at.column));
     match playbook {
-        Some(playbook) if problems.is_empty() => Ok(playbook),
+        Some(playbook) if problems.iter().all(|problem| problem.warning) => Ok((playbook, problems)),
         _ => Err(problems),
     }
 }
@@ -91,8 +97,9 @@ impl Loader {
         {
             self.error(version.at, "version", "the version is a whole number from 1");
         }
-        let trigger = self.trigger(&fields);
+        let trigger = trigger::trigger(self, &fields);
         let inputs = self.inputs(fields.get("inputs"));
+        check::unattended(self, trigger.as_ref(), &inputs, fields.get("inputs").map_or(root.at, |node| node.at));
         let steps = self.steps(root, fields.get("steps"));
         let rubric = fields.get("rubric").map(|node| {
             if !matches!(node.kind, Kind::Map(_)) {
@@ -170,86 +177,6 @@ impl Loader {
             reference: reference.clone(),
         });
         self.uses.extend(uses);
-    }
-
-    /// `trigger` as a map, as a word beside `schedule`, or not at all.
-    fn trigger(&mut self, top: &Fields<'_>) -> Option<Trigger> {
-        let Some(node) = top.get("trigger") else {
-            return match top.get("schedule") {
-                Some(schedule) => self.schedule(schedule, None, "schedule"),
-                None => Some(Trigger::Manual),
-            };
-        };
-        match &node.kind {
-            Kind::Str(word) => self.trigger_of(word, node, top, "trigger"),
-            Kind::Map(_) => {
-                let later = ["catch_up", "dst_gap", "dst_overlap", "jitter", "match"];
-                let fields = Fields::open(self, node, "trigger", keys::TRIGGER, &later)?;
-                match fields.get("type").map(|n| &n.kind) {
-                    Some(Kind::Str(word)) => self.trigger_of(word, node, &fields, "trigger"),
-                    None => self.trigger_of("schedule", node, &fields, "trigger"),
-                    Some(_) => {
-                        self.error(node.at, "trigger.type", "expected text");
-                        None
-                    }
-                }
-            }
-            _ => {
-                let found = node.describe();
-                self.error(node.at, "trigger", format!("expected a map or a word, found {found}"));
-                None
-            }
-        }
-    }
-
-    fn trigger_of(&mut self, word: &str, node: &Node, fields: &Fields<'_>, path: &str) -> Option<Trigger> {
-        const WORDS: &[&str] = &["schedule", "scheduled", "manual", "webhook", "event", "event-driven"];
-        match word {
-            "manual" => Some(Trigger::Manual),
-            "schedule" | "scheduled" => match fields.one_of(self, &["schedule", "cron"]) {
-                Some(cron) => self.schedule(cron, fields.get("timezone"), path),
-                None => {
-                    self.suggest(
-                        node.at,
-                        path,
-                        "a scheduled trigger needs a `schedule`".into(),
-                        Some("write a cron expression such as '0 9 * * MON'".into()),
-                    );
-                    None
-                }
-            },
-            "webhook" | "event" | "event-driven" => {
-                let Some(event) = fields.get("event").and_then(|n| self.text(n, "trigger.event")) else {
-                    self.error(node.at, path, format!("a trigger of type `{word}` needs an `event`"));
-                    return None;
-                };
-                Some(if word == "webhook" { Trigger::Webhook { event } } else { Trigger::Event { event } })
-            }
-            other => {
-                self.suggest(
-                    node.at,
-                    path,
-                    format!("unknown trigger `{other}`"),
-                    did_you_mean(other, WORDS.iter().copied()),
-                );
-                None
-            }
-        }
-    }
-
-    fn schedule(&mut self, node: &Node, zone: Option<&Node>, path: &str) -> Option<Trigger> {
-        let cron = self.text(node, path)?;
-        if let Err(message) = check::cron(&cron) {
-            self.suggest(
-                node.at,
-                path,
-                message,
-                Some("write five fields such as '0 9 * * MON', or @hourly, @daily, @weekly".into()),
-            );
-            return None;
-        }
-        let timezone = zone.and_then(|n| self.text(n, "trigger.timezone"));
-        Some(Trigger::Schedule { cron, timezone })
     }
 
     fn inputs(&mut self, node: Option<&Node>) -> Vec<InputSpec> {

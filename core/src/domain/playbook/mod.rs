@@ -20,7 +20,7 @@ pub mod schema;
 pub mod template;
 pub mod yaml;
 
-pub use load::load;
+pub use load::{load, read};
 pub use model::{Approval, InputSpec, OnTimeout, Playbook, Retry, Step, Trigger};
 pub use problem::Problem;
 

@@ -8,6 +8,7 @@ use super::expr::{Expr, Reference};
 use super::template::Template;
 use crate::domain::backoff::Backoff;
 use crate::domain::outcome::ErrorClass;
+use crate::domain::schedule::ScheduleSpec;
 
 /// A checked playbook.
 #[derive(Debug, Clone)]
@@ -35,13 +36,8 @@ pub struct Playbook {
 pub enum Trigger {
     /// A person or another playbook.
     Manual,
-    /// A cron expression in a time zone (IANA name; UTC without).
-    Schedule {
-        /// Five fields, or `@daily` and its kin.
-        cron: String,
-        /// The zone.
-        timezone: Option<String>,
-    },
+    /// The clock.
+    Schedule(ScheduleSpec),
     /// A request to the company's webhook address.
     Webhook {
         /// The name at the end of that address.
@@ -59,12 +55,7 @@ impl Trigger {
     pub fn to_json(&self) -> Value {
         match self {
             Self::Manual => Value::Null,
-            Self::Schedule { cron, timezone: None } => {
-                serde_json::json!({"type": "schedule", "schedule": cron})
-            }
-            Self::Schedule { cron, timezone: Some(zone) } => {
-                serde_json::json!({"type": "schedule", "schedule": cron, "timezone": zone})
-            }
+            Self::Schedule(spec) => spec.to_json(),
             Self::Webhook { event } => serde_json::json!({"type": "webhook", "event": event}),
             Self::Event { event } => serde_json::json!({"type": "event", "event": event}),
         }

@@ -8,14 +8,14 @@ with d as materialized (
         $13::uuid[], $14::text[], $15::text[],
         $16::uuid[], $17::text[], $18::text[],
         $19::uuid[], $20::text[], $21::text[],
-        $22::integer[], $23::uuid[]
+        $22::integer[], $23::uuid[], $24::text[]
     ) as d (
         company_id, run_id, playbook_id, version_id, status, trigger, params, waiting_on,
         job_kind, delay_ms, timeout_ms, event_count,
         event_1_id, event_1, data_1,
         event_2_id, event_2, data_2,
         event_3_id, event_3, data_3,
-        first_step, replay_of
+        first_step, replay_of, dedup_key
     )
 ),
 job as (
@@ -40,9 +40,10 @@ counted as (
     select company_id, playbook_id, count(*), 0, 0, 0, clock_timestamp() from d group by company_id, playbook_id
 )
 insert into runs (
-    company_id, id, playbook_id, version_id, job_id, status, trigger, params, waiting_on, event_seq, started_at, replay_of
+    company_id, id, playbook_id, version_id, job_id, status, trigger, params, waiting_on, event_seq, started_at, replay_of,
+    dedup_key
 )
 select company_id, run_id, playbook_id, version_id, job_id, status, trigger, params::jsonb, waiting_on::jsonb,
-    event_count, clock_timestamp(), replay_of
+    event_count, clock_timestamp(), replay_of, dedup_key
 from d
 returning id, job_id, started_at as "started_at!"

@@ -3,8 +3,8 @@
 use super::step::Read;
 use super::{Loader, Use};
 use crate::domain::playbook::expr::Reference;
-use crate::domain::playbook::model::InputSpec;
-use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
+use crate::domain::playbook::model::{InputSpec, Trigger};
+use crate::domain::playbook::problem::{Pos, Problem, did_you_mean, nearest};
 
 const ROOTS: &[&str] = &["inputs", "steps", "run"];
 /// What `run.…` holds.
@@ -88,15 +88,22 @@ fn check(
     }
 }
 
-/// Whether an expression is one that fires. `31 2` reads as a pattern and
-/// would only be found out when the first fire is computed.
-pub(super) fn cron(expression: &str) -> Result<(), String> {
-    let words = expression.split_whitespace().count();
-    if !expression.starts_with('@') && words != 5 {
-        return Err(format!("`{expression}` is no cron expression: five fields, found {words}"));
+/// What starts by itself has nobody to ask. It can be started by a person, too, so
+/// that an input without a value is worth a warning and no more.
+pub(super) fn unattended(loader: &mut Loader, trigger: Option<&Trigger>, inputs: &[InputSpec], at: Pos) {
+    let brought = match trigger {
+        None | Some(Trigger::Manual) => return,
+        Some(Trigger::Schedule(_)) => None,
+        Some(Trigger::Webhook { .. } | Trigger::Event { .. }) => Some("event"),
+    };
+    let lacks = |input: &&InputSpec| input.required && input.default.is_none() && Some(input.name.as_str()) != brought;
+    for input in inputs.iter().filter(lacks) {
+        let message = format!("nobody gives `{}` when a run starts by itself", input.name);
+        let hint = Some(match brought {
+            None => "give it a `default`".to_owned(),
+            Some(_) => "give it a `default`, or take it from the input `event`".to_owned(),
+        });
+        let path = format!("inputs.{}", input.name);
+        loader.push(Problem { warning: true, ..Problem::error(at, path, message).suggest(hint) });
     }
-    let cron: croner::Cron =
-        expression.parse().map_err(|error| format!("`{expression}` is no cron expression: {error}"))?;
-    let from = jiff::Timestamp::from_second(1_767_225_600).unwrap_or_default().to_zoned(jiff::tz::TimeZone::UTC);
-    cron.find_next_occurrence(&from, false).map(|_| ()).map_err(|_| format!("`{expression}` never fires"))
 }

@@ -41,10 +41,12 @@ fn the_guide_and_platform_dialects_are_the_same_model() {
     let guide = load("name: hello-world\nversion: 1\ntrigger: {type: scheduled, cron: '0 9 * * 1-5'}\nsteps:\n  - id: greet\n    agent: strategist\n    tool: send_message\n    with: { channel: general, body: hi }\n").expect("loads");
     assert_eq!(guide.steps[0].role.as_deref(), Some("strategist"));
     assert_eq!(guide.steps[0].action, "send_message");
-    let platform = load("playbook: content\nversion: 3\ntrigger: scheduled\nschedule: '0 9 * * MON'\ninputs:\n  topic: { type: string, required: true }\n  tone: { type: string, default: professional }\nsteps:\n  - name: research\n    agent: strategist\n    tool: web-research\n    with: { query: '${inputs.topic}', depth: comprehensive }\n    rubric: { relevance: 0.8 }\n  - name: review\n    agent: strategist\n    tool: content-review\n    with: { draft: '${steps.research.output}' }\n    approval: required\n").expect("loads");
+    let (platform, warnings) = read("playbook: content\nversion: 3\ntrigger: scheduled\nschedule: '0 9 * * MON'\ninputs:\n  topic: { type: string, required: true }\n  tone: { type: string, default: professional }\nsteps:\n  - name: research\n    agent: strategist\n    tool: web-research\n    with: { query: '${inputs.topic}', depth: comprehensive }\n    rubric: { relevance: 0.8 }\n  - name: review\n    agent: strategist\n    tool: content-review\n    with: { draft: '${steps.research.output}' }\n    approval: required\n").expect("loads");
     assert_eq!(platform.inputs.len(), 2);
     let approval = platform.steps[1].approval.as_ref().expect("a gate");
     assert_eq!((approval.timeout, approval.on_timeout), (Duration::from_secs(86_400), OnTimeout::Reject));
+    // Nobody gives the topic at nine on Mondays; a person may at other times.
+    assert_eq!(warnings.iter().map(|w| w.path.as_str()).collect::<Vec<_>>(), ["inputs.topic"]);
 }
 
 #[test]
