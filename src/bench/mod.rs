@@ -29,6 +29,7 @@ mod api;
 mod backlog;
 mod enqueue;
 mod idle;
+mod items;
 mod jobs;
 mod language;
 mod latency;
@@ -45,6 +46,8 @@ pub enum What {
     Jobs,
     /// Durable no-op steps a second, in runs of three steps.
     Steps,
+    /// Items of `for_each`, and steps of long runs, beside those of short ones.
+    Items,
     /// Enqueues a second, single from 16 tasks and in bulk.
     Enqueue,
     /// From enqueue to the handler's start on an idle worker.
@@ -137,6 +140,9 @@ async fn pass(bench: &Bench, report: &mut Report, what: What) -> anyhow::Result<
     if wants(What::Steps) {
         steps::run(bench, report).await?;
     }
+    if wants(What::Items) {
+        items::run(bench, report).await?;
+    }
     if wants(What::Enqueue) {
         enqueue::run(bench, report).await?;
     }
@@ -226,7 +232,7 @@ impl Bench {
     /// Clears the queue and lets the server settle, so that one benchmark
     /// does not pay for another's.
     pub(crate) async fn reset(&self) -> anyhow::Result<()> {
-        sqlx::raw_sql("truncate jobs, runs, run_steps, events, approvals, dead_letters, worker_sessions, run_deltas")
+        sqlx::raw_sql("truncate jobs, runs, run_steps, run_fans, run_items, events, approvals, dead_letters, worker_sessions, run_deltas")
             .execute(&self.pool)
             .await?;
         sqlx::raw_sql("vacuum analyze jobs").execute(&self.pool).await?;
@@ -241,7 +247,9 @@ impl Bench {
         let hands = Hands::new(egress, std::env::temp_dir(), Providers::default());
         let config =
             WorkerConfig { queues: queues.iter().map(|q| (*q).to_owned()).collect(), slots, ..WorkerConfig::default() };
-        let engine = Engine::new(pool.clone()).with_claims(store::pool(&self.url, PoolKind::Claims, 1)?);
+        let engine = Engine::new(pool.clone())
+            .with_claims(store::pool(&self.url, PoolKind::Claims, 1)?)
+            .with_waker(Waker::start(&self.url));
         Ok(Worker::new(engine, &self.url, config, hands).listening(pool))
     }
 
@@ -337,7 +345,17 @@ impl Bench {
 
     /// The playbook of three steps that do nothing.
     pub(crate) async fn three_steps(&self) -> anyhow::Result<PlaybookId> {
-        let yaml = "name: three\nsteps:\n  - {id: a, action: transform, params: {n: 1}}\n  - {id: b, action: transform, params: {n: 2}}\n  - {id: c, action: transform, params: {n: 3}}\n";
+        self.steps(3).await
+    }
+
+    /// A playbook of so many steps that do nothing.
+    pub(crate) async fn steps(&self, steps: usize) -> anyhow::Result<PlaybookId> {
+        let step = |n| format!("  - {{id: s{n}, action: transform, params: {{n: {n}}}}}\n");
+        self.playbook(&format!("name: steps{steps}\nsteps:\n{}", (1..=steps).map(step).collect::<String>())).await
+    }
+
+    /// A playbook.
+    pub(crate) async fn playbook(&self, yaml: &str) -> anyhow::Result<PlaybookId> {
         let request = CreatePlaybook { name: None, description: None, yaml: yaml.into(), tags: Vec::new() };
         let created =
             playbooks::create(&self.engine, self.company, &request).await.map_err(|e| anyhow::anyhow!("{e:?}"))?;

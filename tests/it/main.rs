@@ -9,6 +9,7 @@ mod contract;
 mod crash;
 mod deaths;
 mod dev;
+mod fan;
 mod flow;
 mod gates;
 mod harness;

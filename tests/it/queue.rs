@@ -354,7 +354,7 @@ fn scans_jobs(plan: &Value) -> bool {
 async fn no_statement_of_a_worker_walks_a_table() {
     let db = Db::new().await;
     let company = db.company(&["a"], "claude", serde_json::json!({})).await;
-    let yaml = "name: p\nsteps:\n  - {id: a, action: transform, params: {v: 1}}\n  - {id: b, action: transform, params: {v: '${steps.a.output}'}}\n  - {id: c, action: transform, approval: {timeout: 50ms, on_timeout: approve}}\n  - {id: n, action: transform, params: {n: '${(steps.n.n ?? 0) + 1}'}, on_failure: continue}\n  - {goto: n, if: steps.n.n < 2, max_retries: 3}\n  - {sleep: 5ms}\n  - {id: w, wait_for: {event: go, match: {go: true}}}\n";
+    let yaml = "name: p\nsteps:\n  - {id: a, action: transform, params: {v: 1}}\n  - {id: b, action: transform, params: {v: '${steps.a.output}'}}\n  - {id: c, action: transform, approval: {timeout: 50ms, on_timeout: approve}}\n  - {id: n, action: transform, params: {n: '${(steps.n.n ?? 0) + 1}'}, on_failure: continue}\n  - {goto: n, if: steps.n.n < 2, max_retries: 3}\n  - {sleep: 5ms}\n  - {id: e, for_each: [1, 2, 3], max_parallel: 2, action: transform, params: {n: '${item}'}}\n  - {id: w, wait_for: {event: go, match: {go: true}}}\n";
     let playbook = db.playbook(company, yaml).await;
     let one = async || {
         let run = db.start(company, playbook, serde_json::json!({})).await;
@@ -394,7 +394,7 @@ async fn no_statement_of_a_worker_walks_a_table() {
     worker.stop().await;
     eventually("the server's counters", || async {
         db.count("select n_tup_ins from pg_stat_user_tables where relname = 'run_steps'").await
-            >= 2 * 7 * i64::from(GROWN_RUNS) + GROWN_BY
+            >= 2 * 8 * i64::from(GROWN_RUNS) + GROWN_BY
     })
     .await;
     // No row by a scan; by an index fewer than one walk would read.
@@ -413,8 +413,20 @@ async fn no_statement_of_a_worker_walks_a_table() {
     assert!(walked.is_empty(), "{walked:?}");
 }
 
-const TABLES: [&str; 9] =
-    ["jobs", "runs", "run_steps", "events", "approvals", "playbook_versions", "signals", "signals_taken", "waits"];
+const TABLES: [&str; 12] = [
+    "jobs",
+    "runs",
+    "run_steps",
+    "run_fans",
+    "run_items",
+    "events",
+    "approvals",
+    "playbook_versions",
+    "triggers",
+    "signals",
+    "signals_taken",
+    "waits",
+];
 const GROWN_RUNS: u32 = 10;
 const GROWN_BY: i64 = 5_000;
 
@@ -426,6 +438,12 @@ async fn grow(db: &Db, company: CompanyId) {
          from generate_series(1, $2) n",
         "insert into run_steps (company_id, run_id, step, status)
          select $1, gen_random_uuid(), 0, 'completed' from generate_series(1, $2)",
+        "insert into run_fans (company_id, run_id, step, round, job_id, items, begun, size, failures_max, lanes)
+         select $1, gen_random_uuid(), 0, 0, -n, 1, 1, 1, 0, 0 from generate_series(1, $2) n",
+        "insert into run_items (company_id, run_id, step, item, round, status, attempt, duration_ms, ended_at)
+         select $1, gen_random_uuid(), 0, 0, 0, 'completed', 1, 0, now() from generate_series(1, $2)",
+        "insert into triggers (company_id, playbook_id, kind, event)
+         select $1, gen_random_uuid(), 'event', 'other' from generate_series(1, $2)",
         "insert into events (company_id, id, event, data)
          select $1, gen_random_uuid(), 'test', '{}' from generate_series(1, $2)",
         "insert into playbook_versions (company_id, id, playbook_id, version, yaml, content_hash)

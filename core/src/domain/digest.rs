@@ -19,10 +19,12 @@ pub fn hex(bytes: &[u8]) -> String {
 
 /// The key that an outgoing call of a step carries: the same over retries and
 /// takeovers, another for every step of every run, and for every time that a
-/// loop comes to it: `round` is how often the run has jumped.
-pub fn idempotency_key(run: super::ids::RunId, step_id: &str, round: u32) -> String {
+/// loop comes to it: `round` is how often the run has jumped. Of a step that is
+/// done for a list, each item has another.
+pub fn idempotency_key(run: super::ids::RunId, step_id: &str, round: u32, item: Option<usize>) -> String {
     let again = if round > 0 { format!("\0{round}") } else { String::new() };
-    hex(&sha256(format!("capx/effect/v1\0{run}\0{step_id}{again}"))[..16])
+    let item = item.map(|item| format!("\0item\0{item}")).unwrap_or_default();
+    hex(&sha256(format!("capx/effect/v1\0{run}\0{step_id}{again}{item}"))[..16])
 }
 
 #[cfg(test)]
@@ -33,11 +35,17 @@ mod tests {
     #[test]
     fn an_effect_key_is_stable_and_particular() {
         let (a, b) = (RunId::new(), RunId::new());
-        assert_eq!(idempotency_key(a, "x", 0), idempotency_key(a, "x", 0));
-        assert_ne!(idempotency_key(a, "x", 0), idempotency_key(a, "y", 0));
-        assert_ne!(idempotency_key(a, "x", 0), idempotency_key(b, "x", 0));
-        assert_ne!(idempotency_key(a, "x", 0), idempotency_key(a, "x", 1));
-        assert_ne!(idempotency_key(a, "x", 2), idempotency_key(a, "x", 1));
+        let key = |run, step, round| idempotency_key(run, step, round, None);
+        assert_eq!(key(a, "x", 0), key(a, "x", 0));
+        assert_ne!(key(a, "x", 0), key(a, "y", 0));
+        assert_ne!(key(a, "x", 0), key(b, "x", 0));
+        assert_ne!(key(a, "x", 0), key(a, "x", 1));
+        assert_ne!(key(a, "x", 2), key(a, "x", 1));
+        let item = |round, item| idempotency_key(a, "x", round, Some(item));
+        assert_eq!(item(0, 1), item(0, 1));
+        assert_ne!(item(0, 1), item(0, 2));
+        assert_ne!(item(0, 1), item(1, 1));
+        assert_ne!(item(0, 1), key(a, "x", 1));
         assert_eq!(hex(&sha256("")), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
     }
 }

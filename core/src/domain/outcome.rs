@@ -111,6 +111,8 @@ pub enum Outcome {
         /// How long.
         timeout: Duration,
     },
+    /// It is to be done for each item of a list; costs no try.
+    Fans(Fanning),
     /// It was not tried to its end, through no fault of its own: the worker
     /// drains or cannot do this kind. Costs no try.
     Released {
@@ -119,10 +121,43 @@ pub enum Outcome {
     },
 }
 
+/// The items of a step that are to be done, each by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fanning {
+    /// How many the list has.
+    pub items: u32,
+    /// The places of those to be done, where it is not all of them.
+    pub todo: Option<Vec<i32>>,
+    /// So many at once.
+    pub parallel: u32,
+    /// With more failures than this no other item begins.
+    pub failures_max: u32,
+}
+
+impl Fanning {
+    /// How many are to be done.
+    pub fn len(&self) -> usize {
+        self.todo.as_ref().map_or(self.items as usize, Vec::len)
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 impl Outcome {
     /// A success without cost.
     pub fn done(output: Value) -> Self {
         Self::Done { output, cost: Nanos::ZERO }
+    }
+
+    /// What it cost.
+    pub fn cost(&self) -> Nanos {
+        match self {
+            Self::Done { cost, .. } | Self::Failed { cost, .. } => *cost,
+            Self::Waits { .. } | Self::Fans(_) | Self::Released { .. } => Nanos::ZERO,
+        }
     }
 
     /// A failure without cost.

@@ -10,11 +10,14 @@ use serde_json::{Map, Value};
 use super::backoff::RETRY_AFTER_MAX;
 use super::event::is_event_name;
 use super::ids::{CompanyId, PlaybookId, RunId};
-use super::outcome::{ErrorClass, Failure, Outcome};
+use super::outcome::{ErrorClass, Failure, Fanning, Outcome};
 use super::playbook::expr::functions::written;
 use super::playbook::expr::{self, Budget, Reference, Scope};
 use super::playbook::model::{Approval, OnFailure, Pause, Playbook, Step, StepKind, WaitFor};
 use super::{digest, duration};
+
+mod fan;
+pub use fan::{FAN_LOOK, Fanned, Item, ItemDecision};
 
 /// Deaths of workers under one step, without a checkpoint between, after
 /// which it is put into quarantine (contract, "Defaults").
@@ -38,7 +41,7 @@ pub struct RunContext {
     pub inputs: Arc<Value>,
     /// The outputs of finished steps that a later step or the run's output
     /// still refers to, by step index.
-    pub outputs: HashMap<usize, Value>,
+    pub outputs: Arc<HashMap<usize, Value>>,
     /// Why steps have failed that the run went past, as far as anybody refers to
     /// them.
     pub failures: HashMap<usize, Value>,
@@ -47,6 +50,10 @@ pub struct RunContext {
     /// What has come for the steps that wait for an event; nothing yet, where
     /// there is none.
     pub waits: HashMap<usize, Option<Value>>,
+    /// The item that the attempt is about, of a step that is done for a list.
+    pub item: Option<Item>,
+    /// How the items of the step at hand stand; nothing, where none has begun.
+    pub fanned: Option<Fanned>,
 }
 
 /// A gate that must open before a step may be tried.
@@ -136,6 +143,8 @@ pub enum Decision {
         /// How long.
         timeout: Duration,
     },
+    /// Lanes go through the items of the step; the run waits for them.
+    Fan(Fanning),
     /// Give the job back untried.
     Release {
         /// When it may be taken again.
@@ -175,6 +184,8 @@ impl Scope for RunScope<'_> {
         match reference.name(0)? {
             "inputs" => Some((&self.context.inputs, 1)),
             "run" => Some((&self.run, 1)),
+            "item" => self.context.item.as_ref().and_then(|item| Some((item.list.get(item.index)?, 1))),
+            "index" => self.context.item.as_ref().map(|item| (&item.shown, 1)),
             "steps" => self.step(self.context.playbook.step_index(reference.name(1)?)?, reference.name(2)),
             _ => None,
         }
@@ -233,9 +244,10 @@ impl RunContext {
     pub fn remember(&mut self, step: usize, output: &Value) {
         let steps = &self.playbook.steps;
         self.failures.remove(&step);
-        self.outputs.retain(|earlier, _| steps.get(*earlier).is_some_and(|earlier| earlier.last_use > Some(step)));
+        let outputs = Arc::make_mut(&mut self.outputs);
+        outputs.retain(|earlier, _| steps.get(*earlier).is_some_and(|earlier| earlier.last_use > Some(step)));
         if steps.get(step).is_some_and(|step| step.last_use.is_some()) {
-            self.outputs.insert(step, output.clone());
+            outputs.insert(step, output.clone());
         }
     }
 
@@ -244,8 +256,12 @@ impl RunContext {
     pub fn gate(&self, index: usize) -> Option<Gate> {
         let step = self.playbook.steps.get(index)?;
         let approval = step.approval.clone()?;
-        let params = self.params(step).ok()?;
-        let context = serde_json::json!({
+        // One gate for all items: the list is shown, and what is done with each.
+        let (params, items) = match &step.fan {
+            Some(fan) => (step.params.clone(), Some(self.list(fan).ok()?)),
+            None => (self.params(step).ok()?, None),
+        };
+        let mut context = serde_json::json!({
             "playbook": self.playbook.name,
             "step": step.id,
             "role": step.role,
@@ -253,6 +269,9 @@ impl RunContext {
             "params": params,
             "message": approval.message,
         });
+        if let Some(items) = items {
+            context["for_each"] = items.into();
+        }
         let digest = digest::sha256(context.to_string());
         Some(Gate { step: index, context, digest, approval })
     }
@@ -265,10 +284,17 @@ impl RunContext {
             Outcome::Waits { event, matching, timeout } => {
                 Decision::Wait { event: event.clone(), matching: matching.clone(), timeout: *timeout }
             }
+            Outcome::Fans(fanning) => Decision::Fan(fanning.clone()),
+            // The items have had their tries.
+            Outcome::Failed { failure, .. } if self.fanned.is_some() => {
+                self.fanned = None;
+                self.give_up(step, failure, DeadReason::Exhausted)
+            }
             Outcome::Failed { failure, .. } => self.after_failure(step, attempt, failure, draw),
             Outcome::Done { output, .. } => {
                 self.remember(step, output);
                 self.waits.remove(&step);
+                self.fanned = None;
                 Decision::Advance(self.walk(step + 1))
             }
         }
@@ -377,7 +403,7 @@ impl RunContext {
 
     /// A step that is left out says nothing any more, as in its row.
     fn leave_out(&mut self, at: usize) {
-        self.outputs.remove(&at);
+        Arc::make_mut(&mut self.outputs).remove(&at);
         self.failures.remove(&at);
     }
 
@@ -394,7 +420,7 @@ impl RunContext {
             Some(OnFailure::Continue) => at + 1,
             Some(OnFailure::Goto(target)) => target,
         };
-        self.outputs.remove(&at);
+        Arc::make_mut(&mut self.outputs).remove(&at);
         self.waits.remove(&at);
         let told = serde_json::json!({"code": failure.class.as_str(), "message": failure.message});
         self.failures.insert(at, told);
@@ -415,20 +441,32 @@ impl RunContext {
         let Some(step) = playbook.steps.get(at) else {
             return Decision::Fail { reason: DeadReason::Invalid };
         };
-        if !step.retry.on.contains(&failure.class) {
-            return self.give_up(at, failure, DeadReason::Invalid);
+        match again(step, attempt, failure, draw) {
+            Ok((delay, charged)) => Decision::Retry { delay, charged },
+            Err(reason) => self.give_up(at, failure, reason),
         }
-        // A server that names a time is obeyed, and costs no try.
-        // One that names next to none is treated like any failure, or it could
-        // keep us calling for ever.
-        if let Some(after) = failure.retry_after.filter(|after| *after >= step.retry.backoff.initial) {
-            return Decision::Retry { delay: after.min(RETRY_AFTER_MAX), charged: false };
-        }
-        if attempt >= step.retry.max_attempts {
-            return self.give_up(at, failure, DeadReason::Exhausted);
-        }
-        Decision::Retry { delay: step.retry.backoff.delay(attempt, draw), charged: true }
     }
+}
+
+/// When a failed attempt is made again, and whether it is charged; or why it is
+/// not.
+fn again(step: &Step, attempt: u32, failure: &Failure, draw: f64) -> Result<(Duration, bool), DeadReason> {
+    if failure.class == ErrorClass::Crash {
+        return Err(DeadReason::Quarantined);
+    }
+    if !step.retry.on.contains(&failure.class) {
+        return Err(DeadReason::Invalid);
+    }
+    // A server that names a time is obeyed, and costs no try.
+    // One that names next to none is treated like any failure, or it could
+    // keep us calling for ever.
+    if let Some(after) = failure.retry_after.filter(|after| *after >= step.retry.backoff.initial) {
+        return Ok((after.min(RETRY_AFTER_MAX), false));
+    }
+    if attempt >= step.retry.max_attempts {
+        return Err(DeadReason::Exhausted);
+    }
+    Ok((step.retry.backoff.delay(attempt, draw), true))
 }
 
 #[cfg(test)]

@@ -9,9 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use sqlx::PgConnection;
 
 use super::claim::StepWork;
 use super::gates::{approval_of, waiting_on};
+use super::items::{self, DecidedItem};
 use super::{Engine, EngineError, repeating};
 use crate::domain::event::{
     APPROVAL_REQUESTED, Event, PLAYBOOK_COMPLETED, PLAYBOOK_FAILED, PLAYBOOK_SUSPENDED, STEP_COMPLETED, STEP_FAILED,
@@ -19,23 +21,20 @@ use crate::domain::event::{
 };
 use crate::domain::ids::{AgentId, ApprovalId, RunId};
 use crate::domain::money::Nanos;
-use crate::domain::outcome::{Failure, Outcome};
-use crate::domain::plan::{DeadReason, Decision, Gate, Next, Passed, RunContext, Walk};
+use crate::domain::outcome::{Failure, Fanning, Outcome};
+use crate::domain::plan::{DeadReason, Decision, FAN_LOOK, Gate, Next, Passed, RunContext, Walk};
 use crate::domain::playbook::Step;
 use crate::domain::playbook::model::StepKind;
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::domain::storable::{self, OUTPUT_BYTES_MAX};
 use crate::failpoint;
 use crate::store::approvals::{NewApproval, NewDeadLetter};
+use crate::store::fans::{self, Lane, NewFan};
 use crate::store::jobs::{ClaimedJob, Lease, kind, queue};
 use crate::store::signals::NewWait;
 use crate::store::steps::{NextJob, Passing, RunChange, StepChange, StepCommit};
 use crate::store::{StoreError, approvals, jobs, signals, steps};
 
-/// How many steps of a run one worker does in a row before the run queues
-/// again, and for how long, so that others get their turn.
-const CHAIN_STEPS_MAX: u32 = 16;
-const CHAIN_TIME_MAX: Duration = Duration::from_secs(1);
 /// So much of what a run went past is told with a step's end.
 const TOLD_MAX: usize = 50;
 /// A pause is one, however short.
@@ -81,6 +80,8 @@ pub struct Decided {
     pub approval: Option<NewApproval>,
     /// Why the step gave up.
     pub letter: Option<NewDeadLetter>,
+    /// The items that the run waits for.
+    pub fan: Option<NewFan>,
     /// What this worker goes on with, once that is written.
     pub next: Option<(ClaimedJob, Box<StepWork>)>,
 }
@@ -93,18 +94,69 @@ pub async fn commit(
     finished: Vec<Finished>,
     stay: bool,
 ) -> Result<Vec<Committed>, (EngineError, Pending)> {
-    let decided = finished.into_iter().map(|f| decide(f, stay, rand::random())).collect();
+    let decided = finished.into_iter().map(|finished| match finished.job.item {
+        Some(item) => Of::Item(Box::new(items::decide(finished, item, stay, rand::random()))),
+        None => Of::Run(Box::new(decide(finished, stay, rand::random()))),
+    });
+    let decided = decided.collect();
     commit_again(engine, Pending { done: Vec::new(), decided, maybe_landed: false }).await
 }
 
-impl Decided {
-    fn answer(self, landed: bool) -> Committed {
-        match (landed, self.next) {
-            (true, Some((job, work))) => Committed::Continue(job, work),
-            (true, None) if self.commit.job.is_some_and(|job| !job.delay.is_zero()) => Committed::Later,
-            (true, None) => Committed::Settled,
-            (false, _) => Committed::Lost,
+/// A decided attempt: of a run at its step, or at an item of a step.
+#[derive(Debug)]
+enum Of {
+    Run(Box<Decided>),
+    Item(Box<DecidedItem>),
+}
+
+/// What became of a commit.
+#[derive(Debug, Clone, Copy, Default)]
+struct Landed {
+    /// It is written.
+    held: bool,
+    /// The item that a lane goes on with.
+    item: Option<i32>,
+    /// Others have something to do.
+    wakes: bool,
+}
+
+impl Of {
+    fn lease(&self) -> Lease {
+        match self {
+            Self::Run(decided) => decided.commit.lease,
+            Self::Item(decided) => decided.commit.lease,
         }
+    }
+
+    fn run(&self) -> RunId {
+        match self {
+            Self::Run(decided) => decided.commit.run,
+            Self::Item(decided) => decided.commit.run,
+        }
+    }
+
+    fn unstorable(self, error: &StoreError) -> Self {
+        match self {
+            Self::Run(decided) => Self::Run(Box::new(unstorable(*decided, error))),
+            Self::Item(decided) => Self::Item(Box::new(decided.unstorable(error))),
+        }
+    }
+
+    fn answer(self, landed: Landed) -> Committed {
+        if !landed.held {
+            return Committed::Lost;
+        }
+        let next = match self {
+            Self::Run(decided) => {
+                if decided.next.is_none() && decided.commit.job.is_some_and(|job| !job.delay.is_zero()) {
+                    return Committed::Later;
+                }
+                decided.next
+            }
+            Self::Item(decided) if decided.is_later() => return Committed::Later,
+            Self::Item(decided) => landed.item.and_then(|item| decided.next(item)),
+        };
+        next.map_or(Committed::Settled, |(job, work)| Committed::Continue(job, work))
     }
 }
 
@@ -112,7 +164,7 @@ impl Decided {
 pub struct Pending {
     /// What became of those before them.
     done: Vec<Committed>,
-    decided: Vec<Decided>,
+    decided: Vec<Of>,
     maybe_landed: bool,
 }
 
@@ -125,18 +177,17 @@ impl std::fmt::Debug for Pending {
 /// Commits what an earlier call could not. Where that call's commit may have
 /// landed unseen, the job's row tells (hazard H8).
 pub async fn commit_again(engine: &Engine, mut pending: Pending) -> Result<Vec<Committed>, (EngineError, Pending)> {
-    let held = match write(engine, &pending.decided).await {
-        Ok(held) => held,
+    let mut landed = match write(engine, &pending.decided).await {
+        Ok(landed) => landed,
         Err(EngineError::Store(error)) if error.is_about_data() => return one_by_one(engine, pending).await,
         Err(error) => {
             pending.maybe_landed = true;
             return Err((error, pending));
         }
     };
-    let mut landed = held;
     if pending.maybe_landed {
-        for (decided, landed) in pending.decided.iter().zip(&mut landed).filter(|(_, landed)| !**landed) {
-            match has_landed(engine, &decided.commit).await {
+        for (decided, landed) in pending.decided.iter().zip(&mut landed).filter(|(_, landed)| !landed.held) {
+            match has_landed(engine, decided).await {
                 Ok(found) => *landed = found,
                 // What this call has written, the next one finds landed.
                 Err(error) => return Err((error.into(), pending)),
@@ -144,7 +195,7 @@ pub async fn commit_again(engine: &Engine, mut pending: Pending) -> Result<Vec<C
         }
     }
     // Of those that wait, some may have found what they waited for.
-    if pending.decided.iter().any(|d| wakes(&d.commit) || d.wait.is_some()) {
+    if landed.iter().any(|landed| landed.wakes) {
         engine.waker.wake();
     }
     let mut done = pending.done;
@@ -152,19 +203,38 @@ pub async fn commit_again(engine: &Engine, mut pending: Pending) -> Result<Vec<C
     Ok(done)
 }
 
-fn wakes(commit: &StepCommit) -> bool {
-    commit.job.as_ref().is_some_and(|job| !job.held && job.delay.is_zero())
+fn wakes(decided: &Decided) -> bool {
+    let ready = decided.commit.job.as_ref().is_some_and(|job| !job.held && job.delay.is_zero());
+    ready || decided.wait.is_some() || decided.fan.is_some()
 }
 
 /// Whether an earlier commit of the same attempt is in, as far as it matters:
 /// whether the job is now ours to go on with. Its row must carry the epoch,
-/// the session and the step that only that commit gives; a mere retake of the
-/// same step has the same epoch. What is not ours any more needs no answer.
-async fn has_landed(engine: &Engine, commit: &StepCommit) -> Result<bool, StoreError> {
-    let Lease { job, epoch, session } = commit.lease;
-    let Some(next) = commit.job.as_ref().filter(|next| next.held) else { return Ok(true) };
+/// the session and the step or item that only that commit gives; a mere retake of
+/// the same has the same epoch. What is not ours any more needs no answer.
+async fn has_landed(engine: &Engine, decided: &Of) -> Result<Landed, StoreError> {
+    let Lease { job, epoch, session } = decided.lease();
+    let in_hand = match decided {
+        Of::Run(decided) => decided.commit.job.as_ref().is_some_and(|next| next.held),
+        Of::Item(decided) => decided.may_go_on(),
+    };
+    // Nobody may have been told of what it has made ready.
+    let landed = Landed { held: true, item: None, wakes: true };
+    if !in_hand {
+        return Ok(landed);
+    }
     let holder = jobs::holder_of(&engine.pool, job).await?;
-    Ok(holder.is_some_and(|now| (now.epoch, now.session, now.step) == (epoch + 1, Some(session), next.step)))
+    let ours = holder.filter(|now| (now.epoch, now.session) == (epoch + 1, Some(session)));
+    Ok(match (decided, ours) {
+        (Of::Run(decided), Some(now)) if decided.commit.job.as_ref().is_some_and(|next| next.step == now.step) => {
+            landed
+        }
+        // A lane moves on to another item each time.
+        (Of::Item(decided), Some(now)) if now.item != Some(decided.commit.item) => Landed { item: now.item, ..landed },
+        // The last item of its fan took the lane with it.
+        (Of::Item(_), None) if holder.is_none() => landed,
+        _ => Landed::default(),
+    })
 }
 
 /// A batch that the database refuses for what is in it: each by itself, so
@@ -177,23 +247,30 @@ async fn one_by_one(engine: &Engine, pending: Pending) -> Result<Vec<Committed>,
         if let Err(EngineError::Store(error)) = &written
             && error.is_about_data()
         {
-            tracing::warn!(run.id = %decided.commit.run, job.id = decided.commit.lease.job, %error, "a result could not be stored");
-            decided = unstorable(decided, error);
+            tracing::warn!(run.id = %decided.run(), job.id = decided.lease().job, %error, "a result could not be stored");
+            decided = decided.unstorable(error);
             written = write(engine, std::slice::from_ref(&decided)).await;
         }
         let landed = match written {
             // Not even the failure can be stored: a fault of ours, which must
             // not hold up everybody else's. The job's deadline brings it back.
             Err(EngineError::Store(error)) if error.is_about_data() => {
-                tracing::error!(run.id = %decided.commit.run, job.id = decided.commit.lease.job, %error, "a failure could not be stored");
-                Ok(false)
+                tracing::error!(run.id = %decided.run(), job.id = decided.lease().job, %error, "a failure could not be stored");
+                Ok(Landed::default())
             }
-            Ok(held) if held.first() == Some(&true) || !maybe_landed => Ok(held.first() == Some(&true)),
-            Ok(_) => has_landed(engine, &decided.commit).await.map_err(EngineError::from),
+            Ok(landed) => match landed.first().copied().unwrap_or_default() {
+                landed if landed.held || !maybe_landed => Ok(landed),
+                _ => has_landed(engine, &decided).await.map_err(EngineError::from),
+            },
             Err(error) => Err(error),
         };
         match landed {
-            Ok(landed) => done.push(decided.answer(landed)),
+            Ok(landed) => {
+                if landed.wakes {
+                    engine.waker.wake();
+                }
+                done.push(decided.answer(landed));
+            }
             Err(error) => {
                 let decided = std::iter::once(decided).chain(rest).collect();
                 return Err((error, Pending { done, decided, maybe_landed: true }));
@@ -242,52 +319,93 @@ fn unstorable(decided: Decided, error: &StoreError) -> Decided {
         wait: None,
         approval: None,
         letter: Some(letter),
+        fan: None,
         next: None,
     }
 }
 
-async fn write(engine: &Engine, decided: &[Decided]) -> Result<Vec<bool>, EngineError> {
+async fn write(engine: &Engine, decided: &[Of]) -> Result<Vec<Landed>, EngineError> {
     repeating(|| write_once(engine, decided)).await
 }
 
-async fn write_once(engine: &Engine, decided: &[Decided]) -> Result<Vec<bool>, EngineError> {
-    let commits: Vec<StepCommit> = decided.iter().map(|d| d.commit.clone()).collect();
-    let plain = decided.iter().all(|d| d.passed.is_empty() && d.approval.is_none() && d.letter.is_none());
+async fn write_once(engine: &Engine, decided: &[Of]) -> Result<Vec<Landed>, EngineError> {
+    let (mut runs, mut items) = (Vec::new(), Vec::new());
+    for of in decided {
+        match of {
+            Of::Run(decided) => runs.push(decided.as_ref()),
+            Of::Item(decided) => items.push(&decided.commit),
+        }
+    }
     if failpoint::reach("commit.before").await {
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
-    let held = if plain {
-        steps::commit(&engine.pool, &commits).await?
+    let plain = runs.iter().all(|d| d.is_plain());
+    let (held, lanes) = if items.is_empty() && plain {
+        let commits: Vec<StepCommit> = runs.iter().map(|d| d.commit.clone()).collect();
+        (steps::commit(&engine.pool, &commits).await?, Vec::new())
+    } else if runs.is_empty() {
+        (Vec::new(), fans::commit(&engine.pool, &items).await?)
     } else {
         let mut tx = engine.pool.begin().await?;
-        // Before any job's, and in one order.
-        let mut names: Vec<_> = decided.iter().filter_map(|d| d.wait.as_ref()).map(|w| (w.company, &w.name)).collect();
-        names.sort_unstable_by_key(|(company, name)| (company.0, *name));
-        names.dedup();
-        for (company, name) in names {
-            signals::lock(&mut tx, company, name).await?;
-        }
-        let held = steps::commit(&mut *tx, &commits).await?;
-        for (decided, _) in decided.iter().zip(&held).filter(|(_, held)| **held) {
-            steps::pass(&mut tx, decided.commit.company, decided.commit.run, &decided.passed).await?;
-            if let Some(wait) = &decided.wait {
-                signals::park(&mut tx, wait).await?;
-            }
-            if let Some(approval) = &decided.approval {
-                approvals::insert(&mut *tx, approval).await?;
-            }
-            if let Some(letter) = &decided.letter {
-                approvals::bury_letter(&mut *tx, letter).await?;
-            }
-        }
+        let held = write_runs(&mut tx, &runs).await?;
+        let lanes = fans::commit(&mut *tx, &items).await?;
         tx.commit().await?;
-        held
+        (held, lanes)
     };
     if failpoint::reach("commit.after").await {
         // As if the answer had been lost on its way.
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
+    let (mut held, mut lanes) = (held.into_iter(), lanes.into_iter());
+    Ok(decided
+        .iter()
+        .map(|of| match of {
+            Of::Run(decided) => {
+                let held = held.next().unwrap_or(false);
+                Landed { held, item: None, wakes: held && wakes(decided) }
+            }
+            Of::Item(decided) => {
+                let lane: Lane = lanes.next().unwrap_or_default();
+                let left = lane.next.is_some() && !decided.may_go_on();
+                Landed { held: lane.held, item: lane.next, wakes: lane.woken || left }
+            }
+        })
+        .collect())
+}
+
+async fn write_runs(tx: &mut PgConnection, decided: &[&Decided]) -> Result<Vec<bool>, EngineError> {
+    // Before any job's, and in one order.
+    let mut names: Vec<_> = decided.iter().filter_map(|d| d.wait.as_ref()).map(|w| (w.company, &w.name)).collect();
+    names.sort_unstable_by_key(|(company, name)| (company.0, *name));
+    names.dedup();
+    for (company, name) in names {
+        signals::lock(tx, company, name).await?;
+    }
+    let commits: Vec<StepCommit> = decided.iter().map(|d| d.commit.clone()).collect();
+    let held = steps::commit(&mut *tx, &commits).await?;
+    for (decided, _) in decided.iter().zip(&held).filter(|(_, held)| **held) {
+        steps::pass(tx, decided.commit.company, decided.commit.run, &decided.passed).await?;
+        if let Some(wait) = &decided.wait {
+            signals::park(tx, wait).await?;
+        }
+        if let Some(approval) = &decided.approval {
+            approvals::insert(&mut *tx, approval).await?;
+        }
+        if let Some(letter) = &decided.letter {
+            approvals::bury_letter(&mut *tx, letter).await?;
+        }
+        if let Some(fan) = &decided.fan {
+            fans::open(tx, fan).await?;
+        }
+    }
     Ok(held)
+}
+
+impl Decided {
+    /// One statement writes it.
+    fn is_plain(&self) -> bool {
+        self.passed.is_empty() && self.approval.is_none() && self.letter.is_none() && self.fan.is_none()
+    }
 }
 
 /// One attempt: pure, but for the ids of its events. `draw` in `[0, 1)` is the
@@ -306,12 +424,13 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
         Decision::Retry { delay, charged } => facts.retry(delay, charged),
         Decision::Fail { reason } => facts.fail(reason),
         Decision::Wait { event, matching, timeout } => facts.park(event, matching, timeout),
+        Decision::Fan(fanning) => facts.fan_out(fanning),
         Decision::Release { delay } => facts.release(delay),
     }
 }
 
 /// What cannot be stored becomes a failure with the reason (hazard H17).
-fn storable_outcome(outcome: Outcome) -> (Outcome, Option<String>) {
+pub(super) fn storable_outcome(outcome: Outcome) -> (Outcome, Option<String>) {
     match outcome {
         Outcome::Done { output, cost } => match storable::to_json(&output, OUTPUT_BYTES_MAX) {
             Ok(text) => (Outcome::Done { output, cost }, Some(text)),
@@ -336,10 +455,7 @@ struct Facts {
 
 impl Facts {
     fn cost(&self) -> Nanos {
-        match &self.outcome {
-            Outcome::Done { cost, .. } | Outcome::Failed { cost, .. } => *cost,
-            Outcome::Waits { .. } | Outcome::Released { .. } => Nanos::ZERO,
-        }
+        self.outcome.cost()
     }
 
     fn failure(&self) -> Option<&Failure> {
@@ -441,7 +557,7 @@ impl Facts {
     }
 
     fn plain(self, commit: StepCommit) -> Decided {
-        Decided { commit, passed: Passing::default(), wait: None, approval: None, letter: None, next: None }
+        Decided { commit, passed: Passing::default(), wait: None, approval: None, letter: None, fan: None, next: None }
     }
 
     fn jumps(&self) -> i32 {
@@ -485,8 +601,7 @@ impl Facts {
 
     /// The next step: by this worker when it may stay, else by the queue.
     fn advance(mut self, next: usize, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
-        let held =
-            self.stay && self.work.chain + 1 < CHAIN_STEPS_MAX && self.work.chain_began.elapsed() < CHAIN_TIME_MAX;
+        let held = self.stay && self.work.may_stay();
         let mut job = self.next_job(held, kind::STEP, next, Duration::ZERO, i32::from(held));
         // Even of a loop of one step: a checkpoint lies in between.
         job.crash_count = 0;
@@ -505,7 +620,7 @@ impl Facts {
             ..self.job
         };
         let next = Some((next_job, self.work));
-        Decided { commit, passed: Passing::default(), wait: None, approval: None, letter: None, next }
+        Decided { commit, passed: Passing::default(), wait: None, approval: None, letter: None, fan: None, next }
     }
 
     /// The run holds nothing while it waits, but for the one job that ends the
@@ -584,6 +699,32 @@ impl Facts {
         };
         let passed = Passing { received: self.waited(), ..Passing::default() };
         Decided { passed, letter: Some(letter), ..self.plain(commit) }
+    }
+
+    /// Lanes go through the items; the run's job waits for them. It is woken by the
+    /// last one, and looks by itself should it be forgotten.
+    fn fan_out(self, fanning: Fanning) -> Decided {
+        let at = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        let job = self.next_job(false, kind::STEP, at, FAN_LOOK, (self.job.attempt - 1).max(0));
+        let fan = NewFan {
+            company: self.job.company,
+            run: self.work.context.run,
+            step: self.job.step,
+            round: i32::try_from(self.work.context.round()).unwrap_or(i32::MAX),
+            job: self.job.lease.job,
+            fanning,
+            timeout: self.step().map_or(self.job.timeout, |step| step.timeout),
+        };
+        let step = self.step();
+        let told = json!({
+            "step": self.step_id(), "index": self.job.step, "agent_id": self.agent, "attempt": 1,
+            "role": step.and_then(|s| s.role.as_deref()), "action": step.map(|s| s.action.as_str()),
+            "items": fan.fanning.items,
+        });
+        let events = vec![Event::new(STEP_STARTED, told)];
+        let checkpoint = self.checkpoint(StepStatus::Running).map(|step| StepChange { attempt: 1, ..step });
+        let commit = self.commit(Some(job), RunChange::default(), checkpoint, events);
+        Decided { fan: Some(fan), ..self.plain(commit) }
     }
 
     /// The run waits for an event: its job is due when its time is over, or made
@@ -673,6 +814,10 @@ pub struct Started {
 impl Started {
     /// Of an attempt at a step.
     pub fn of(job: &ClaimedJob, work: &StepWork) -> Option<Self> {
+        if job.item.is_some() {
+            // The step has been shown so since its lanes are there.
+            return None;
+        }
         let index = usize::try_from(job.step).ok()?;
         let step = work.context.playbook.steps.get(index)?;
         let agent = work.agent(index).map(|agent| agent.agent);

@@ -1,22 +1,24 @@
 //! Claiming: which jobs a worker takes, and what each attempt needs to begin,
 //! loaded for all of them at once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{Engine, EngineError};
 use crate::domain::company::works as works_on;
 use crate::domain::event::{Event, PLAYBOOK_RESUMED};
 use crate::domain::ids::{CompanyId, PlaybookId, RunId};
-use crate::domain::plan::RunContext;
+use crate::domain::plan::{Fanned, Item, RunContext};
 use crate::domain::playbook::model::StepKind;
 use crate::domain::run::StepStatus;
+use crate::domain::storable::OUTPUT_BYTES_MAX;
 use crate::failpoint;
 use crate::store::agents::AgentRow;
+use crate::store::fans::{self, ItemRow};
 use crate::store::jobs::{self, ClaimedJob, Looked, Tenant, Turn, kind};
 use crate::store::steps::LoadedRun;
 use crate::store::{StoreError, agents, signals, steps};
@@ -221,10 +223,13 @@ pub async fn claim(
     Ok(jobs)
 }
 
+/// Jobs that are attempts at steps.
+const STEPS: [&str; 3] = [kind::STEP, kind::TIMER, kind::ITEM];
+
 /// Loads what claimed jobs need, set-based; gives them back with the error
 /// when it cannot.
 pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claimed>, (EngineError, Vec<ClaimedJob>)> {
-    let is_step = |job: &&ClaimedJob| [kind::STEP, kind::TIMER].contains(&job.kind.as_str());
+    let is_step = |job: &&ClaimedJob| STEPS.contains(&job.kind.as_str());
     let steps: Vec<&ClaimedJob> = claimed.iter().filter(is_step).collect();
     let mut works: HashMap<i64, Work> = HashMap::new();
     if !steps.is_empty() {
@@ -237,7 +242,7 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
         .into_iter()
         .map(|job| {
             let work = match job.kind.as_str() {
-                kind::STEP | kind::TIMER => works.remove(&job.lease.job).unwrap_or(Work::Stale),
+                kind::STEP | kind::TIMER | kind::ITEM => works.remove(&job.lease.job).unwrap_or(Work::Stale),
                 kind::GATE_TIMEOUT => Work::GateTimeout,
                 kind::PROVISION => Work::Provision,
                 kind::HEARTBEAT => Work::Heartbeat,
@@ -255,7 +260,13 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
 async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<i64, Work>, EngineError> {
     failpoint::reach("load.before").await;
     let (companies, run_ids): (Vec<Uuid>, Vec<Uuid>) =
-        claimed.iter().filter_map(|job| Some((job.company.0, job.ref_id?))).unzip();
+        // Of a run with many lanes, once.
+        claimed
+            .iter()
+            .filter_map(|job| Some((job.company.0, job.ref_id?)))
+            .collect::<HashSet<_>>()
+            .into_iter()
+            .unzip();
     let mut runs = steps::load_runs(&engine.pool, &companies, &run_ids).await?;
     resume(engine, claimed, &mut runs).await?;
     let (runs, halted): (Vec<_>, Vec<_>) = runs.into_iter().partition(|run| works_on(&run.company_status));
@@ -273,10 +284,12 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
                 run: run.run,
                 playbook,
                 inputs: Arc::new(run.params),
-                outputs: HashMap::new(),
+                outputs: Arc::default(),
                 failures: HashMap::new(),
                 jumps: HashMap::new(),
                 waits: HashMap::new(),
+                item: None,
+                fanned: None,
             };
             Some((run.run.0, context))
         })
@@ -284,17 +297,29 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
     load_outputs(engine, claimed, &mut contexts).await?;
     load_states(engine, &mut contexts).await?;
     load_waits(engine, claimed, &mut contexts).await?;
+    load_fans(engine, claimed, &mut contexts).await?;
+    let lists = lists(claimed, &contexts);
     let agents = load_agents(engine, contexts.values()).await?;
     let none = Arc::new(HashMap::new());
     let now = Instant::now();
-    Ok(claimed
-        .iter()
+    // Lanes first: the run itself takes its context with it.
+    let lanes = claimed.iter().filter(|job| job.item.is_some());
+    Ok(lanes
+        .chain(claimed.iter().filter(|job| job.item.is_none()))
         .filter_map(|job| {
             let run = job.ref_id?;
             if let Some(stopped) = halted.get(&run) {
                 return Some((job.lease.job, Work::Halted { stopped: *stopped }));
             }
-            let context = contexts.remove(&run)?;
+            let context = match job.item {
+                None => contexts.remove(&run)?,
+                Some(item) => {
+                    let mut context = contexts.get(&run)?.clone();
+                    let list = lists.get(&(run, job.step)).map(Arc::clone).unwrap_or_default();
+                    context.item = Some(Item::new(usize::try_from(item).ok()?, list));
+                    context
+                }
+            };
             let work = StepWork {
                 agents: agents.get(&context.company).map_or_else(|| Arc::clone(&none), Arc::clone),
                 context,
@@ -318,12 +343,14 @@ async fn load_outputs(
         let at = usize::try_from(job.step).unwrap_or(0);
         needed.extend(context.playbook.needed_at(at).map(|step| (context.company, context.run, step)));
     }
+    needed.sort_unstable_by_key(|(_, run, step)| (run.0, *step));
+    needed.dedup();
     if needed.is_empty() {
         return Ok(());
     }
     for (run, step, output) in steps::load_outputs(&engine.pool, &needed).await? {
         if let (Some(context), Ok(step)) = (contexts.get_mut(&run), usize::try_from(step)) {
-            context.outputs.insert(step, output);
+            Arc::make_mut(&mut context.outputs).insert(step, output);
         }
     }
     Ok(())
@@ -376,6 +403,72 @@ async fn load_waits(
     Ok(())
 }
 
+/// How the items stand of runs that wait for them, or have begun some.
+async fn load_fans(
+    engine: &Engine,
+    claimed: &[&ClaimedJob],
+    contexts: &mut HashMap<Uuid, RunContext>,
+) -> Result<(), EngineError> {
+    let fans = claimed.iter().filter(|job| job.item.is_none()).filter_map(|job| {
+        let context = contexts.get(&job.ref_id?)?;
+        context.playbook.steps.get(usize::try_from(job.step).ok()?)?.fan.as_ref()?;
+        Some((job.company, context.run, job.step))
+    });
+    let fans: Vec<_> = fans.collect();
+    if fans.is_empty() {
+        return Ok(());
+    }
+    let mut open = HashMap::new();
+    for row in fans::load(&engine.pool, &fans).await? {
+        open.insert(row.run, row);
+    }
+    let idle: Vec<_> =
+        fans.into_iter().filter(|(_, run, _)| open.get(&run.0).is_none_or(|fan| fan.lanes == 0)).collect();
+    let items = fans::load_items(&engine.pool, &idle, OUTPUT_BYTES_MAX).await?;
+    let mut by_run: HashMap<Uuid, Vec<ItemRow>> = HashMap::new();
+    for item in items {
+        by_run.entry(item.run).or_default().push(item);
+    }
+    for (run, context) in contexts {
+        let round = i32::try_from(context.round()).unwrap_or(i32::MAX);
+        let mut items = by_run.remove(run).unwrap_or_default();
+        items.retain(|item| item.round == round);
+        context.fanned = match open.get(run).filter(|fan| fan.round == round) {
+            Some(fan) if fan.lanes > 0 => Some(Fanned::Open),
+            Some(fan) => Some(fanned(fan.items, items)),
+            None if items.is_empty() => None,
+            None => Some(Fanned::Begun(items.iter().filter(|i| i.error.is_none()).map(|i| i.item).collect())),
+        };
+    }
+    Ok(())
+}
+
+fn fanned(count: i32, items: Vec<ItemRow>) -> Fanned {
+    let (mut outputs, mut failures) = (Vec::new(), Vec::new());
+    for item in items {
+        match item.error {
+            Some(error) => failures.push((item.item, error)),
+            None => outputs.push((item.item, item.output)),
+        }
+    }
+    Fanned::Over { items: u32::try_from(count).unwrap_or(0), outputs, failures }
+}
+
+type Lists = HashMap<(Uuid, i32), Arc<Vec<Value>>>;
+
+/// The lists that lanes go through, each made once. One that cannot be made again
+/// has no items, so that an attempt fails with the reason.
+fn lists(claimed: &[&ClaimedJob], contexts: &HashMap<Uuid, RunContext>) -> Lists {
+    let mut lists = HashMap::new();
+    for job in claimed.iter().filter(|job| job.item.is_some()) {
+        let Some((run, context)) = job.ref_id.and_then(|run| Some((run, contexts.get(&run)?))) else { continue };
+        let step = usize::try_from(job.step).ok().and_then(|at| context.playbook.steps.get(at));
+        let Some(fan) = step.and_then(|step| step.fan.as_ref()) else { continue };
+        lists.entry((run, job.step)).or_insert_with(|| Arc::new(context.list(fan).unwrap_or_default()));
+    }
+    lists
+}
+
 /// Runs whose wait is over go on; of a company that is halted they wait on. A run
 /// that does not go on, since the lease of its job is gone, is left out.
 async fn resume(engine: &Engine, claimed: &[&ClaimedJob], runs: &mut Vec<LoadedRun>) -> Result<(), EngineError> {
@@ -414,7 +507,16 @@ async fn load_agents<'a>(
     Ok(by_company.into_iter().map(|(company, agents)| (company, Arc::new(agents))).collect())
 }
 
+/// How many steps of a run one worker does in a row before the run queues
+/// again, and for how long, so that others get their turn.
+const CHAIN_STEPS_MAX: u32 = 16;
+const CHAIN_TIME_MAX: Duration = Duration::from_secs(1);
 impl StepWork {
+    /// Whether this worker may go on with the run, or the lane, itself.
+    pub(super) fn may_stay(&self) -> bool {
+        self.chain + 1 < CHAIN_STEPS_MAX && self.chain_began.elapsed() < CHAIN_TIME_MAX
+    }
+
     /// The run's id.
     pub fn run(&self) -> RunId {
         self.context.run

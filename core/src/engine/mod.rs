@@ -18,6 +18,7 @@ pub mod claim;
 pub mod dead_letters;
 pub mod enqueue;
 pub mod gates;
+pub mod items;
 pub mod keys;
 pub mod lifecycle;
 pub mod plans;

@@ -24,7 +24,7 @@ use crate::domain::playbook::problem::did_you_mean;
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::store::jobs::kind;
 use crate::store::runs::{Retry, StepRow};
-use crate::store::{approvals, events, runs, tenants};
+use crate::store::{approvals, events, fans, runs, tenants};
 
 /// Lets a failed run go on at its failed step, in the caller's transaction, who
 /// wakes workers after it. A gate that was refused or ran out is asked for
@@ -62,6 +62,7 @@ pub async fn retry_run(
         timeout: planned.map_or(STEP_TIMEOUT, |step| step.timeout),
         waiting_on: waiting.as_ref().map(Value::to_string),
     };
+    fans::forget(tx, company, run, step).await?;
     let job = runs::retry(tx, company, run, &retry).await?.ok_or(EngineError::NotFound("run"))?;
     let resumed = json!({"step": planned.map(|step| &step.id), "index": step, "by": by});
     events::append_to_run(&mut *tx, company, run, &Event::new(PLAYBOOK_RESUMED, resumed)).await?;

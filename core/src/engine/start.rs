@@ -247,10 +247,12 @@ pub(super) fn prepare(
         run: RunId::new(),
         playbook: plan,
         inputs: Arc::new(params),
-        outputs: beginning.outputs,
+        outputs: Arc::new(beginning.outputs),
         failures: beginning.failures,
         jumps: HashMap::new(),
         waits: HashMap::new(),
+        item: None,
+        fanned: None,
     };
     let walk = context.walk(beginning.step);
     let mut passed = passing(&walk.passed);

@@ -25,6 +25,8 @@ pub mod kind {
     pub const HEARTBEAT: &str = "heartbeat";
     /// An event goes to the runs that wait for it.
     pub const SIGNAL: &str = "signal";
+    /// A lane goes through the items of a step.
+    pub const ITEM: &str = "item";
     /// A schedule fires.
     pub const SCHEDULE: &str = "schedule";
     /// What a deleted company held goes away.
@@ -228,6 +230,8 @@ pub struct ClaimedJob {
     pub ref_id: Option<Uuid>,
     /// Which step of that.
     pub step: i32,
+    /// Which item of the step, of a lane.
+    pub item: Option<i32>,
     /// Its priority.
     pub priority: i16,
     /// Tries charged, this one included.
@@ -255,6 +259,7 @@ macro_rules! claimed_jobs {
                 company: CompanyId(row.company_id),
                 ref_id: row.ref_id,
                 step: row.step,
+                item: row.item,
                 priority: row.priority,
                 attempt: row.attempt,
                 crash_count: row.crash_count,
@@ -518,14 +523,16 @@ pub struct Holder {
     pub session: Option<i64>,
     /// The step it is about.
     pub step: i32,
+    /// The item of the step, of a lane.
+    pub item: Option<i32>,
 }
 
 /// Who has a job; `None` when it is gone.
 pub async fn holder_of(pool: &PgPool, job: i64) -> Result<Option<Holder>, StoreError> {
-    Ok(sqlx::query!("select lease_epoch, session_id, step from jobs where id = $1", job)
+    Ok(sqlx::query!("select lease_epoch, session_id, step, item from jobs where id = $1", job)
         .fetch_optional(pool)
         .await?
-        .map(|row| Holder { epoch: row.lease_epoch, session: row.session_id, step: row.step }))
+        .map(|row| Holder { epoch: row.lease_epoch, session: row.session_id, step: row.step, item: row.item }))
 }
 
 /// Gives back what a session holds without knowing it: a claim committed, and

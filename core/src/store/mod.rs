@@ -15,6 +15,7 @@ pub mod approvals;
 pub mod dead_letters;
 pub mod error;
 pub mod events;
+pub mod fans;
 pub mod fleet;
 pub mod grants;
 pub mod idempotency;

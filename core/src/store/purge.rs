@@ -26,6 +26,8 @@ const TABLES: &[&str] = &[
     "signals_taken",
     "signals",
     "triggers",
+    "run_fans",
+    "run_items",
     // Last, since no index finds them by their company: work that is still
     // claimed finds no run, and ends.
     "jobs",

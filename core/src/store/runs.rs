@@ -461,6 +461,21 @@ pub struct StepRow {
     pub started_at: Option<DateTime<Utc>>,
     /// When it ended.
     pub ended_at: Option<DateTime<Utc>>,
+    /// How its items stand, where it is done for a list.
+    pub items: Option<ItemCounts>,
+}
+
+/// How the items of a step stand.
+#[derive(Debug, Clone, Copy)]
+pub struct ItemCounts {
+    /// How many there are.
+    pub total: i32,
+    /// Those that are done.
+    pub completed: i32,
+    /// Those that have failed.
+    pub failed: i32,
+    /// Those that are being done.
+    pub running: i32,
 }
 
 /// The steps of a run that have begun.
@@ -470,8 +485,11 @@ pub async fn steps(
     run: RunId,
 ) -> Result<Vec<StepRow>, StoreError> {
     let rows = sqlx::query!(
-        "select step, status, agent_id, attempt, cost_nanos, output, error, started_at, ended_at
-         from run_steps where company_id = $1 and run_id = $2 order by step",
+        r#"select s.step, s.status, s.agent_id, s.attempt, s.cost_nanos, s.output, s.error, s.started_at, s.ended_at,
+             f.items as "items?", f.items - f.size + f.completed as completed, f.failed as "failed?", f.lanes as "lanes?"
+           from run_steps s
+           left join run_fans f on f.company_id = s.company_id and f.run_id = s.run_id and f.step = s.step
+           where s.company_id = $1 and s.run_id = $2 order by s.step"#,
         company.0,
         run.0,
     )
@@ -489,6 +507,12 @@ pub async fn steps(
             error: row.error,
             started_at: row.started_at,
             ended_at: row.ended_at,
+            items: row.items.map(|total| ItemCounts {
+                total,
+                completed: row.completed.unwrap_or(0),
+                failed: row.failed.unwrap_or(0),
+                running: row.lanes.unwrap_or(0),
+            }),
         })
         .collect())
 }

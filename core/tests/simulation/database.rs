@@ -191,10 +191,12 @@ impl Database {
             run: RunId(Uuid::from_u128(run as u128)),
             playbook: Arc::clone(&self.runs[run].playbook),
             inputs: Arc::new(json!({})),
-            outputs: HashMap::new(),
+            outputs: Arc::default(),
             failures: HashMap::new(),
             jumps: HashMap::new(),
             waits: HashMap::new(),
+            item: None,
+            fanned: None,
         }
     }
 

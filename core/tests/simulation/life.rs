@@ -178,7 +178,7 @@ impl World {
         attempt.reached = true;
         let at = (run_of(&attempt.job), attempt.job.step);
         let context = &attempt.work.as_ref().expect("a step").context;
-        let key = digest::idempotency_key(context.run, &context.playbook.steps[at.1 as usize].id, 0);
+        let key = digest::idempotency_key(context.run, &context.playbook.steps[at.1 as usize].id, 0, None);
         if attempt.job.crash_count >= CRASHES_MAX {
             self.db.broken = Some(format!("{at:?} is tried after {} deaths", attempt.job.crash_count));
         }

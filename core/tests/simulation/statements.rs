@@ -173,7 +173,7 @@ impl Database {
 
     /// `jobs::holder_of`.
     pub fn holder_of(&self, job: i64) -> Option<Holder> {
-        self.jobs.get(&job).map(|job| Holder { epoch: job.epoch, session: job.session, step: job.step })
+        self.jobs.get(&job).map(|job| Holder { epoch: job.epoch, session: job.session, step: job.step, item: None })
     }
 
     /// `jobs::give_back_unknown`.
@@ -250,6 +250,7 @@ fn claimed_job(id: i64, job: &Job, session: i64) -> ClaimedJob {
         company: CompanyId(Uuid::nil()),
         ref_id: Some(Uuid::from_u128(job.run as u128)),
         step: job.step,
+        item: None,
         priority: 0,
         attempt: job.attempt,
         crash_count: job.crash_count,

@@ -316,7 +316,8 @@ impl World {
         let mut calls = self.witness.clone();
         for (id, run) in self.db.runs.iter().enumerate() {
             for (at, step) in run.playbook.steps.iter().enumerate() {
-                let seen = calls.remove(&digest::idempotency_key(RunId(Uuid::from_u128(id as u128)), &step.id, 0));
+                let seen =
+                    calls.remove(&digest::idempotency_key(RunId(Uuid::from_u128(id as u128)), &step.id, 0, None));
                 let row = self.db.steps.get(&(id, at as i32));
                 if seen.is_none() && row.is_some_and(|row| row.status == StepStatus::Completed) {
                     return Err(format!("run {id} step {at}: completed, and nobody outside saw it"));

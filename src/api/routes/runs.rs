@@ -11,7 +11,7 @@ use capx_core::domain::playbook::Playbook;
 use capx_core::domain::run::{RunStatus, StepStatus};
 use capx_core::engine::start::{self, Started};
 use capx_core::store::approvals;
-use capx_core::store::runs::{self, JobRow, RunFilter, RunItemRow, RunRow, StepRow};
+use capx_core::store::runs::{self, ItemCounts, JobRow, RunFilter, RunItemRow, RunRow, StepRow};
 use capx_core::store::tenants::CompanyRow;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -197,6 +197,28 @@ struct RunStep {
     /// When the next try is due.
     #[serde(skip_serializing_if = "Option::is_none")]
     next_attempt_at: Option<Time>,
+    /// How its items stand, where it is done for a list.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    items: Option<Items>,
+}
+
+/// How the items of a step stand.
+#[derive(Debug, Serialize, ToSchema)]
+struct Items {
+    /// How many there are.
+    total: i32,
+    /// Those that are done.
+    completed: i32,
+    /// Those that have failed.
+    failed: i32,
+    /// Those that are being done.
+    running: i32,
+}
+
+impl From<ItemCounts> for Items {
+    fn from(counts: ItemCounts) -> Self {
+        Self { total: counts.total, completed: counts.completed, failed: counts.failed, running: counts.running }
+    }
 }
 
 impl RunItem {
@@ -557,19 +579,26 @@ fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], job: Option<&JobRo
             let row = rows.iter().find(|row| usize::try_from(row.step) == Ok(index));
             let job = job
                 .filter(|job| ["step", "timer"].contains(&job.kind.as_str()) && usize::try_from(job.step) == Ok(index));
+            let items = row.and_then(|row| row.items);
+            // It waits for its lanes, not for a time.
+            let fanned = items.is_some_and(|items| items.running > 0 && run.status == RunStatus::Running);
             RunStep {
                 index,
                 id: step.id.clone(),
                 role: step.role.clone(),
                 agent_id: row.and_then(|row| row.agent),
                 action: step.action.clone(),
-                status: step_status(run.status, row, job),
+                status: if fanned { StepStatus::Running.as_str() } else { step_status(run.status, row, job) },
                 cost: row.map_or(0.0, |row| row.cost.to_usd()),
                 duration: row.and_then(|row| Some((row.ended_at? - row.started_at?).num_seconds().max(0))),
                 attempts: job.map_or_else(|| row.map_or(0, |row| row.attempt), |job| job.attempt),
                 output: row.and_then(|row| row.output.clone()),
                 error: row.and_then(|row| row.error.clone()),
-                next_attempt_at: job.filter(|job| job.state == "scheduled").and_then(|job| job.due_at).map(Time),
+                items: items.map(Items::from),
+                next_attempt_at: job
+                    .filter(|job| job.state == "scheduled" && !fanned)
+                    .and_then(|job| job.due_at)
+                    .map(Time),
             }
         })
         .collect()

@@ -84,6 +84,14 @@ impl Hands {
             (Ok(()), StepKind::WaitFor(wait)) => return work.context.wait(index, wait),
             (Ok(()), StepKind::Work) => {}
         }
+        match (&step.fan, &work.context.item) {
+            (Some(fan), None) => return work.context.fan(step, fan),
+            (Some(fan), Some(item)) if item.list.is_empty() => {
+                let why = work.context.list(fan).err();
+                return Outcome::failed(why.unwrap_or_else(|| Failure::invalid("for_each: the list has changed")));
+            }
+            _ => {}
+        }
         let params = match work.context.params(step) {
             Ok(params) => params,
             Err(failure) => return Outcome::failed(failure),
@@ -99,7 +107,12 @@ impl Hands {
             step,
             params,
             agent: work.agent(index),
-            idempotency_key: digest::idempotency_key(work.context.run, &step.id, work.context.round()),
+            idempotency_key: digest::idempotency_key(
+                work.context.run,
+                &step.id,
+                work.context.round(),
+                work.context.item.as_ref().map(|item| item.index),
+            ),
             timeout: job.timeout,
             began: Instant::now(),
         };

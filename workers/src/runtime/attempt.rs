@@ -182,7 +182,8 @@ async fn provision(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
 async fn end_stopped(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
     let Some(run) = job.ref_id else { return PlainOutcome::Done };
     match cancel::end_stopped(&shared.engine, job.company, RunId(run)).await {
-        // The job went with the run.
+        // The run's job went with it; a lane is another.
+        Ok(()) if job.item.is_some() => PlainOutcome::Done,
         Ok(()) => PlainOutcome::Nothing,
         Err(error) => {
             tracing::warn!(%error, run.id = %RunId(run), "the end of a stopped company's run waits");

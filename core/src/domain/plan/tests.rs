@@ -10,10 +10,12 @@ fn context(yaml: &str, inputs: Value) -> RunContext {
         run: RunId::new(),
         playbook: Arc::new(playbook::load(yaml).expect("loads")),
         inputs: Arc::new(inputs),
-        outputs: HashMap::new(),
+        outputs: Arc::default(),
         failures: HashMap::new(),
         jumps: HashMap::new(),
         waits: HashMap::new(),
+        item: None,
+        fanned: None,
     }
 }
 
@@ -100,7 +102,7 @@ proptest! {
                     prop_assert_eq!(next, step + 1);
                     (step, attempt) = (next, 0);
                 }
-                Decision::GoPast(_) | Decision::Wait { .. } => prop_assert!(false),
+                Decision::GoPast(_) | Decision::Wait { .. } | Decision::Fan(_) => prop_assert!(false),
                 Decision::Fail { .. } => { ended = true; break }
                 Decision::Retry { .. } => prop_assert!(attempt < run.playbook.steps[step].retry.max_attempts),
                 Decision::Release { .. } => prop_assert!(false),
@@ -132,7 +134,7 @@ fn a_loop_goes_on_until_it_is_good_or_used_up() {
     let back = |jumps| {
         Decision::Advance(Walk { passed: vec![Passed::Jumped { step: 2, target: 0, jumps }], next: Next::Step(0) })
     };
-    let keys = |run: &RunContext| digest::idempotency_key(run.run, "draft", run.round());
+    let keys = |run: &RunContext| digest::idempotency_key(run.run, "draft", run.round(), None);
     let first = keys(&run);
     assert_eq!(round(&mut run, 1, 0.5), back(1));
     // The second time, the first step knows what the review said, and its effects
@@ -153,7 +155,7 @@ fn a_loop_goes_on_until_it_is_good_or_used_up() {
 #[test]
 fn a_step_that_may_fail_is_gone_past_and_asked_about() {
     let mut run = context(REVIEWED, json!({"nap": null}));
-    run.outputs.insert(0, json!({"n": 1}));
+    Arc::make_mut(&mut run.outputs).insert(0, json!({"n": 1}));
     let failed = Outcome::failed(Failure::invalid("no printer"));
     assert_eq!(run.decide(4, 1, &failed, 0.0), Decision::GoPast(Walk { passed: Vec::new(), next: Next::Step(5) }));
     let after = run.playbook.steps[5].clone();
@@ -161,7 +163,7 @@ fn a_step_that_may_fail_is_gone_past_and_asked_about() {
     assert_eq!(run.decide(5, 1, &Outcome::done(json!(1)), 0.0), on(Next::End { output: Some(json!({"n": 1})) }));
     // Where it has not failed, there is nothing to tell.
     let mut run = context(REVIEWED, json!({"nap": null}));
-    run.outputs.insert(0, json!(1));
+    Arc::make_mut(&mut run.outputs).insert(0, json!(1));
     let end = Walk { passed: vec![Passed::Skipped(5)], next: Next::End { output: Some(json!(1)) } };
     assert_eq!(run.decide(4, 1, &Outcome::done(json!(1)), 0.0), Decision::Advance(end));
 }
@@ -189,7 +191,7 @@ fn a_jump_that_is_left_out_keeps_its_count() {
     let yaml = "name: x\nsteps:\n  - {id: a, role: w, action: t, on_failure: end}\n  - {id: b, role: w, action: t}\n  - {goto: b, max_retries: 3}\n  - {id: end, role: w, action: t}\n";
     let mut run = context(yaml, json!({}));
     run.jumps.insert(2, 3);
-    run.outputs.insert(1, json!("old"));
+    Arc::make_mut(&mut run.outputs).insert(1, json!("old"));
     let failed = Outcome::failed(Failure::invalid("x"));
     let past = Walk { passed: vec![Passed::Skipped(1)], next: Next::Step(3) };
     assert_eq!(run.decide(0, 1, &failed, 0.0), Decision::GoPast(past));

@@ -81,6 +81,31 @@ pub const STEP: &[Key] = &[
         "The run goes on when this event has come.",
         r##"{"anyOf": [{"type": "string"}, {"$ref": "#/$defs/wait_for"}]}"##,
     ),
+    key(
+        "for_each",
+        "The step is done once for each item of this list; `${item}` and `${index}` say which.",
+        r#"{"type": ["string", "array"]}"#,
+    ),
+    key(
+        "max_parallel",
+        "How many items at once; one after another without.",
+        r#"{"type": "integer", "minimum": 1, "maximum": 1000}"#,
+    ),
+    key(
+        "max_items",
+        "The longest list that is taken; 1000 without.",
+        r#"{"type": "integer", "minimum": 1, "maximum": 10000}"#,
+    ),
+    key(
+        "min_success",
+        "How many items must be done, as a number or a share such as 80%; all without.",
+        r#"{"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-9]{1,3}%$"}]}"#,
+    ),
+    key(
+        "on_item_failure",
+        "`abort` begins no more items when too few can be done; `continue` tries them all.",
+        r#"{"enum": ["abort", "continue"]}"#,
+    ),
     key("params", "The arguments; may hold `${…}`.", MAP),
     other("with", "params", MAP),
     key("adapter", "Overrides the agent's adapter.", TEXT),

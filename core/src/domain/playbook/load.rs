@@ -16,6 +16,7 @@ use super::yaml::{self, Kind, Node};
 use super::{INPUTS_MAX, STEPS_MAX};
 
 mod check;
+mod fan;
 mod fields;
 mod flow;
 mod step;
@@ -43,7 +44,7 @@ pub fn load(text: &str) -> Result<Playbook, Vec<Problem>> {
 /// The same, with the warnings of what loads.
 pub fn read(text: &str) -> Result<(Playbook, Vec<Problem>), Vec<Problem>> {
     let root = yaml::read(text).map_err(|problem| vec![problem])?;
-    let mut loader = Loader { problems: Vec::new(), uses: Vec::new(), step: None };
+    let mut loader = Loader { problems: Vec::new(), uses: Vec::new(), step: None, each: false };
     let playbook = loader.playbook(&root);
     let mut problems = loader.problems;
     problems.sort_by_key(|p| (p.at.line, p.at.column));
@@ -59,12 +60,16 @@ pub(crate) struct Loader {
     uses: Vec<Use>,
     /// The step that is read.
     step: Option<usize>,
+    /// What is read is done for each item of a list.
+    each: bool,
 }
 
 /// A place where something is looked up.
 struct Use {
     /// In which step; `None` after the last.
     step: Option<usize>,
+    /// There is an item.
+    each: bool,
     at: Pos,
     path: Arc<str>,
     reference: Reference,
@@ -169,9 +174,10 @@ impl Loader {
 
     /// Remembers what is looked up where, until all steps are known.
     fn note_uses(&mut self, references: Vec<&Reference>, at: Pos, path: &str) {
-        let (step, path): (_, Arc<str>) = (self.step, path.into());
+        let (step, each, path): (_, _, Arc<str>) = (self.step, self.each, path.into());
         let uses = references.into_iter().map(|reference| Use {
             step,
+            each,
             at,
             path: path.to_owned(),
             reference: reference.clone(),

@@ -136,6 +136,8 @@ pub struct Step {
     pub kind: StepKind,
     /// It is left out where this does not hold; a jump, not taken.
     pub condition: Option<Expr>,
+    /// It is done once for each item of a list.
+    pub fan: Option<Fan>,
     /// What becomes of the run when it gives up.
     pub on_failure: OnFailure,
     /// Whose work it is; a registered tool can do without.
@@ -177,6 +179,48 @@ pub enum StepKind {
     Sleep(Pause),
     /// The run goes on when an event has come.
     WaitFor(WaitFor),
+}
+
+/// A step that is done once for each item of a list.
+#[derive(Debug, Clone)]
+pub struct Fan {
+    /// The list.
+    pub items: Template,
+    /// So many at once.
+    pub parallel: u32,
+    /// The longest list that it takes.
+    pub items_max: u32,
+    /// How many items must be done for the step to be done.
+    pub min_success: MinSuccess,
+    /// All items are tried, even when it is clear that too few will be done.
+    pub goes_on: bool,
+}
+
+/// How many of the items must be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MinSuccess {
+    /// So many, or all where there are fewer.
+    Count(u32),
+    /// So many in a hundred.
+    Percent(u32),
+}
+
+/// The longest list of a `for_each` that says nothing else.
+pub const ITEMS_MAX: u32 = 1_000;
+/// The longest list that a `for_each` may ask for.
+pub const ITEMS_MAX_MAX: u32 = 10_000;
+/// The most items at once that a `for_each` may ask for.
+pub const PARALLEL_MAX: u32 = 1_000;
+
+impl Fan {
+    /// How many of so many items may fail.
+    pub fn may_fail(&self, items: u32) -> u32 {
+        let wanted = match self.min_success {
+            MinSuccess::Count(count) => count.min(items),
+            MinSuccess::Percent(percent) => (u64::from(items) * u64::from(percent)).div_ceil(100) as u32,
+        };
+        items.saturating_sub(wanted)
+    }
 }
 
 /// What a step waits for.
@@ -281,6 +325,7 @@ impl Step {
     pub fn references(&self) -> Vec<&Reference> {
         let mut found = self.template.references();
         found.extend(self.condition.iter().flat_map(Expr::references));
+        found.extend(self.fan.iter().flat_map(|fan| fan.items.references()));
         match &self.kind {
             StepKind::Sleep(Pause::Computed(template)) => found.extend(template.references()),
             StepKind::WaitFor(wait) => {

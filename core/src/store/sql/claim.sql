@@ -61,5 +61,5 @@ set state = 'running',
     session_id = $1,
     deadline_at = clock_timestamp() + (timeout_ms + $6) * interval '1 millisecond'
 where id = any (array(select id from picked)) and exists (select from me)
-returning id, lease_epoch, queue, kind, company_id, ref_id, step, priority, attempt, crash_count, timeout_ms,
+returning id, lease_epoch, queue, kind, company_id, ref_id, step, item, priority, attempt, crash_count, timeout_ms,
     (select count(*) from tenants) as "tenants!"

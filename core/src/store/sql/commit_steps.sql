@@ -94,7 +94,7 @@ checkpoint as (
         cost_nanos = s.cost_nanos + excluded.cost_nanos,
         -- In a loop, what the step has said the time before stays until it says
         -- something else.
-        output = case when excluded.status = 'waiting' then s.output else excluded.output end,
+        output = case when excluded.status in ('waiting', 'running') then s.output else excluded.output end,
         error = excluded.error,
         started_at = excluded.started_at,
         ended_at = excluded.ended_at

@@ -6,6 +6,8 @@ use crate::domain::playbook::expr::Reference;
 use crate::domain::playbook::model::{InputSpec, Trigger};
 use crate::domain::playbook::problem::{Pos, Problem, did_you_mean, nearest};
 
+/// What each item of a `for_each` has.
+const OF_AN_ITEM: &[&str] = &["item", "index"];
 const ROOTS: &[&str] = &["inputs", "steps", "run"];
 /// What `run.…` holds.
 const RUN_FIELDS: &[&str] = &["id", "playbook", "company_id"];
@@ -13,7 +15,14 @@ const RUN_FIELDS: &[&str] = &["id", "playbook", "company_id"];
 pub(super) fn references(loader: &mut Loader, steps: &[Read], inputs: &[InputSpec]) {
     let loops: Vec<(usize, usize)> =
         steps.iter().enumerate().filter_map(|(at, read)| read.step.jumps_back_from(at)).collect();
-    for Use { step, at, path, reference } in std::mem::take(&mut loader.uses) {
+    for Use { step, each, at, path, reference } in std::mem::take(&mut loader.uses) {
+        if OF_AN_ITEM.contains(&reference.name(0).unwrap_or_default()) {
+            if !each {
+                let hint = Some("only the `params` of a step with `for_each` have it".to_owned());
+                loader.suggest(at, &path, format!("`${{{reference}}}`: there is no item here"), hint);
+            }
+            continue;
+        }
         let before = step.map_or(steps.len(), |index| {
             // Inside a loop, what comes later may have been done the time before.
             let around = loops.iter().filter(|(first, end)| (*first..=*end).contains(&index)).map(|(_, end)| *end);

@@ -96,7 +96,22 @@ fn event(loader: &mut Loader, node: &Node, path: &str) -> Option<Template> {
 
 /// What only a step that does something has: a guard that would not hold is
 /// refused.
-const OF_WORK: &[&str] = &["role", "agent", "params", "with", "retry", "approval", "adapter", "model", "rubric"];
+const OF_WORK: &[&str] = &[
+    "role",
+    "agent",
+    "for_each",
+    "max_parallel",
+    "max_items",
+    "min_success",
+    "on_item_failure",
+    "params",
+    "with",
+    "retry",
+    "approval",
+    "adapter",
+    "model",
+    "rubric",
+];
 
 /// Refuses what a step of another kind does not carry out.
 pub(super) fn only_of_work(loader: &mut Loader, fields: &Fields<'_>, node: &Node, kind: &StepKind, path: &str) {

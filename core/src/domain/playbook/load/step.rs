@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use super::fan::fan;
 use super::flow::{self, Flow};
 use super::{Fields, Loader, TOOLS, params};
 use crate::domain::backoff::Backoff;
@@ -16,19 +17,7 @@ use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
 use crate::domain::playbook::template::Template;
 use crate::domain::playbook::yaml::{Kind, Node};
 
-const KEYS_LATER: &[&str] = &[
-    "for_each",
-    "max_parallel",
-    "min_success",
-    "on_item_failure",
-    "needs",
-    "compensate",
-    "playbook",
-    "output",
-    "concurrency",
-    "on_unknown",
-    "prompt",
-];
+const KEYS_LATER: &[&str] = &["needs", "compensate", "playbook", "output", "concurrency", "on_unknown", "prompt"];
 
 /// A step that has been read, and where it points to by name.
 pub(super) struct Read {
@@ -69,12 +58,15 @@ pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut H
     if let (Some(action), Some(at), true) = (&action, action_node, works) {
         check_action(loader, action, at, role.is_some(), &path);
     }
+    let fan = if works { fan(loader, &fields, &path) } else { None };
+    loader.each = fan.is_some();
     let params_node = fields.one_of(loader, &["params", "with"]);
     let params = params(loader, params_node, &format!("{path}.params"));
     let template = match params_node {
         Some(node) if !params.is_empty() => loader.template(node, &format!("{path}.params")),
         _ => Template::Plain(Value::Object(Map::new())),
     };
+    loader.each = false;
     let retry = fields.get("retry").and_then(|n| retry(loader, n, &format!("{path}.retry")));
     let timeout = fields.get("timeout").and_then(|n| duration_of(loader, n, &format!("{path}.timeout")));
     let approval = fields.get("approval").and_then(|n| approval(loader, n, &format!("{path}.approval")));
@@ -94,6 +86,7 @@ pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut H
         id,
         kind,
         condition,
+        fan,
         on_failure,
         role,
         action: action?,
