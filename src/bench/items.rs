@@ -12,7 +12,7 @@ use super::{Bench, Running, no_params};
 
 /// Of one list.
 const ITEMS: usize = 10_000;
-/// Steps of all the short runs together.
+/// Steps of all the runs of a measurement together, or a tenth of them.
 const STEPS: usize = 60_000;
 
 const EACH: &str = "name: each
@@ -35,8 +35,8 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     report.add("items", "steps of runs of 3", best, "steps/s");
     report.add("items", "items of one list of 10,000", fan, "items/s").limit(best);
     report.add("items", "items, share of steps", fan / best, "").target(Target::AtLeast(0.4));
-    let ten = rate(bench, report, 10, steps).await?;
-    // Enough of them that no commit waits for more to come.
+    // Enough of them that no commit waits for more to come, and as many rows.
+    let ten = rate(bench, report, 10, steps * 10).await?;
     let thousand = rate(bench, report, 1_000, steps * 10).await?;
     report.add("items", "steps of runs of 10", ten, "steps/s");
     report.add("items", "steps of runs of 1,000", thousand, "steps/s").limit(ten);

@@ -26,6 +26,18 @@ pub enum PlaybookCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Write playbooks in the one canonical form; needs no server.
+    ///
+    /// Every dialect becomes one, comments stay. Files are changed in place, standard
+    /// input goes to standard output.
+    Fmt {
+        /// The files; `-` for standard input.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// Change nothing; end with 1 when a file is not in that form.
+        #[arg(long)]
+        check: bool,
+    },
     /// Print the JSON Schema of playbooks for editors; needs no server.
     Schema,
 }
@@ -34,6 +46,7 @@ pub enum PlaybookCommand {
 pub fn run(command: PlaybookCommand) -> anyhow::Result<()> {
     match command {
         PlaybookCommand::Check { files, json } => check(&files, json),
+        PlaybookCommand::Fmt { files, check } => fmt(&files, check),
         PlaybookCommand::Schema => {
             out::line(serde_json::to_string_pretty(&playbook::schema::schema())?);
             Ok(())
@@ -54,8 +67,7 @@ fn check(files: &[PathBuf], as_json: bool) -> anyhow::Result<()> {
     for file in files {
         let text = read(file)?;
         let found = playbook::read(&text).map(|(playbook, warnings)| (playbook.name, playbook.steps.len(), warnings));
-        let name = if file == Path::new("-") { "stdin".to_owned() } else { file.display().to_string() };
-        checked.push(Checked { name, text, found });
+        checked.push(Checked { name: name_of(file), text, found });
     }
     if as_json {
         out::line(Value::Array(checked.iter().map(Checked::to_json).collect()));
@@ -67,6 +79,56 @@ fn check(files: &[PathBuf], as_json: bool) -> anyhow::Result<()> {
         wrong if checked.len() == 1 => bail!("{} is not in order", checked[wrong - 1].name),
         wrong => bail!("{wrong} of {} playbooks are not in order", checked.len()),
     }
+}
+
+fn fmt(files: &[PathBuf], check: bool) -> anyhow::Result<()> {
+    let (mut broken, mut differ) = (0, 0);
+    for file in files {
+        let text = read(file)?;
+        let formatted = match playbook::format::format(&text) {
+            Ok(formatted) => formatted,
+            Err(problems) => {
+                broken += 1;
+                let checked = Checked { name: name_of(file), text, found: Err(problems) };
+                out::print(checked.told());
+                continue;
+            }
+        };
+        if file == Path::new("-") && !check {
+            out::print(formatted);
+        } else if formatted != text {
+            differ += 1;
+            if !check {
+                replace(file, &formatted)?;
+            }
+            out::print(format!("{} {}\n", if check { "differs" } else { "formatted" }, name_of(file)));
+        }
+    }
+    match (broken, differ) {
+        (0, 0) => Ok(()),
+        (0, _) if !check => Ok(()),
+        (0, differ) => bail!("{differ} of {} playbooks are not in the canonical form", files.len()),
+        (broken, _) => bail!("{broken} of {} playbooks are not in order and stay as they are", files.len()),
+    }
+}
+
+/// Puts a text in a file's place: all of it, or nothing.
+fn replace(file: &Path, text: &str) -> anyhow::Result<()> {
+    let told = || format!("{} cannot be written", file.display());
+    // Behind a symbolic link, the file itself.
+    let file = std::fs::canonicalize(file).with_context(told)?;
+    let beside = file.with_extension(format!("capx-{}", std::process::id()));
+    let written = std::fs::write(&beside, text)
+        .and_then(|()| std::fs::set_permissions(&beside, std::fs::metadata(&file)?.permissions()))
+        .and_then(|()| std::fs::rename(&beside, &file));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&beside);
+    }
+    written.with_context(told)
+}
+
+fn name_of(file: &Path) -> String {
+    if file == Path::new("-") { "stdin".to_owned() } else { file.display().to_string() }
 }
 
 /// A file's text; one that is too large is read as far as it takes to say so.

@@ -90,6 +90,38 @@ fn what_is_no_playbook_is_said_and_not_read_on() {
     assert_eq!(usage.status.code(), Some(2));
 }
 
+#[test]
+fn playbooks_are_written_in_one_form_or_left_alone() {
+    let directory = crate::harness::scratch().join("fmt");
+    std::fs::create_dir_all(&directory).unwrap();
+    let path = |name: &str| directory.join(name).display().to_string();
+    let written = "playbook: x # mine\nsteps: [{tool: transform}]\n";
+    let wanted = "name: x # mine\nsteps:\n  - id: transform\n    action: transform\n";
+    let (good, bad, link) = (path("good.yml"), path("bad.yml"), path("link.yml"));
+    std::fs::write(&good, written).unwrap();
+    std::fs::write(&bad, "nam: x\n").unwrap();
+    std::os::unix::fs::symlink(&good, &link).unwrap();
+    let checked = capx(&["playbook", "fmt", "--check", &link], "");
+    assert_eq!((checked.status.code(), text(&checked.stdout)), (Some(1), format!("differs {link}\n").as_str()));
+    assert_eq!(std::fs::read_to_string(&good).unwrap(), written, "a check changed it");
+    let formatted = capx(&["playbook", "fmt", &bad, &link], "");
+    assert_eq!(formatted.status.code(), Some(1));
+    assert!(text(&formatted.stderr).contains("1 of 2 playbooks are not in order"), "{}", text(&formatted.stderr));
+    assert_eq!(std::fs::read_to_string(&good).unwrap(), wanted);
+    assert_eq!(std::fs::read_to_string(&bad).unwrap(), "nam: x\n");
+    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+    let again = capx(&["playbook", "fmt", &good], "");
+    assert_eq!((again.status.code(), text(&again.stdout)), (Some(0), ""));
+    assert_eq!(text(&capx(&["playbook", "fmt", "-"], written).stdout), wanted);
+    // The ones that authors copy are as they should be.
+    let all: Vec<String> =
+        std::fs::read_dir("playbooks").unwrap().map(|e| e.unwrap().path().display().to_string()).collect();
+    let mut arguments = vec!["playbook", "fmt", "--check"];
+    arguments.extend(all.iter().map(String::as_str));
+    let all = capx(&arguments, "");
+    assert!(all.status.success(), "{}", text(&all.stdout));
+}
+
 /// Each broken playbook beside what is said of it. `CAPX_WRITE_GOLDEN=1` writes
 /// that anew, to be read before it is committed.
 #[test]

@@ -73,6 +73,9 @@ fn each_entry(node: &mut Node, change: impl Fn(&mut Node)) {
     }
 }
 
+/// Of what nobody has written.
+const NOWHERE: Pos = Pos { line: 0, column: 0 };
+
 fn text(at: Pos, text: &str) -> Node {
     Node { at, kind: Kind::Str(text.to_owned()) }
 }
@@ -159,8 +162,9 @@ fn step(node: &Node, taken: &mut HashSet<String>) -> Node {
             }
         }
     };
-    take(&mut step, "id");
-    step.push((key(node.at, "id"), text(node.at, &id)));
+    // A given one keeps its place, for what stands beside it.
+    let at = take(&mut step, "id").map_or(NOWHERE, |(key, _)| key.at);
+    step.push((key(at, "id"), text(at, &id)));
     taken.insert(id);
     gate(&mut step);
     for (short, long) in [("retry", "max_attempts"), ("wait_for", "event")] {

@@ -4,13 +4,16 @@
 //! [`mod@load`] turns the tree into a [`Playbook`] and collects every problem
 //! with its place, cause and suggestion, [`template`] is the language inside
 //! `${…}`, [`inputs`] checks what a run is started with, [`mod@canonical`] is the
-//! one way to write what the dialects say in several, [`mod@diff`] tells what two
+//! one way to write what the dialects say in several, [`mod@format`] its text,
+//! [`mod@diff`] tells what two
 //! versions mean differently, [`mod@schema`] helps editors, and [`keys`] is the table that
 //! all of them share.
 
 pub mod canonical;
+mod comments;
 pub mod diff;
 pub mod expr;
+pub mod format;
 pub mod inputs;
 pub mod keys;
 pub mod load;

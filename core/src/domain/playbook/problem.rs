@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 /// A place in the text, both counted from 1.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize)]
 pub struct Pos {
     /// The line.
     pub line: u64,
