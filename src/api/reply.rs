@@ -153,9 +153,9 @@ impl Caller {
         Ok(json(StatusCode::CREATED, self.body(data)?))
     }
 
-    /// The same of a request that is charged already.
-    pub fn created_again(&self, data: impl Serialize) -> Result<Response, ApiError> {
-        Ok(json(StatusCode::CREATED, self.body_again(data)?))
+    /// More about what a [`super::command::Command`] has committed and charged.
+    pub fn again(&self, status: StatusCode, data: impl Serialize) -> Result<Response, ApiError> {
+        Ok(json(status, self.body_again(data)?))
     }
 
     /// A whole list.

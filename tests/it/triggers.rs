@@ -243,3 +243,33 @@ async fn playbooks_from_before_there_were_triggers_get_theirs() {
     triggers::catch_up(&db.engine).await.unwrap();
     assert_planned(&db, "once").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_all_runs_with_one_key_there_is_one() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let yaml = "name: invoice
+idempotency_key: invoice-${inputs.number}
+inputs: {number: any}
+steps: [{id: a, action: transform}]
+";
+    let playbook = db.playbook(company, yaml).await;
+    let run = format!("/v1/companies/{company}/playbooks/{playbook}/run");
+    let starts = (0..20).map(|_| api.post(&run, json!({"params": {"number": 7}})));
+    let answers = futures_util::future::join_all(starts).await;
+    let created = answers.iter().filter(|(status, _)| *status == 201).count();
+    let known = answers.iter().filter(|(status, _)| *status == 200).count();
+    assert_eq!((created, known), (1, 19), "{answers:?}");
+    let ids: std::collections::HashSet<&str> =
+        answers.iter().map(|(_, body)| body["data"]["run_id"].as_str().unwrap()).collect();
+    assert_eq!((ids.len(), db.count("select count(*) from runs").await), (1, 1));
+    // Another value is another run; the answer of a known one can be waited for.
+    assert_eq!(api.post(&run, json!({"params": {"number": "8"}})).await.0, 201);
+    let (status, body) = api.post(&format!("{run}?wait=10"), json!({"params": {"number": 7}})).await;
+    assert_eq!((status, &body["data"]["status"]), (200, &json!("completed")), "{body}");
+    let (status, body) = api.post(&run, json!({"params": {"number": "x".repeat(300)}})).await;
+    assert_eq!((status, &body["error"]["fields"][0]["field"]), (400, &json!("idempotency_key")), "{body}");
+    assert_eq!(db.count("select count(*) from runs").await, 2);
+}

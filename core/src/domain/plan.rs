@@ -19,6 +19,8 @@ use super::{digest, duration};
 mod fan;
 pub use fan::{FAN_LOOK, Fanned, Item, ItemDecision};
 
+/// The longest `idempotency_key` of a run.
+pub const KEY_CHARS_MAX: usize = 255;
 /// Deaths of workers under one step, without a checkpoint between, after
 /// which it is put into quarantine (contract, "Defaults").
 pub const CRASHES_MAX: i16 = 3;
@@ -405,6 +407,21 @@ impl RunContext {
     fn leave_out(&mut self, at: usize) {
         Arc::make_mut(&mut self.outputs).remove(&at);
         self.failures.remove(&at);
+    }
+
+    /// What the run is the only one of its playbook for, where that is said.
+    pub fn idempotency_key(&self) -> Result<Option<String>, Failure> {
+        let wrong = |what: String| Failure::invalid(format!("idempotency_key: {what}"));
+        let Some(template) = &self.playbook.idempotency_key else { return Ok(None) };
+        let key = match template.render(&self.scope()).map_err(|error| wrong(error.to_string()))? {
+            key @ (Value::String(_) | Value::Number(_) | Value::Bool(_)) => written(&key),
+            other => return Err(wrong(format!("must be text, not {}", expr::kind_of(&other)))),
+        };
+        match key.trim() {
+            "" => Err(wrong("is empty".into())),
+            key if key.chars().count() > KEY_CHARS_MAX => Err(wrong(format!("is over {KEY_CHARS_MAX} characters"))),
+            key => Ok(Some(key.to_owned())),
+        }
     }
 
     /// How often the run has jumped: the effects of a step that it comes to again

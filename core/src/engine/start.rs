@@ -16,6 +16,7 @@ use super::{Engine, EngineError, FieldProblem, Waker, repeating};
 use crate::domain::company::works;
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
 use crate::domain::ids::{AccountId, ApprovalId, CompanyId, PlaybookId, RunId, VersionId};
+use crate::domain::outcome::Failure;
 use crate::domain::plan::{Next, RunContext};
 use crate::domain::playbook::model::STEP_TIMEOUT;
 use crate::domain::playbook::{Playbook, inputs};
@@ -53,10 +54,19 @@ pub async fn start_run(
     params: Map<String, Value>,
     trigger: &'static str,
 ) -> Result<Started, EngineError> {
-    let mut connection = engine.pool.acquire().await?;
-    let new = decide(engine, &mut connection, None, company, playbook, params, trigger).await?;
-    drop(connection);
-    start_decided(engine, new).await
+    let mut tx = engine.pool.begin().await?;
+    let new = match decide(engine, &mut tx, None, company, playbook, params, trigger).await? {
+        Decided::Known(run) => return Ok(run),
+        Decided::New(new) => new,
+    };
+    if new.is_keyed() {
+        let started = start_in(&mut tx, *new).await?;
+        tx.commit().await?;
+        engine.waker.wake();
+        return Ok(started);
+    }
+    drop(tx);
+    start_decided(engine, *new).await
 }
 
 /// Writes a start that is decided, together with those of others.
@@ -80,7 +90,16 @@ pub async fn start_in(tx: &mut PgConnection, new: Prepared) -> Result<Started, E
     Ok(Started { run, status, params, at })
 }
 
-/// Decides a start by what the caller may see: `connection` is its, as is the
+/// A start that is decided.
+#[derive(Debug)]
+pub enum Decided {
+    /// A run is to be written; one with a key in the same transaction.
+    New(Box<Prepared>),
+    /// There is a run with the same key.
+    Known(Started),
+}
+
+/// Decides a start by what the caller may see: the transaction is its, as is the
 /// account, where it is not the engine itself.
 pub async fn decide(
     engine: &Engine,
@@ -90,12 +109,22 @@ pub async fn decide(
     playbook: PlaybookId,
     params: Map<String, Value>,
     trigger: &'static str,
-) -> Result<Prepared, EngineError> {
+) -> Result<Decided, EngineError> {
     let version = may_start(&mut *connection, account, company, playbook).await?;
-    let plan = plan_of(engine, connection, company, version).await?;
+    let plan = plan_of(engine, &mut *connection, company, version).await?;
     may_run(&plan)?;
     let params = checked_params(&plan, params)?;
-    Ok(prepare((company, playbook, version), plan, params, trigger, Beginning::default()))
+    let new = prepare((company, playbook, version), plan, params, trigger, Beginning::default());
+    let wrong = |failure: Failure| EngineError::Invalid(vec![FieldProblem::new("idempotency_key", failure.message)]);
+    let Some(key) = new.context.idempotency_key().map_err(wrong)? else { return Ok(Decided::New(Box::new(new))) };
+    let key = format!("key:{key}");
+    Ok(match runs::by_key(connection, company, playbook, &key).await? {
+        Some(run) => {
+            let at = run.started_at.unwrap_or_default();
+            Decided::Known(Started { run: run.run, status: run.status, params: run.params, at })
+        }
+        None => Decided::New(Box::new(new.once(key))),
+    })
 }
 
 /// Whether runs of a playbook may be started now; its current version.
@@ -209,10 +238,16 @@ impl Prepared {
         self.gate.is_none() && self.passed.is_empty()
     }
 
-    /// The same, once for each key.
+    /// The same, once for each key; one that it has already stays.
     pub(super) fn once(mut self, key: String) -> Self {
-        self.run.dedup_key = Some(key);
+        self.run.dedup_key.get_or_insert(key);
         self
+    }
+
+    /// Whether it is the only one of its playbook for something, and must be
+    /// written in the transaction that has looked for others.
+    pub fn is_keyed(&self) -> bool {
+        self.run.dedup_key.is_some()
     }
 
     /// The run's id, chosen here.

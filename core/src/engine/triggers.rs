@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 
-use super::start;
+use super::start::{self, Decided};
 use super::{Engine, EngineError};
 use crate::domain::company::works;
 use crate::domain::event::{Event, PLAYBOOK_SKIPPED};
@@ -154,9 +154,10 @@ async fn start_at(
         return Ok(());
     }
     match start::decide(engine, &mut *tx, None, company, playbook, Map::new(), "schedule").await {
-        Ok(new) => {
+        Ok(Decided::New(new)) => {
             start::start_in(tx, new.once(key)).await?;
         }
+        Ok(Decided::Known(_)) => {}
         Err(refused @ (EngineError::Conflict(_) | EngineError::Invalid(_))) => {
             skipped(tx, company, playbook, &key, &refused).await?;
         }
@@ -203,7 +204,8 @@ pub async fn start_by_event(engine: &Engine, company: CompanyId, signal: SignalI
         let mut tx = engine.pool.begin().await?;
         let params = params_of(&plan, data);
         match start::decide(engine, &mut tx, None, company, playbook, params, "event").await {
-            Ok(new) => match start::start_in(&mut tx, new.once(key)).await {
+            Ok(Decided::Known(_)) => continue,
+            Ok(Decided::New(new)) => match start::start_in(&mut tx, new.once(key)).await {
                 Ok(_) => {}
                 // Somebody else was faster.
                 Err(EngineError::Store(StoreError::Conflict { constraint })) if constraint == "runs_dedup" => continue,

@@ -191,6 +191,31 @@ pub async fn get(
     row.map(|row| Ok(run_row!(row))).transpose()
 }
 
+/// The run of a playbook that was started under a key, if there is one. Whoever
+/// asks for the same in another transaction waits for the end of this one.
+pub async fn by_key(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    playbook: PlaybookId,
+    key: &str,
+) -> Result<Option<RunRow>, StoreError> {
+    sqlx::query!("select pg_advisory_xact_lock(hashtextextended($1, 0))", format!("{playbook} {key}"))
+        .execute(&mut *tx)
+        .await?;
+    let run = sqlx::query_scalar!(
+        "select id from runs where playbook_id = $1 and dedup_key = $2 and company_id = $3",
+        playbook.0,
+        key,
+        company.0,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    match run {
+        Some(run) => get(tx, company, RunId(run)).await,
+        None => Ok(None),
+    }
+}
+
 /// A run in a list, without what it was given and what came of it.
 #[derive(Debug, Clone)]
 pub struct RunItemRow {

@@ -9,7 +9,7 @@ use capx_core::domain::company::works;
 use capx_core::domain::ids::{AgentId, ApprovalId, CompanyId, PlaybookId, RunId};
 use capx_core::domain::playbook::Playbook;
 use capx_core::domain::run::{RunStatus, StepStatus};
-use capx_core::engine::start::{self, Started};
+use capx_core::engine::start::{self, Decided, Started};
 use capx_core::store::approvals;
 use capx_core::store::runs::{self, ItemCounts, JobRow, RunFilter, RunItemRow, RunRow, StepRow};
 use capx_core::store::tenants::CompanyRow;
@@ -264,7 +264,8 @@ fn brief(playbook: PlaybookId, started: Started) -> Run {
 /// Answers at once, or with `wait` when the run has ended.
 #[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/run", tag = "Runs", request_body = StartRunBody,
     params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"), WaitQuery),
-    responses((status = 201, description = "The run.", body = One<Run>)))]
+    responses((status = 201, description = "The run.", body = One<Run>),
+        (status = 200, description = "The run that has the playbook's `idempotency_key` already.", body = One<Run>)))]
 async fn start(
     State(state): Shared,
     caller: Caller,
@@ -292,37 +293,43 @@ async fn started(
     patience: Duration,
 ) -> Result<Response, ApiError> {
     let account = Some(caller.account);
-    let prepared = start::decide(&state.engine, command.tx(), account, company, playbook, params, "manual").await?;
-    let run = if caller.is_idempotent() {
-        // The start, and beside it the answer: a repeat is told of this run.
-        let run = start::start_in(command.tx(), prepared).await?;
-        command.wake();
-        let answer = command.finish(StatusCode::CREATED, brief(playbook, run.clone())).await?;
-        if patience.is_zero() {
-            return Ok(answer);
+    let decided = start::decide(&state.engine, command.tx(), account, company, playbook, params, "manual").await?;
+    let (run, status, answer) = match decided {
+        Decided::Known(run) => {
+            let answer = command.finish(StatusCode::OK, brief(playbook, run.clone())).await?;
+            (run, StatusCode::OK, Some(answer))
         }
-        run
-    } else {
-        drop(command);
-        // Together with those of other requests.
-        start::start_decided(&state.engine, prepared).await?
+        Decided::New(new) if caller.is_idempotent() || new.is_keyed() => {
+            // The start, and beside it the answer: a repeat is told of this run.
+            let run = start::start_in(command.tx(), *new).await?;
+            command.wake();
+            let answer = command.finish(StatusCode::CREATED, brief(playbook, run.clone())).await?;
+            (run, StatusCode::CREATED, Some(answer))
+        }
+        Decided::New(new) => {
+            drop(command);
+            // Together with those of other requests.
+            (start::start_decided(&state.engine, *new).await?, StatusCode::CREATED, None)
+        }
     };
+    let charged = answer.is_some();
     if patience.is_zero() {
-        return caller.created(brief(playbook, run));
+        return answer.map_or_else(|| caller.created(brief(playbook, run)), Ok);
     }
     // The run is committed: an error now would make the client start another.
     let answer = match shown(state, caller, (company, playbook, run.run), patience).await {
         Ok(shown) => shown,
         Err(_) => brief(playbook, run),
     };
-    if caller.is_idempotent() { caller.created_again(answer) } else { caller.created(answer) }
+    if charged { caller.again(status, answer) } else { caller.created(answer) }
 }
 
 /// Run any playbook
 ///
 /// The same by the playbook's id, or by its name in a company.
 #[utoipa::path(post, path = "/playbooks/run", tag = "Runs", request_body = StartAnyRunBody, params(WaitQuery),
-    responses((status = 201, description = "The run.", body = One<Run>)))]
+    responses((status = 201, description = "The run.", body = One<Run>),
+        (status = 200, description = "The run that has the playbook's `idempotency_key` already.", body = One<Run>)))]
 async fn start_of_account(
     State(state): Shared,
     caller: Caller,

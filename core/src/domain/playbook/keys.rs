@@ -51,6 +51,7 @@ pub const TOP: &[Key] = &[
         "What a run can be given, by name.",
         r##"{"type": "object", "maxProperties": 100, "additionalProperties": {"$ref": "#/$defs/input"}}"##,
     ),
+    key("idempotency_key", "Of all runs one has what this comes to, such as `invoice-${inputs.number}`.", TEXT),
     key(
         "steps",
         "What is done, in this order.",

@@ -27,8 +27,7 @@ pub(super) use step::free_id;
 
 /// Keys of the language that this version does not carry out yet; refused, so
 /// that nobody believes in a guard that is not there.
-const TOP_KEYS_LATER: &[&str] =
-    &["execution", "concurrency", "finally", "idempotency_key", "secrets", "budget", "role"];
+const TOP_KEYS_LATER: &[&str] = &["execution", "concurrency", "finally", "secrets", "budget", "role"];
 
 /// The tools that run without an agent's model.
 pub const TOOLS: &[&str] = &["http.request", "file.read", "file.write", "transform"];
@@ -105,6 +104,14 @@ impl Loader {
         let trigger = trigger::trigger(self, &fields);
         let inputs = self.inputs(fields.get("inputs"));
         check::unattended(self, trigger.as_ref(), &inputs, fields.get("inputs").map_or(root.at, |node| node.at));
+        let idempotency_key = fields.get("idempotency_key").and_then(|node| {
+            self.text(node, "idempotency_key")?;
+            // It is made when a run starts: no step has said anything yet.
+            self.step = Some(0);
+            let template = self.template(node, "idempotency_key");
+            self.step = None;
+            Some(template)
+        });
         let steps = self.steps(root, fields.get("steps"));
         let rubric = fields.get("rubric").map(|node| {
             if !matches!(node.kind, Kind::Map(_)) {
@@ -120,6 +127,7 @@ impl Loader {
             description,
             trigger: trigger?,
             inputs,
+            idempotency_key,
             steps: with_uses(steps.into_iter().map(|read| read.step).collect(), output.as_ref()),
             rubric,
             output,

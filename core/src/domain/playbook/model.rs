@@ -21,6 +21,8 @@ pub struct Playbook {
     pub trigger: Trigger,
     /// What a run can be given, in the order written.
     pub inputs: Vec<InputSpec>,
+    /// Of all its runs one has what this comes to.
+    pub idempotency_key: Option<Template>,
     /// In the order they run.
     pub steps: Vec<Step>,
     /// Limits and criteria of the whole run, as written.
@@ -355,6 +357,7 @@ impl Playbook {
             description: None,
             trigger: Trigger::Manual,
             inputs: Vec::new(),
+            idempotency_key: None,
             steps: Vec::new(),
             rubric: None,
             output: None,
