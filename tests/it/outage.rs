@@ -188,7 +188,8 @@ async fn goes_away(lease: Duration, length: Duration) -> (i64, usize) {
 
     proxy.restore();
     eventually("the API to be ready", || async { api.get("/readyz").await.0 == 200 }).await;
-    assert_eq!(api.get("/v1/companies").await.0, 200);
+    // Ready by one connection; others may still find out that theirs are dead.
+    eventually("the API to answer", || async { api.get("/v1/companies").await.0 == 200 }).await;
     let accepted = clients.accepted();
     eventually("runs to be accepted again", || std::future::ready(clients.accepted() > accepted + 5)).await;
     let told = clients.stop().await;

@@ -145,7 +145,13 @@ async fn no_event_is_skipped_or_repeated_across_reconnects() {
         tokio::spawn(async move {
             let mut random = Seeded(1_000 + n as u64);
             for _ in 0..each {
-                let mut tx = pool.begin().await.unwrap();
+                // They are many to few connections, and the disk may be busy.
+                let mut tx = loop {
+                    match pool.begin().await {
+                        Err(sqlx::Error::PoolTimedOut) => continue,
+                        begun => break begun.unwrap(),
+                    }
+                };
                 let event = Event::new(TASK_CREATED, json!({"task_id": "tsk_x", "title": "x"}));
                 events::append(&mut *tx, company, &[event]).await.unwrap();
                 tokio::time::sleep(Duration::from_millis(random.below(20))).await;

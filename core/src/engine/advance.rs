@@ -366,7 +366,7 @@ async fn write_once(engine: &Engine, decided: &[Of]) -> Result<Vec<Landed>, Engi
             }
             Of::Item(decided) => {
                 let lane: Lane = lanes.next().unwrap_or_default();
-                let left = lane.next.is_some() && !decided.may_go_on();
+                let left = (lane.next.is_some() && !decided.may_go_on()) || decided.is_given_back();
                 Landed { held: lane.held, item: lane.next, wakes: lane.woken || left }
             }
         })

@@ -69,6 +69,11 @@ impl DecidedItem {
         matches!(self.commit.end, ItemEnd::Again { delay, .. } if !delay.is_zero())
     }
 
+    /// It may be tried at once, by whoever takes it.
+    pub fn is_given_back(&self) -> bool {
+        matches!(self.commit.end, ItemEnd::Again { delay, .. } if delay.is_zero())
+    }
+
     /// The lane may stay with this worker.
     pub fn may_go_on(&self) -> bool {
         matches!(self.commit.end, ItemEnd::Over { stay: true, .. })

@@ -9,17 +9,19 @@ use chrono::{DateTime, Utc};
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
+use uuid::Uuid;
 
 use super::start::{self, Decided};
 use super::{Engine, EngineError};
 use crate::domain::company::works;
 use crate::domain::event::{Event, PLAYBOOK_SKIPPED};
-use crate::domain::ids::{CompanyId, PlaybookId, SignalId};
+use crate::domain::ids::{CompanyId, PlaybookId, SignalId, VersionId};
 use crate::domain::playbook::{self, Playbook, Trigger};
 use crate::domain::schedule::{Schedule, ScheduleSpec};
 use crate::failpoint;
 use crate::store::jobs::{self, ClaimedJob, Lease, Settle};
-use crate::store::{StoreError, events, playbooks, triggers};
+use crate::store::triggers::{self, ByEvent};
+use crate::store::{StoreError, events, playbooks};
 
 fn instant(at: DateTime<Utc>) -> Timestamp {
     Timestamp::from_microsecond(at.timestamp_micros()).unwrap_or_default()
@@ -189,37 +191,49 @@ async fn skipped(
 /// Starts the playbooks that wait for an event of this name, each once for each
 /// event; false when the company is paused, and they are to be started later.
 pub async fn start_by_event(engine: &Engine, company: CompanyId, signal: SignalId) -> Result<bool, EngineError> {
-    for (playbook, data) in triggers::started_by(&engine.pool, company, signal.0).await? {
-        let Some(found) = playbooks::for_start(&engine.pool, None, company, playbook).await? else { continue };
-        match found.company_status.as_str() {
-            "paused" => return Ok(false),
-            "stopped" => return Ok(true),
-            _ => {}
-        }
-        if found.status != "active" {
-            continue;
-        }
-        let plan = start::plan_of(engine, &engine.pool, company, found.version).await?;
-        let key = format!("event:{}", signal.0);
-        let mut tx = engine.pool.begin().await?;
-        let params = params_of(&plan, data);
-        match start::decide(engine, &mut tx, None, company, playbook, params, "event").await {
-            Ok(Decided::Known(_)) => continue,
-            Ok(Decided::New(new)) => match start::start_in(&mut tx, new.once(key)).await {
-                Ok(_) => {}
-                // Somebody else was faster.
-                Err(EngineError::Store(StoreError::Conflict { constraint })) if constraint == "runs_dedup" => continue,
-                Err(error) => return Err(error),
-            },
-            Err(refused @ (EngineError::Conflict(_) | EngineError::Invalid(_))) => {
-                skipped(&mut tx, company, playbook, &key, &refused).await?;
+    let mut after = PlaybookId(Uuid::nil());
+    loop {
+        let all = triggers::started_by(&engine.pool, company, signal.0, after).await?;
+        let Some(last) = all.last() else { return Ok(true) };
+        after = last.playbook;
+        for ByEvent { playbook, data, .. } in all.into_iter().filter(|one| !one.started) {
+            let Some(found) = playbooks::for_start(&engine.pool, None, company, playbook).await? else { continue };
+            match found.company_status.as_str() {
+                "paused" => return Ok(false),
+                "stopped" => return Ok(true),
+                _ if found.status != "active" => continue,
+                _ => start_by(engine, company, (playbook, found.version), signal, data).await?,
             }
-            Err(error) => return Err(error),
         }
-        tx.commit().await?;
-        engine.waker.wake();
     }
-    Ok(true)
+}
+
+async fn start_by(
+    engine: &Engine,
+    company: CompanyId,
+    (playbook, version): (PlaybookId, VersionId),
+    signal: SignalId,
+    data: Value,
+) -> Result<(), EngineError> {
+    let plan = start::plan_of(engine, &engine.pool, company, version).await?;
+    let key = format!("event:{}", signal.0);
+    let mut tx = engine.pool.begin().await?;
+    match start::decide(engine, &mut tx, None, company, playbook, params_of(&plan, data), "event").await {
+        Ok(Decided::Known(_)) => return Ok(()),
+        Ok(Decided::New(new)) => match start::start_in(&mut tx, new.once(key)).await {
+            Ok(_) => {}
+            // Somebody else was faster.
+            Err(EngineError::Store(StoreError::Conflict { constraint })) if constraint == "runs_dedup" => return Ok(()),
+            Err(error) => return Err(error),
+        },
+        Err(refused @ (EngineError::Conflict(_) | EngineError::Invalid(_))) => {
+            skipped(&mut tx, company, playbook, &key, &refused).await?;
+        }
+        Err(error) => return Err(error),
+    }
+    tx.commit().await?;
+    engine.waker.wake();
+    Ok(())
 }
 
 /// What an event brings is the input `event`, where a playbook takes it.

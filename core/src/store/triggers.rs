@@ -239,32 +239,49 @@ pub async fn fired(
     Ok(())
 }
 
-/// How many playbooks of a company one event starts.
+/// How many playbooks are looked at together that one event starts.
 pub const STARTED_MAX: i64 = 100;
 
-/// The playbooks of a company that an event starts, with the data it brings, and
-/// without those that it has started already.
+/// A playbook that an event starts.
+#[derive(Debug)]
+pub struct ByEvent {
+    /// Which.
+    pub playbook: PlaybookId,
+    /// The data that the event brings.
+    pub data: Value,
+    /// It has been started by this event already.
+    pub started: bool,
+}
+
+/// The playbooks of a company that an event starts, after one of them.
 pub async fn started_by(
     pool: &PgPool,
     company: CompanyId,
     signal: Uuid,
-) -> Result<Vec<(PlaybookId, Value)>, StoreError> {
+    after: PlaybookId,
+) -> Result<Vec<ByEvent>, StoreError> {
     let rows = sqlx::query!(
-        "select t.playbook_id, s.data
+        r#"select t.playbook_id, s.data, exists (
+             select from runs r where r.playbook_id = t.playbook_id and r.dedup_key = 'event:' || s.id
+         ) as "started!"
          from (select * from signals where company_id = $1 and id = $2 and run_id is null offset 0) s
          cross join lateral (
              select * from triggers t
-             where t.company_id = $1 and t.kind = 'event' and t.event = s.name
+             where t.company_id = $1 and t.kind = 'event' and t.event = s.name and t.playbook_id > $4
              order by t.playbook_id limit $3
          ) t
-         where not exists (
-             select from runs r where r.playbook_id = t.playbook_id and r.dedup_key = 'event:' || s.id
-         )",
+         order by t.playbook_id"#,
         company.0,
         signal,
         STARTED_MAX,
+        after.0,
     )
     .fetch_all(pool)
     .await?;
-    Ok(rows.into_iter().map(|row| (PlaybookId(row.playbook_id), row.data)).collect())
+    let by_event = rows.into_iter().map(|row| ByEvent {
+        playbook: PlaybookId(row.playbook_id),
+        data: row.data,
+        started: row.started,
+    });
+    Ok(by_event.collect())
 }
