@@ -55,7 +55,7 @@ pub async fn start_run(
     trigger: &'static str,
 ) -> Result<Started, EngineError> {
     let mut tx = engine.pool.begin().await?;
-    let new = match decide(engine, &mut tx, None, company, playbook, params, trigger).await? {
+    let new = match decide(engine, &mut tx, None, (company, playbook), params, trigger, None).await? {
         Decided::Known(run) => return Ok(run),
         Decided::New(new) => new,
     };
@@ -100,15 +100,16 @@ pub enum Decided {
 }
 
 /// Decides a start by what the caller may see: the transaction is its, as is the
-/// account, where it is not the engine itself.
+/// account, where it is not the engine itself. Of the playbook's runs one has the
+/// key: its own, where it makes one, else that of the caller.
 pub async fn decide(
     engine: &Engine,
     connection: &mut PgConnection,
     account: Option<AccountId>,
-    company: CompanyId,
-    playbook: PlaybookId,
+    (company, playbook): (CompanyId, PlaybookId),
     params: Map<String, Value>,
     trigger: &'static str,
+    key: Option<&str>,
 ) -> Result<Decided, EngineError> {
     let version = may_start(&mut *connection, account, company, playbook).await?;
     let plan = plan_of(engine, &mut *connection, company, version).await?;
@@ -116,8 +117,8 @@ pub async fn decide(
     let params = checked_params(&plan, params)?;
     let new = prepare((company, playbook, version), plan, params, trigger, Beginning::default());
     let wrong = |failure: Failure| EngineError::Invalid(vec![FieldProblem::new("idempotency_key", failure.message)]);
-    let Some(key) = new.context.idempotency_key().map_err(wrong)? else { return Ok(Decided::New(Box::new(new))) };
-    let key = format!("key:{key}");
+    let own = new.context.idempotency_key().map_err(wrong)?.map(|own| format!("key:{own}"));
+    let Some(key) = own.or_else(|| key.map(str::to_owned)) else { return Ok(Decided::New(Box::new(new))) };
     Ok(match runs::by_key(connection, company, playbook, &key).await? {
         Some(run) => {
             let at = run.started_at.unwrap_or_default();
@@ -238,9 +239,9 @@ impl Prepared {
         self.gate.is_none() && self.passed.is_empty()
     }
 
-    /// The same, once for each key; one that it has already stays.
-    pub(super) fn once(mut self, key: String) -> Self {
-        self.run.dedup_key.get_or_insert(key);
+    /// The same, once for each key.
+    fn once(mut self, key: String) -> Self {
+        self.run.dedup_key = Some(key);
         self
     }
 

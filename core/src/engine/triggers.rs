@@ -113,7 +113,9 @@ pub async fn fire(engine: &Engine, job: &ClaimedJob) -> Result<(), EngineError> 
     let delay = schedule.delay(playbook.0.as_bytes());
     let (due, next) = schedule.reach(first, instant(now - delay));
     for fire in &due {
-        start_at(engine, &mut tx, company, playbook, *fire).await?;
+        // The clock of the database may go back, as after a fail-over.
+        let key = format!("at:{fire}");
+        start_once(engine, &mut tx, (company, playbook), Map::new(), "schedule", &key).await?;
     }
     match next.map(time) {
         Some(next) => {
@@ -143,29 +145,24 @@ async fn settle(engine: &Engine, lease: Lease, again_after: Option<std::time::Du
     Ok(())
 }
 
-async fn start_at(
+/// Starts a run that is the only one of its playbook with a key; what is refused is
+/// told in the log.
+async fn start_once(
     engine: &Engine,
     tx: &mut PgConnection,
-    company: CompanyId,
-    playbook: PlaybookId,
-    fire: Timestamp,
+    (company, playbook): (CompanyId, PlaybookId),
+    params: Map<String, Value>,
+    trigger: &'static str,
+    key: &str,
 ) -> Result<(), EngineError> {
-    let key = format!("at:{fire}");
-    // The clock of the database may have gone back, as after a fail-over.
-    if triggers::has_started(&mut *tx, playbook, &key).await? {
-        return Ok(());
-    }
-    match start::decide(engine, &mut *tx, None, company, playbook, Map::new(), "schedule").await {
-        Ok(Decided::New(new)) => {
-            start::start_in(tx, new.once(key)).await?;
-        }
-        Ok(Decided::Known(_)) => {}
+    match start::decide(engine, &mut *tx, None, (company, playbook), params, trigger, Some(key)).await {
+        Ok(Decided::New(new)) => start::start_in(tx, *new).await.map(drop),
+        Ok(Decided::Known(_)) => Ok(()),
         Err(refused @ (EngineError::Conflict(_) | EngineError::Invalid(_))) => {
-            skipped(tx, company, playbook, &key, &refused).await?;
+            skipped(tx, company, playbook, key, &refused).await
         }
-        Err(error) => return Err(error),
+        Err(error) => Err(error),
     }
-    Ok(())
 }
 
 /// Nobody is there to be told, so the log is.
@@ -218,19 +215,7 @@ async fn start_by(
     let plan = start::plan_of(engine, &engine.pool, company, version).await?;
     let key = format!("event:{}", signal.0);
     let mut tx = engine.pool.begin().await?;
-    match start::decide(engine, &mut tx, None, company, playbook, params_of(&plan, data), "event").await {
-        Ok(Decided::Known(_)) => return Ok(()),
-        Ok(Decided::New(new)) => match start::start_in(&mut tx, new.once(key)).await {
-            Ok(_) => {}
-            // Somebody else was faster.
-            Err(EngineError::Store(StoreError::Conflict { constraint })) if constraint == "runs_dedup" => return Ok(()),
-            Err(error) => return Err(error),
-        },
-        Err(refused @ (EngineError::Conflict(_) | EngineError::Invalid(_))) => {
-            skipped(&mut tx, company, playbook, &key, &refused).await?;
-        }
-        Err(error) => return Err(error),
-    }
+    start_once(engine, &mut tx, (company, playbook), params_of(&plan, data), "event", &key).await?;
     tx.commit().await?;
     engine.waker.wake();
     Ok(())

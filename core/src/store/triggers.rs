@@ -204,21 +204,6 @@ pub async fn next_at(
     .flatten())
 }
 
-/// Whether a run was started by this key.
-pub async fn has_started(
-    executor: impl Executor<'_, Database = Postgres>,
-    playbook: PlaybookId,
-    key: &str,
-) -> Result<bool, StoreError> {
-    Ok(sqlx::query_scalar!(
-        r#"select exists (select from runs where playbook_id = $1 and dedup_key = $2) as "started!""#,
-        playbook.0,
-        key,
-    )
-    .fetch_one(executor)
-    .await?)
-}
-
 /// A schedule has fired: its next fire is planned.
 pub async fn fired(
     tx: &mut PgConnection,

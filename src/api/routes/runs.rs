@@ -293,7 +293,7 @@ async fn started(
     patience: Duration,
 ) -> Result<Response, ApiError> {
     let account = Some(caller.account);
-    let decided = start::decide(&state.engine, command.tx(), account, company, playbook, params, "manual").await?;
+    let decided = start::decide(&state.engine, command.tx(), account, (company, playbook), params, "manual", None).await?;
     let (run, status, answer) = match decided {
         Decided::Known(run) => {
             let answer = command.finish(StatusCode::OK, brief(playbook, run.clone())).await?;
