@@ -297,6 +297,8 @@ async fn a_cancel_and_a_pause_hold_for_the_items() {
         db.count("select count(*) from jobs where kind = 'item' and due_at = 'infinity'").await == 3
     })
     .await;
+    let jobs = api.get(&format!("/v1/jobs?company_id={company}&kind=item")).await.1;
+    assert_eq!(jobs["data"][0]["run_id"], json!(run), "{jobs}");
     let calls = witness.calls().len();
     assert!(calls < 200, "{calls}");
     witness.hold(true);

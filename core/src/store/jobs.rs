@@ -33,6 +33,9 @@ pub mod kind {
     pub const PURGE: &str = "purge";
     /// Does nothing, durably: for benchmarks and checks of a queue.
     pub const NOOP: &str = "noop";
+
+    /// Those that are about a run.
+    pub const OF_RUNS: &[&str] = &[STEP, TIMER, GATE_TIMEOUT, ITEM];
 }
 
 /// The queues, as in the table.

@@ -341,7 +341,7 @@ struct Job {
 
 impl From<JobRow> for Job {
     fn from(row: JobRow) -> Self {
-        let of_run = [kind::STEP, kind::TIMER, kind::GATE_TIMEOUT].contains(&row.kind.as_str());
+        let of_run = kind::OF_RUNS.contains(&row.kind.as_str());
         Self {
             id: row.id.to_string(),
             queue: row.queue,
