@@ -1,4 +1,4 @@
-//! What a command says on standard output.
+//! What a command says: its data on standard output, all else on standard error.
 
 use std::fmt::Display;
 use std::io::Write;
@@ -12,4 +12,9 @@ pub fn print(text: impl Display) {
 /// The same with the end of a line.
 pub fn line(text: impl Display) {
     print(format_args!("{text}\n"));
+}
+
+/// Says what is no data, on standard error.
+pub fn aside(text: impl Display) {
+    let _ = std::io::stderr().write_all(text.to_string().as_bytes());
 }

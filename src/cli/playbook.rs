@@ -90,7 +90,7 @@ fn fmt(files: &[PathBuf], check: bool) -> anyhow::Result<()> {
             Err(problems) => {
                 broken += 1;
                 let checked = Checked { name: name_of(file), text, found: Err(problems) };
-                out::print(checked.told());
+                out::aside(checked.told());
                 continue;
             }
         };

@@ -107,6 +107,8 @@ fn playbooks_are_written_in_one_form_or_left_alone() {
     let formatted = capx(&["playbook", "fmt", &bad, &link], "");
     assert_eq!(formatted.status.code(), Some(1));
     assert!(text(&formatted.stderr).contains("1 of 2 playbooks are not in order"), "{}", text(&formatted.stderr));
+    assert!(text(&formatted.stderr).contains("unknown key `nam`"), "{}", text(&formatted.stderr));
+    assert!(!text(&formatted.stdout).contains("nam"), "a problem is no data");
     assert_eq!(std::fs::read_to_string(&good).unwrap(), wanted);
     assert_eq!(std::fs::read_to_string(&bad).unwrap(), "nam: x\n");
     assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
