@@ -338,13 +338,14 @@ pub mod witness {
 
     use axum::Router;
     use axum::extract::State;
-    use axum::http::{HeaderMap, StatusCode};
+    use axum::http::{HeaderMap, StatusCode, Uri};
     use axum::routing::any;
     use tokio::sync::watch;
 
     #[derive(Clone, Default)]
     pub struct Witness {
         calls: Arc<Mutex<HashMap<String, u32>>>,
+        paths: Arc<Mutex<Vec<String>>>,
         failures: Arc<Mutex<Vec<u16>>>,
         held: watch::Sender<bool>,
         held_calls: Arc<AtomicUsize>,
@@ -375,6 +376,11 @@ pub mod witness {
             self.held_calls.load(Relaxed)
         }
 
+        /// The paths that were called, each key once, in order.
+        pub fn paths(&self) -> Vec<String> {
+            self.paths.lock().unwrap().clone()
+        }
+
         /// The calls by key.
         pub fn calls(&self) -> HashMap<String, u32> {
             self.calls.lock().unwrap().clone()
@@ -383,10 +389,19 @@ pub mod witness {
 
     async fn answer(
         State(witness): State<Witness>,
+        uri: Uri,
         headers: HeaderMap,
-    ) -> (StatusCode, [(&'static str, &'static str); 1], &'static str) {
+    ) -> (StatusCode, [(&'static str, &'static str); 1], String) {
         let key = headers.get("idempotency-key").and_then(|v| v.to_str().ok()).unwrap_or("none").to_owned();
-        *witness.calls.lock().unwrap().entry(key).or_default() += 1;
+        let count = {
+            let mut calls = witness.calls.lock().unwrap();
+            let count = calls.entry(key).or_default();
+            *count += 1;
+            *count
+        };
+        if count == 1 {
+            witness.paths.lock().unwrap().push(uri.path().to_owned());
+        }
         // Long enough to be interrupted.
         tokio::time::sleep(Duration::from_millis(2)).await;
         if *witness.held.borrow() {
@@ -395,10 +410,12 @@ pub mod witness {
         let _ = witness.held.subscribe().wait_for(|held| !held).await;
         let json = [("content-type", "application/json")];
         let mut failures = witness.failures.lock().unwrap();
-        if failures.is_empty() {
-            (StatusCode::OK, json, r#"{"output": {"ok": true}, "cost": 0.25}"#)
+        if uri.path().starts_with("/refused") {
+            (StatusCode::BAD_REQUEST, json, r#"{"error": "as the path says"}"#.to_owned())
+        } else if failures.is_empty() {
+            (StatusCode::OK, json, format!(r#"{{"output": {{"ok": true}}, "cost": 0.25, "path": "{}"}}"#, uri.path()))
         } else {
-            (StatusCode::from_u16(failures.remove(0)).unwrap(), json, r#"{"error": "as told"}"#)
+            (StatusCode::from_u16(failures.remove(0)).unwrap(), json, r#"{"error": "as told"}"#.to_owned())
         }
     }
 }

@@ -5,6 +5,7 @@
 
 mod api;
 mod cli;
+mod closing;
 mod contract;
 mod crash;
 mod deaths;
@@ -28,4 +29,5 @@ mod seeds;
 mod streams;
 mod tenancy;
 mod triggers;
+mod walk;
 mod webhooks;

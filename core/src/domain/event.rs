@@ -38,6 +38,8 @@ pub const PLAYBOOK_STARTED: &str = "playbook.started";
 pub const PLAYBOOK_SUSPENDED: &str = "playbook.suspended";
 /// A run goes on after a wait.
 pub const PLAYBOOK_RESUMED: &str = "playbook.resumed";
+/// A run's steps are over; it is undone or closed before it ends.
+pub const PLAYBOOK_CLOSING: &str = "playbook.closing";
 /// A run ended well.
 pub const PLAYBOOK_COMPLETED: &str = "playbook.completed";
 /// A run gave up.
@@ -80,6 +82,7 @@ pub const NAMES: &[&str] = &[
     PLAYBOOK_STARTED,
     PLAYBOOK_SUSPENDED,
     PLAYBOOK_RESUMED,
+    PLAYBOOK_CLOSING,
     PLAYBOOK_COMPLETED,
     PLAYBOOK_FAILED,
     PLAYBOOK_CANCELLED,

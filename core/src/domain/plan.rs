@@ -5,19 +5,27 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::backoff::RETRY_AFTER_MAX;
 use super::event::is_event_name;
-use super::ids::{CompanyId, PlaybookId, RunId};
+use super::ids::{ApprovalId, CompanyId, PlaybookId, RunId};
 use super::outcome::{ErrorClass, Failure, Fanning, Outcome};
 use super::playbook::expr::functions::written;
 use super::playbook::expr::{self, Budget, Reference, Scope};
 use super::playbook::model::{Approval, OnFailure, Pause, Playbook, Step, StepKind, WaitFor};
+use super::run::StepStatus;
 use super::{digest, duration};
 
+mod closing;
 mod fan;
+pub use closing::{Ending, Letter};
 pub use fan::{FAN_LOOK, Fanned, Item, ItemDecision};
+
+/// The place of a run's job that is about no step: the run looks at all that is
+/// stored of it, and decides where it goes on.
+pub const JUNCTION: i32 = -1;
 
 /// The longest `idempotency_key` of a run.
 pub const KEY_CHARS_MAX: usize = 255;
@@ -56,6 +64,36 @@ pub struct RunContext {
     pub item: Option<Item>,
     /// How the items of the step at hand stand; nothing, where none has begun.
     pub fanned: Option<Fanned>,
+    /// What the run comes to once it is closed, when its steps are over.
+    pub ending: Option<Ending>,
+    /// How often it has been closed before, and went on after all.
+    pub closings: u32,
+    /// The steps that are still to be undone, in the order in which they were done.
+    pub undo: Vec<usize>,
+    /// What became of the steps that close it.
+    pub closed: HashMap<usize, StepStatus>,
+    /// Why the gate before the step at hand stayed shut.
+    pub refused: Option<Refusal>,
+}
+
+/// A gate that stayed shut.
+#[derive(Debug, Clone)]
+pub struct Refusal {
+    /// Which.
+    pub approval: ApprovalId,
+    /// `rejected` or `expired`.
+    pub status: String,
+    /// What was said.
+    pub words: Option<String>,
+}
+
+impl Refusal {
+    /// What the step fails with.
+    pub fn failure(&self) -> Failure {
+        let Self { status, words, .. } = self;
+        let said = words.as_ref().map(|words| format!(": {words}")).unwrap_or_default();
+        Failure::new(ErrorClass::Governance, format!("the approval was {status}{said}"))
+    }
 }
 
 /// A gate that must open before a step may be tried.
@@ -85,11 +123,13 @@ pub enum Next {
         /// How long.
         delay: Duration,
     },
-    /// Nothing: the run has ended well.
+    /// Nothing: the steps have ended well.
     End {
         /// The run's own output, where the playbook names one.
         output: Option<Value>,
     },
+    /// Nothing: what closes the run is done, too.
+    Closed,
 }
 
 /// What a run went past without trying it.
@@ -155,7 +195,8 @@ pub enum Decision {
 }
 
 /// Why a job is a dead letter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum DeadReason {
     /// Out of tries.
     Exhausted,
@@ -172,6 +213,36 @@ impl DeadReason {
             Self::Exhausted => "exhausted",
             Self::Invalid => "invalid",
             Self::Quarantined => "quarantined",
+        }
+    }
+}
+
+impl RunContext {
+    /// A run of which nothing is known yet but what it was started with.
+    pub fn new(
+        company: CompanyId,
+        playbook_id: PlaybookId,
+        run: RunId,
+        playbook: Arc<Playbook>,
+        inputs: Arc<Value>,
+    ) -> Self {
+        Self {
+            company,
+            playbook_id,
+            run,
+            playbook,
+            inputs,
+            outputs: Arc::default(),
+            failures: HashMap::new(),
+            jumps: HashMap::new(),
+            waits: HashMap::new(),
+            item: None,
+            fanned: None,
+            ending: None,
+            closings: 0,
+            undo: Vec::new(),
+            closed: HashMap::new(),
+            refused: None,
         }
     }
 }
@@ -212,11 +283,15 @@ impl RunScope<'_> {
 
 impl RunContext {
     fn scope(&self) -> RunScope<'_> {
-        let run = serde_json::json!({
+        let mut run = serde_json::json!({
             "id": self.run,
             "playbook": self.playbook.name,
             "company_id": self.company,
         });
+        if let Some(ending) = &self.ending {
+            run["status"] = ending.status.as_str().into();
+            run["error"] = ending.told_error();
+        }
         RunScope { context: self, run }
     }
 
@@ -244,11 +319,13 @@ impl RunContext {
     /// Remembers an output when something later needs it, and forgets those
     /// that nothing needs any more.
     pub fn remember(&mut self, step: usize, output: &Value) {
-        let steps = &self.playbook.steps;
+        let playbook = &self.playbook;
         self.failures.remove(&step);
         let outputs = Arc::make_mut(&mut self.outputs);
-        outputs.retain(|earlier, _| steps.get(*earlier).is_some_and(|earlier| earlier.last_use > Some(step)));
-        if steps.get(step).is_some_and(|step| step.last_use.is_some()) {
+        if self.ending.is_none() {
+            outputs.retain(|earlier, _| playbook.step(*earlier).is_some_and(|earlier| earlier.last_use > Some(step)));
+        }
+        if playbook.step(step).is_some_and(|step| step.last_use.is_some()) {
             outputs.insert(step, output.clone());
         }
     }
@@ -297,9 +374,26 @@ impl RunContext {
                 self.remember(step, output);
                 self.waits.remove(&step);
                 self.fanned = None;
-                Decision::Advance(self.walk(step + 1))
+                self.note_closed(step, StepStatus::Completed);
+                Decision::Advance(self.after(step))
             }
         }
+    }
+
+    /// Goes on after a step that is over.
+    fn after(&mut self, step: usize) -> Walk {
+        if self.ending.is_some() { self.close() } else { self.walk(step.saturating_add(1)) }
+    }
+
+    /// Whether a place is that behind the last step, which versions before there was a
+    /// junction have given to runs that had nothing left to do.
+    pub fn is_past_all(&self, step: usize) -> bool {
+        step == self.playbook.steps.len() && self.ending.is_none()
+    }
+
+    /// Goes on from what is stored, when no step is at hand.
+    pub fn junction(&mut self) -> Walk {
+        self.after(self.playbook.steps.len())
     }
 
     /// Goes on from a place until there is something to try or to wait for: leaves
@@ -427,11 +521,19 @@ impl RunContext {
     /// How often the run has jumped: the effects of a step that it comes to again
     /// are others.
     pub fn round(&self) -> u32 {
-        self.jumps.values().sum()
+        let closings = if self.ending.is_some() { self.closings } else { 0 };
+        self.jumps.values().sum::<u32>() + closings
     }
 
     /// The step gives up: the run with it, unless it goes past.
     fn give_up(&mut self, at: usize, failure: &Failure, reason: DeadReason) -> Decision {
+        if self.ending.is_some() {
+            // The others are done all the same.
+            let told = serde_json::json!({"code": failure.class.as_str(), "message": failure.message});
+            self.failures.insert(at, told);
+            self.note_closed(at, StepStatus::Failed);
+            return Decision::GoPast(self.close());
+        }
         let to = match self.playbook.steps.get(at).map(|step| step.on_failure) {
             None | Some(OnFailure::Abort) => return Decision::Fail { reason },
             Some(OnFailure::Continue) => at + 1,
@@ -454,8 +556,11 @@ impl RunContext {
         if failure.class == ErrorClass::Crash {
             return self.give_up(at, failure, DeadReason::Quarantined);
         }
+        if self.refused.is_some() {
+            return self.give_up(at, failure, DeadReason::Invalid);
+        }
         let playbook = Arc::clone(&self.playbook);
-        let Some(step) = playbook.steps.get(at) else {
+        let Some(step) = playbook.step(at) else {
             return Decision::Fail { reason: DeadReason::Invalid };
         };
         match again(step, attempt, failure, draw) {

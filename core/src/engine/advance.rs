@@ -16,15 +16,17 @@ use super::gates::{approval_of, waiting_on};
 use super::items::{self, DecidedItem};
 use super::{Engine, EngineError, repeating};
 use crate::domain::event::{
-    APPROVAL_REQUESTED, Event, PLAYBOOK_COMPLETED, PLAYBOOK_FAILED, PLAYBOOK_SUSPENDED, STEP_COMPLETED, STEP_FAILED,
-    STEP_STARTED,
+    APPROVAL_REQUESTED, Event, PLAYBOOK_CANCELLED, PLAYBOOK_CLOSING, PLAYBOOK_COMPLETED, PLAYBOOK_FAILED,
+    PLAYBOOK_SUSPENDED, STEP_COMPLETED, STEP_FAILED, STEP_STARTED,
 };
 use crate::domain::ids::{AgentId, ApprovalId, RunId};
 use crate::domain::money::Nanos;
 use crate::domain::outcome::{Failure, Fanning, Outcome};
-use crate::domain::plan::{DeadReason, Decision, FAN_LOOK, Gate, Next, Passed, RunContext, Walk};
+use crate::domain::plan::{
+    DeadReason, Decision, Ending, FAN_LOOK, Gate, JUNCTION, Letter, Next, Passed, Refusal, RunContext, Walk,
+};
 use crate::domain::playbook::Step;
-use crate::domain::playbook::model::StepKind;
+use crate::domain::playbook::model::{STEP_TIMEOUT, StepKind};
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::domain::storable::{self, OUTPUT_BYTES_MAX};
 use crate::failpoint;
@@ -82,6 +84,8 @@ pub struct Decided {
     pub letter: Option<NewDeadLetter>,
     /// The items that the run waits for.
     pub fan: Option<NewFan>,
+    /// A failure of the run is not its end: something is to be done first.
+    pub closes: bool,
     /// What this worker goes on with, once that is written.
     pub next: Option<(ClaimedJob, Box<StepWork>)>,
 }
@@ -282,46 +286,59 @@ async fn one_by_one(engine: &Engine, pending: Pending) -> Result<Vec<Committed>,
 
 /// The failure that takes the place of a result the database refuses.
 fn unstorable(decided: Decided, error: &StoreError) -> Decided {
-    let commit = decided.commit;
+    let (commit, closes) = (decided.commit, decided.closes);
     let attempt = commit.checkpoint.as_ref().map_or(0, |step| step.attempt);
     let failure = Failure::invalid(format!("the result could not be stored: {error}"));
     let error = json!({"code": "invalid", "message": failure.message, "index": commit.step});
+    let step = commit.checkpoint.map(|step| StepChange {
+        status: StepStatus::Failed,
+        output: None,
+        error: Some(error.to_string()),
+        ..step
+    });
+    let letter = Letter { reason: DeadReason::Invalid, attempt, crash_count: 0 };
+    let ending = Ending { error: Some(error.clone()), letter: Some(letter), ..Ending::of(RunStatus::Failed) };
+    let commit = StepCommit { checkpoint: step, cost: Nanos::ZERO, ..commit };
+    let decided = Decided {
+        commit,
+        passed: Passing::default(),
+        wait: None,
+        approval: None,
+        letter: None,
+        fan: None,
+        next: None,
+        closes,
+    };
+    if closes {
+        let job = NextJob {
+            held: false,
+            kind: kind::STEP,
+            step: JUNCTION,
+            delay: Duration::ZERO,
+            timeout: STEP_TIMEOUT,
+            attempt: 0,
+            crash_count: 0,
+        };
+        let events = vec![closing_event(&ending)];
+        let commit = StepCommit { job: Some(job), change: RunChange::default(), events, ..decided.commit };
+        let passed = Passing { ending: Some(json!(ending)), ..Passing::default() };
+        return Decided { commit, passed, ..decided };
+    }
     let letter = NewDeadLetter {
-        company: commit.company,
+        company: decided.commit.company,
         queue: queue::STEPS.to_owned(),
         kind: kind::STEP.to_owned(),
-        ref_id: Some(commit.run.0),
-        step: commit.step,
+        ref_id: Some(decided.commit.run.0),
+        step: decided.commit.step,
         reason: DeadReason::Invalid.as_str(),
         attempt,
         crash_count: 0,
         error: error.clone(),
     };
-    Decided {
-        commit: StepCommit {
-            job: None,
-            change: RunChange {
-                status: Some(RunStatus::Failed),
-                error: Some(error.to_string()),
-                ..RunChange::default()
-            },
-            checkpoint: commit.checkpoint.map(|step| StepChange {
-                status: StepStatus::Failed,
-                output: None,
-                error: Some(error.to_string()),
-                ..step
-            }),
-            cost: Nanos::ZERO,
-            events: vec![Event::new(PLAYBOOK_FAILED, json!({"error": error}))],
-            ..commit
-        },
-        passed: Passing::default(),
-        wait: None,
-        approval: None,
-        letter: Some(letter),
-        fan: None,
-        next: None,
-    }
+    let change = RunChange { status: Some(RunStatus::Failed), error: Some(error.to_string()), ..RunChange::default() };
+    let events = vec![Event::new(PLAYBOOK_FAILED, json!({"error": error}))];
+    let commit = StepCommit { job: None, change, events, ..decided.commit };
+    Decided { commit, letter: Some(letter), ..decided }
 }
 
 async fn write(engine: &Engine, decided: &[Of]) -> Result<Vec<Landed>, EngineError> {
@@ -415,9 +432,16 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
     let (outcome, output) = storable_outcome(outcome);
     let step = usize::try_from(job.step).unwrap_or(usize::MAX);
     let attempt = u32::try_from(job.attempt).unwrap_or(0);
-    let decision = work.context.decide(step, attempt, &outcome, draw);
+    let decision = match &outcome {
+        Outcome::Done { .. } if job.step == JUNCTION || work.context.is_past_all(step) => {
+            Decision::Advance(work.context.junction())
+        }
+        _ => work.context.decide(step, attempt, &outcome, draw),
+    };
     let agent = work.agent(step).map(|agent| agent.agent);
-    let facts = Facts { job, work, outcome, output, took, agent, stay };
+    // It was about this step and no other.
+    let refused = work.context.refused.take();
+    let facts = Facts { job, work, outcome, output, took, agent, refused, stay };
     match decision {
         Decision::Advance(walk) => facts.go_on(walk, StepStatus::Completed),
         Decision::GoPast(walk) => facts.go_on(walk, StepStatus::Failed),
@@ -450,6 +474,7 @@ struct Facts {
     output: Option<String>,
     took: Duration,
     agent: Option<AgentId>,
+    refused: Option<Refusal>,
     stay: bool,
 }
 
@@ -466,7 +491,7 @@ impl Facts {
     }
 
     fn step(&self) -> Option<&Step> {
-        self.work.context.playbook.steps.get(usize::try_from(self.job.step).ok()?)
+        self.work.context.playbook.step(usize::try_from(self.job.step).ok()?)
     }
 
     fn step_id(&self) -> &str {
@@ -487,10 +512,15 @@ impl Facts {
 
     fn error_json(&self) -> serde_json::Value {
         let failure = self.failure();
-        json!({
+        let mut error = json!({
             "code": failure.map(|f| f.class.as_str()), "message": failure.map(|f| f.message.as_str()),
             "step": self.step_id(), "index": self.job.step, "attempt": self.job.attempt,
-        })
+        });
+        if let Some(refused) = &self.refused {
+            error["feedback"] = refused.words.clone().into();
+            error["approval_id"] = json!(refused.approval);
+        }
+        error
     }
 
     fn failed_event(&self, will_retry: Option<Duration>) -> Event {
@@ -557,7 +587,19 @@ impl Facts {
     }
 
     fn plain(self, commit: StepCommit) -> Decided {
-        Decided { commit, passed: Passing::default(), wait: None, approval: None, letter: None, fan: None, next: None }
+        let context = &self.work.context;
+        // While it is being closed, a step that fails is not the end either.
+        let closes = context.ending.is_some() || context.playbook.closes(RunStatus::Failed);
+        Decided {
+            commit,
+            passed: Passing::default(),
+            wait: None,
+            approval: None,
+            letter: None,
+            fan: None,
+            closes,
+            next: None,
+        }
     }
 
     fn jumps(&self) -> i32 {
@@ -572,9 +614,19 @@ impl Facts {
         waits.then_some(self.job.step)
     }
 
-    fn next_job(&self, held: bool, kind: &'static str, next: usize, delay: Duration, attempt: i32) -> NextJob {
-        let timeout = self.work.context.playbook.steps.get(next).map_or(self.job.timeout, |step| step.timeout);
-        let step = i32::try_from(next).unwrap_or(i32::MAX);
+    /// The job of the run from now on, at a step or at none.
+    fn next_job(
+        &self,
+        held: bool,
+        kind: &'static str,
+        next: impl Into<Option<usize>>,
+        delay: Duration,
+        attempt: i32,
+    ) -> NextJob {
+        let next = next.into();
+        let planned = next.and_then(|next| self.work.context.playbook.step(next));
+        let timeout = planned.map_or(STEP_TIMEOUT, |step| step.timeout);
+        let step = next.map_or(JUNCTION, place);
         // Deaths are counted from checkpoint to checkpoint.
         let crash_count = if step == self.job.step { self.job.crash_count } else { 0 };
         NextJob { held, kind, step, delay, timeout, attempt, crash_count }
@@ -595,7 +647,10 @@ impl Facts {
             Next::Gate(gate) => self.wait_at(&gate, checkpoint, events),
             Next::Sleep { step, delay } => self.sleep(step, delay, checkpoint, events),
             Next::End { output } => self.complete(output, checkpoint, events),
+            Next::Closed => self.closed(checkpoint, events),
         };
+        // What closes the run is written by whoever has decided to.
+        passed.ending = decided.passed.ending.clone();
         Decided { passed, ..decided }
     }
 
@@ -619,8 +674,18 @@ impl Facts {
             timeout,
             ..self.job
         };
+        let closes = self.work.context.ending.is_some() || self.work.context.playbook.closes(RunStatus::Failed);
         let next = Some((next_job, self.work));
-        Decided { commit, passed: Passing::default(), wait: None, approval: None, letter: None, fan: None, next }
+        Decided {
+            commit,
+            passed: Passing::default(),
+            wait: None,
+            approval: None,
+            letter: None,
+            fan: None,
+            closes,
+            next,
+        }
     }
 
     /// The run holds nothing while it waits, but for the one job that ends the
@@ -653,25 +718,75 @@ impl Facts {
         self.suspend(job, &waiting, checkpoint, events)
     }
 
-    fn complete(self, output: Option<Value>, checkpoint: Option<StepChange>, mut events: Vec<Event>) -> Decided {
+    fn complete(self, output: Option<Value>, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
         // All the steps are done, so the run is not failed for an output that
         // cannot be kept; it says why there is none.
-        let output = output.map(|value| {
-            storable::to_json(&value, OUTPUT_BYTES_MAX)
-                .unwrap_or_else(|error| json!({"error": format!("the run's output {error}")}).to_string())
+        let output = output.map(|value| match storable::to_json(&value, OUTPUT_BYTES_MAX) {
+            Ok(_) => value,
+            Err(error) => json!({"error": format!("the run's output {error}")}),
         });
-        events.push(Event::new(
-            PLAYBOOK_COMPLETED,
-            json!({"playbook_id": self.work.context.playbook_id, "step_count": self.work.context.playbook.steps.len()}),
-        ));
-        let change = RunChange { status: Some(RunStatus::Completed), output, ..RunChange::default() };
+        self.end(Ending { output, ..Ending::of(RunStatus::Completed) }, checkpoint, events)
+    }
+
+    /// The steps are over: the run ends, or what closes it begins.
+    fn end(self, ending: Ending, checkpoint: Option<StepChange>, mut events: Vec<Event>) -> Decided {
+        if !self.work.context.playbook.closes(ending.status) {
+            return self.over(ending, checkpoint, events);
+        }
+        // What is to be undone stands in the run's rows.
+        let job = self.next_job(false, kind::STEP, None, Duration::ZERO, 0);
+        events.push(closing_event(&ending));
+        let commit = self.commit(Some(job), RunChange::default(), checkpoint, events);
+        let passed = Passing { received: self.waited(), ending: Some(json!(ending)), ..Passing::default() };
+        Decided { passed, ..self.plain(commit) }
+    }
+
+    /// What closes the run is done, too.
+    fn closed(self, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
+        let ending = self.work.context.closed_as();
+        self.over(ending, checkpoint, events)
+    }
+
+    /// The run has ended, and with it its job.
+    fn over(self, ending: Ending, checkpoint: Option<StepChange>, mut events: Vec<Event>) -> Decided {
+        let Ending { status, output, error, letter, by } = ending;
+        let context = &self.work.context;
+        events.push(match status {
+            RunStatus::Completed => Event::new(
+                PLAYBOOK_COMPLETED,
+                json!({"playbook_id": context.playbook_id, "step_count": context.playbook.steps.len()}),
+            ),
+            RunStatus::Cancelled => Event::new(PLAYBOOK_CANCELLED, json!({"by": by})),
+            _ => Event::new(PLAYBOOK_FAILED, json!({"error": error})),
+        });
+        let letter = letter.map(|letter| NewDeadLetter {
+            company: self.job.company,
+            queue: self.job.queue.clone(),
+            kind: kind::STEP.to_owned(),
+            ref_id: self.job.ref_id,
+            step: error
+                .as_ref()
+                .and_then(|error| error["index"].as_i64())
+                .and_then(|at| i32::try_from(at).ok())
+                .unwrap_or(self.job.step),
+            reason: letter.reason.as_str(),
+            attempt: letter.attempt,
+            crash_count: letter.crash_count,
+            error: error.clone().unwrap_or_default(),
+        });
+        let change = RunChange {
+            status: Some(status),
+            output: output.map(|output| output.to_string()),
+            error: error.map(|error| error.to_string()),
+            ..RunChange::default()
+        };
         let commit = self.commit(None, change, checkpoint, events);
-        self.plain(commit)
+        Decided { letter, ..self.plain(commit) }
     }
 
     fn retry(self, delay: Duration, charged: bool) -> Decided {
         let attempt = if charged { self.job.attempt } else { (self.job.attempt - 1).max(0) };
-        let step = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        let step = usize::try_from(self.job.step).ok();
         let job = self.next_job(false, kind::STEP, step, delay, attempt);
         let events = vec![self.failed_event(Some(delay))];
         let commit = self.commit(Some(job), RunChange::default(), self.checkpoint(StepStatus::Waiting), events);
@@ -681,30 +796,23 @@ impl Facts {
     }
 
     fn fail(self, reason: DeadReason) -> Decided {
-        let error = self.error_json();
-        let events = vec![self.failed_event(None), Event::new(PLAYBOOK_FAILED, json!({"error": error}))];
-        let change =
-            RunChange { status: Some(RunStatus::Failed), error: Some(error.to_string()), ..RunChange::default() };
-        let commit = self.commit(None, change, self.checkpoint(StepStatus::Failed), events);
-        let letter = NewDeadLetter {
-            company: self.job.company,
-            queue: self.job.queue.clone(),
-            kind: kind::STEP.to_owned(),
-            ref_id: self.job.ref_id,
-            step: self.job.step,
-            reason: reason.as_str(),
-            attempt: self.job.attempt,
-            crash_count: i32::from(self.job.crash_count),
-            error,
+        let letter = Letter { reason, attempt: self.job.attempt, crash_count: i32::from(self.job.crash_count) };
+        let ending = Ending {
+            error: Some(self.error_json()),
+            // A person has said no: there is nothing to look into.
+            letter: self.refused.is_none().then_some(letter),
+            ..Ending::of(RunStatus::Failed)
         };
-        let passed = Passing { received: self.waited(), ..Passing::default() };
-        Decided { passed, letter: Some(letter), ..self.plain(commit) }
+        let (checkpoint, events, received) =
+            (self.checkpoint(StepStatus::Failed), vec![self.failed_event(None)], self.waited());
+        let decided = self.end(ending, checkpoint, events);
+        Decided { passed: Passing { received, ..decided.passed }, ..decided }
     }
 
     /// Lanes go through the items; the run's job waits for them. It is woken by the
     /// last one, and looks by itself should it be forgotten.
     fn fan_out(self, fanning: Fanning) -> Decided {
-        let at = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        let at = usize::try_from(self.job.step).ok();
         let job = self.next_job(false, kind::STEP, at, FAN_LOOK, (self.job.attempt - 1).max(0));
         let fan = NewFan {
             company: self.job.company,
@@ -730,7 +838,7 @@ impl Facts {
     /// The run waits for an event: its job is due when its time is over, or made
     /// ready by whoever brings the event.
     fn park(self, event: String, matching: Value, timeout: Duration) -> Decided {
-        let step = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        let step = usize::try_from(self.job.step).ok();
         let job = self.next_job(false, kind::TIMER, step, timeout.max(SLEEP_MIN), (self.job.attempt - 1).max(0));
         let waiting = json!([{"type": "event", "id": event}]);
         let wait = NewWait {
@@ -746,17 +854,21 @@ impl Facts {
     }
 
     fn release(self, delay: Duration) -> Decided {
-        let step = usize::try_from(self.job.step).unwrap_or(usize::MAX);
+        let step = usize::try_from(self.job.step).ok();
         let job = self.next_job(false, kind::STEP, step, delay, (self.job.attempt - 1).max(0));
         let commit = self.commit(Some(job), RunChange::default(), None, Vec::new());
         self.plain(commit)
     }
 }
 
+fn closing_event(ending: &Ending) -> Event {
+    Event::new(PLAYBOOK_CLOSING, json!({"status": ending.status.as_str(), "error": ending.error, "by": ending.by}))
+}
+
 /// How a run that sleeps says what it waits for. Since when and until when stands
 /// in the step's row and its job, by the database's clock.
 pub(super) fn sleeping(context: &RunContext, step: usize) -> Value {
-    json!([{"type": "timer", "id": context.playbook.steps.get(step).map(|step| step.id.as_str())}])
+    json!([{"type": "timer", "id": context.playbook.step(step).map(|step| step.id.as_str())}])
 }
 
 /// What a run went past, as rows: the last word about each step.
@@ -789,7 +901,7 @@ pub(super) fn passing(passed: &[Passed]) -> Passing {
 
 /// What a run went past, as events tell it.
 pub(super) fn told(context: &RunContext, passed: &[Passed]) -> Option<Value> {
-    let id = |step: &usize| context.playbook.steps.get(*step).map_or("", |step| step.id.as_str());
+    let id = |step: &usize| context.playbook.step(*step).map_or("", |step| step.id.as_str());
     let told = passed.iter().map(|passed| match passed {
         Passed::Skipped(step) => json!({"skipped": id(step)}),
         Passed::Jumped { target, jumps, .. } => json!({"back_to": id(target), "jumps": jumps}),
@@ -819,7 +931,7 @@ impl Started {
             return None;
         }
         let index = usize::try_from(job.step).ok()?;
-        let step = work.context.playbook.steps.get(index)?;
+        let step = work.context.playbook.step(index)?;
         let agent = work.agent(index).map(|agent| agent.agent);
         let event = Event::new(
             STEP_STARTED,

@@ -21,7 +21,7 @@ use crate::store::agents::AgentRow;
 use crate::store::fans::{self, ItemRow};
 use crate::store::jobs::{self, ClaimedJob, Looked, Tenant, Turn, kind};
 use crate::store::steps::LoadedRun;
-use crate::store::{StoreError, agents, signals, steps};
+use crate::store::{StoreError, agents, approvals, signals, steps};
 
 /// A claimed job and what to do about it.
 #[derive(Debug)]
@@ -278,18 +278,12 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
         .into_iter()
         .filter_map(|run| {
             let playbook = Arc::clone(plans.get(&run.version)?);
+            let inputs = Arc::new(run.params);
             let context = RunContext {
-                company: run.company,
-                playbook_id: PlaybookId(run.playbook),
-                run: run.run,
-                playbook,
-                inputs: Arc::new(run.params),
-                outputs: Arc::default(),
-                failures: HashMap::new(),
-                jumps: HashMap::new(),
-                waits: HashMap::new(),
-                item: None,
-                fanned: None,
+                // What we have written ourselves.
+                ending: run.ending.and_then(|ending| serde_json::from_value(ending).ok()),
+                closings: u32::try_from(run.closings).unwrap_or(0),
+                ..RunContext::new(run.company, PlaybookId(run.playbook), run.run, playbook, inputs)
             };
             Some((run.run.0, context))
         })
@@ -298,6 +292,7 @@ async fn load_steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<
     load_states(engine, &mut contexts).await?;
     load_waits(engine, claimed, &mut contexts).await?;
     load_fans(engine, claimed, &mut contexts).await?;
+    load_refusals(engine, claimed, &mut contexts).await?;
     let lists = lists(claimed, &contexts);
     let agents = load_agents(engine, contexts.values()).await?;
     let none = Arc::new(HashMap::new());
@@ -340,8 +335,12 @@ async fn load_outputs(
     let mut needed = Vec::new();
     for job in claimed {
         let Some(context) = job.ref_id.and_then(|run| contexts.get(&run)) else { continue };
-        let at = usize::try_from(job.step).unwrap_or(0);
-        needed.extend(context.playbook.needed_at(at).map(|step| (context.company, context.run, step)));
+        let steps = match (&context.ending, usize::try_from(job.step)) {
+            (Some(_), _) => context.playbook.needed_to_close(),
+            // Past all its steps there is the run's own output.
+            (None, at) => context.playbook.needed_at(at.unwrap_or(context.playbook.steps.len())),
+        };
+        needed.extend(steps.into_iter().map(|step| (context.company, context.run, step)));
     }
     needed.sort_unstable_by_key(|(_, run, step)| (run.0, *step));
     needed.dedup();
@@ -359,14 +358,25 @@ async fn load_outputs(
 /// How often runs have jumped and what they went past, where their playbooks have
 /// any of that.
 async fn load_states(engine: &Engine, contexts: &mut HashMap<Uuid, RunContext>) -> Result<(), EngineError> {
-    let told = |context: &&RunContext| context.playbook.jumps() || context.playbook.forgives();
+    let told =
+        |context: &&RunContext| context.playbook.jumps() || context.playbook.forgives() || context.ending.is_some();
     let wanted: Vec<_> = contexts.values().filter(told).map(|context| (context.company, context.run)).collect();
     if wanted.is_empty() {
         return Ok(());
     }
+    let mut done: HashMap<Uuid, Vec<_>> = HashMap::new();
     for row in steps::load_states(&engine.pool, &wanted).await? {
         let (Some(context), Ok(step)) = (contexts.get_mut(&row.run), usize::try_from(row.step)) else { continue };
-        match context.playbook.steps.get(step).map(|step| &step.kind) {
+        match StepStatus::from_name(&row.status) {
+            Some(StepStatus::Completed) if step < context.playbook.steps.len() => {
+                done.entry(row.run).or_default().push((row.ended_at, step));
+            }
+            Some(over @ (StepStatus::Completed | StepStatus::Failed | StepStatus::Skipped)) => {
+                context.closed.insert(step, over);
+            }
+            _ => {}
+        }
+        match context.playbook.step(step).map(|step| &step.kind) {
             Some(StepKind::Goto { .. }) => {
                 context.jumps.insert(step, u32::try_from(row.attempt).unwrap_or(0));
             }
@@ -375,6 +385,42 @@ async fn load_states(engine: &Engine, contexts: &mut HashMap<Uuid, RunContext>) 
                 context.failures.extend(row.error.map(|error| (step, error)));
             }
             _ => {}
+        }
+    }
+    for (run, mut done) in done {
+        let Some(context) = contexts.get_mut(&run).filter(|context| context.ending.is_some()) else { continue };
+        done.sort_unstable();
+        let undone = |step: usize| {
+            let undo = context.playbook.closing().find(|(_, closing)| closing.undoes == Some(step));
+            undo.is_none_or(|(at, _)| context.closed.contains_key(&at))
+        };
+        context.undo = done.into_iter().map(|(_, step)| step).filter(|step| !undone(*step)).collect();
+    }
+    Ok(())
+}
+
+/// Which gates before steps have stayed shut, where that is not the end of the run.
+async fn load_refusals(
+    engine: &Engine,
+    claimed: &[&ClaimedJob],
+    contexts: &mut HashMap<Uuid, RunContext>,
+) -> Result<(), EngineError> {
+    let gated = claimed.iter().filter_map(|job| {
+        let context = contexts.get(&job.ref_id?)?;
+        let at = usize::try_from(job.step).ok()?;
+        (context.playbook.step(at)?.approval.is_some() && context.playbook.takes_refusals(at)).then_some((
+            context.company,
+            context.run,
+            job.step,
+        ))
+    });
+    let gated: Vec<_> = gated.collect();
+    if gated.is_empty() {
+        return Ok(());
+    }
+    for (run, refusal) in approvals::refusals(&engine.pool, &gated).await? {
+        if let Some(context) = contexts.get_mut(&run) {
+            context.refused = Some(refusal);
         }
     }
     Ok(())
@@ -388,7 +434,7 @@ async fn load_waits(
 ) -> Result<(), EngineError> {
     let waits = |job: &&&ClaimedJob| {
         let context = job.ref_id.and_then(|run| contexts.get(&run));
-        let step = context.and_then(|context| context.playbook.steps.get(usize::try_from(job.step).ok()?));
+        let step = context.and_then(|context| context.playbook.step(usize::try_from(job.step).ok()?));
         matches!(step.map(|step| &step.kind), Some(StepKind::WaitFor(_)))
     };
     let runs: Vec<Uuid> = claimed.iter().filter(waits).filter_map(|job| job.ref_id).collect();
@@ -411,7 +457,7 @@ async fn load_fans(
 ) -> Result<(), EngineError> {
     let fans = claimed.iter().filter(|job| job.item.is_none()).filter_map(|job| {
         let context = contexts.get(&job.ref_id?)?;
-        context.playbook.steps.get(usize::try_from(job.step).ok()?)?.fan.as_ref()?;
+        context.playbook.step(usize::try_from(job.step).ok()?)?.fan.as_ref()?;
         Some((job.company, context.run, job.step))
     });
     let fans: Vec<_> = fans.collect();
@@ -462,7 +508,7 @@ fn lists(claimed: &[&ClaimedJob], contexts: &HashMap<Uuid, RunContext>) -> Lists
     let mut lists = HashMap::new();
     for job in claimed.iter().filter(|job| job.item.is_some()) {
         let Some((run, context)) = job.ref_id.and_then(|run| Some((run, contexts.get(&run)?))) else { continue };
-        let step = usize::try_from(job.step).ok().and_then(|at| context.playbook.steps.get(at));
+        let step = usize::try_from(job.step).ok().and_then(|at| context.playbook.step(at));
         let Some(fan) = step.and_then(|step| step.fan.as_ref()) else { continue };
         lists.entry((run, job.step)).or_insert_with(|| Arc::new(context.list(fan).unwrap_or_default()));
     }
@@ -492,7 +538,10 @@ async fn load_agents<'a>(
     contexts: impl Iterator<Item = &'a RunContext>,
 ) -> Result<Agents, EngineError> {
     let mut companies: Vec<Uuid> = contexts
-        .filter(|context| context.playbook.steps.iter().any(|step| step.role.is_some()))
+        .filter(|context| {
+            let mut steps = context.playbook.steps.iter().chain(&context.playbook.closing);
+            steps.any(|step| step.role.is_some())
+        })
         .map(|context| context.company.0)
         .collect();
     companies.sort_unstable();
@@ -524,7 +573,7 @@ impl StepWork {
 
     /// The agent for a step's role, when there is one.
     pub fn agent(&self, step: usize) -> Option<&AgentRow> {
-        let role = self.context.playbook.steps.get(step)?.role.as_deref()?;
+        let role = self.context.playbook.step(step)?.role.as_deref()?;
         self.agents.get(role)
     }
 }

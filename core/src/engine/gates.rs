@@ -64,6 +64,7 @@ pub(crate) fn approval_of(
     job: i64,
     agent: Option<AgentId>,
 ) -> NewApproval {
+    // A gate is made for a step that is there.
     let step = &context.playbook.steps[gate.step];
     NewApproval {
         approval: id,
@@ -105,14 +106,9 @@ pub async fn decide(
 ) -> Result<ApprovalRow, EngineError> {
     let gate = find(tx, account, bound, id).await?;
     if gate.status == "pending" {
-        let decision = Decision {
-            step: step_of(engine, tx, gate.company, gate.run, gate.step).await?,
-            gate,
-            lease: None,
-            by,
-            status: verdict.status(),
-            words: verdict.words(),
-        };
+        let (step, goes_on) = step_of(engine, tx, gate.company, gate.run, gate.step).await?;
+        let decision =
+            Decision { step, goes_on, gate, lease: None, by, status: verdict.status(), words: verdict.words() };
         apply(tx, &decision).await?;
     }
     // Ours, or that of whoever was first.
@@ -132,6 +128,8 @@ pub async fn decide(
 struct Decision<'a> {
     gate: ApprovalRow,
     step: Option<Step>,
+    /// The run does not end with a refusal.
+    goes_on: bool,
     lease: Option<Lease>,
     by: &'a str,
     status: &'a str,
@@ -140,7 +138,7 @@ struct Decision<'a> {
 
 /// Applies a decision to a pending gate; false when it is too late.
 async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, EngineError> {
-    let Decision { gate, step, lease, by, status, words } = decision;
+    let Decision { gate, step, goes_on, lease, by, status, words } = decision;
     let held = approvals::lock_gate_job(tx, gate.job, *lease).await?;
     if !held || !approvals::decide(tx, gate.company, gate.approval, status, by, *words).await? {
         return Ok(false);
@@ -150,7 +148,8 @@ async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, E
         json!({"approval_id": gate.approval, "decision": status, "by": by, "feedback": words}),
     );
     events::append_to_run(&mut *tx, gate.company, gate.run, &resolved).await?;
-    if *status == "approved" {
+    // A refusal is an attempt that fails, where it is not the end of the run.
+    if *status == "approved" || *goes_on {
         let timeout = step.as_ref().map_or(STEP_TIMEOUT, |step| step.timeout);
         let resumed = Event::new(PLAYBOOK_RESUMED, json!({"approval_id": gate.approval}));
         events::append_to_run(&mut *tx, gate.company, gate.run, &resumed).await?;
@@ -171,18 +170,20 @@ async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, E
     Ok(approvals::fail_run(tx, gate.company, gate.run, gate.step, &error).await?)
 }
 
-/// The step that a gate stands before, by the version the run is pinned to.
+/// The step that a gate stands before, by the version the run is pinned to, and
+/// whether the run goes on when the gate stays shut.
 async fn step_of(
     engine: &Engine,
     tx: &mut PgConnection,
     company: CompanyId,
     run: RunId,
     step: i32,
-) -> Result<Option<Step>, EngineError> {
-    let Some(row) = runs::get(&mut *tx, company, run).await? else { return Ok(None) };
+) -> Result<(Option<Step>, bool), EngineError> {
+    let Some(row) = runs::get(&mut *tx, company, run).await? else { return Ok((None, false)) };
     let plans = engine.plans.get(tx, &[(company.0, row.version.0)]).await?;
     let index = usize::try_from(step).unwrap_or(usize::MAX);
-    Ok(plans.get(&row.version.0).and_then(|plan| plan.steps.get(index)).cloned())
+    let plan = plans.get(&row.version.0);
+    Ok((plan.and_then(|plan| plan.step(index)).cloned(), plan.is_some_and(|plan| plan.takes_refusals(index))))
 }
 
 /// A gate's time is over: it decides itself, as its step says. False when a
@@ -210,14 +211,14 @@ async fn expire_once(
     let Some(account) = tenants::account_of(&engine.pool, company).await? else { return Ok(false) };
     let mut connection = engine.pool.acquire().await?;
     let gate = find(&mut connection, account, Some(company), id).await?;
-    let step = step_of(engine, &mut connection, company, run, step).await?;
+    let (step, goes_on) = step_of(engine, &mut connection, company, run, step).await?;
     drop(connection);
     let on_timeout = step.as_ref().and_then(|step| step.approval.as_ref()).map(|approval| approval.on_timeout);
     let (status, words) = match on_timeout {
         Some(OnTimeout::Approve) => ("approved", "nobody decided in time; the step is approved by its own rule"),
         _ => ("expired", "nobody decided in time"),
     };
-    let decision = Decision { gate, step, lease: Some(lease), by: "system", status, words: Some(words) };
+    let decision = Decision { gate, step, goes_on, lease: Some(lease), by: "system", status, words: Some(words) };
     let mut tx = engine.pool.begin().await?;
     let applied = apply(&mut tx, &decision).await?;
     if applied {

@@ -25,7 +25,7 @@ pub fn decide(finished: Finished, item: i32, stay: bool, draw: f64) -> DecidedIt
     let (outcome, output) = super::advance::storable_outcome(outcome);
     let at = usize::try_from(job.step).unwrap_or(usize::MAX);
     let tries = u32::try_from(job.attempt).unwrap_or(0);
-    let decision = match work.context.playbook.steps.get(at) {
+    let decision = match work.context.playbook.step(at) {
         Some(step) => work.context.decide_item(step, tries, &outcome, draw),
         None => ItemDecision::Failed,
     };

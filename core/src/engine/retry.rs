@@ -18,6 +18,7 @@ use super::{Engine, EngineError, FieldProblem};
 use crate::domain::company::works;
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_RESUMED, PLAYBOOK_SUSPENDED};
 use crate::domain::ids::{AccountId, ApprovalId, CompanyId, PlaybookId, RunId};
+use crate::domain::plan::JUNCTION;
 use crate::domain::playbook::Playbook;
 use crate::domain::playbook::model::{OnFailure, STEP_TIMEOUT, StepKind};
 use crate::domain::playbook::problem::did_you_mean;
@@ -50,13 +51,20 @@ pub async fn retry_run(
         .ok_or_else(|| EngineError::Conflict("the run failed at no step; replay it".into()))?;
     let plan = start::plan_of(engine, &mut *tx, company, row.version).await?;
     start::may_run(&plan)?;
-    let planned = plan.steps.get(usize::try_from(step).unwrap_or(usize::MAX));
+    let planned = plan.step(usize::try_from(step).unwrap_or(usize::MAX));
+    let first_closing = place_of(plan.steps.len());
+    let closing = step >= first_closing;
+    if !closing {
+        reopen(tx, company, run, &plan).await?;
+    }
     let refused = approvals::latest_of(tx, company, run, step).await?.filter(|(_, status)| status != "approved");
     let gate = refused.map(|(old, _)| (old, ApprovalId::new()));
     let patience = planned.and_then(|step| step.approval.as_ref()).map_or(Duration::ZERO, |gate| gate.timeout);
     let waiting = gate.map(|(_, id)| waiting_on(id));
     let retry = Retry {
-        step,
+        failed: step,
+        step: if closing { JUNCTION } else { step },
+        reopens: !closing,
         kind: if gate.is_some() { kind::GATE_TIMEOUT } else { kind::STEP },
         delay: if gate.is_some() { patience } else { Duration::ZERO },
         timeout: planned.map_or(STEP_TIMEOUT, |step| step.timeout),
@@ -74,6 +82,27 @@ pub async fn retry_run(
         events::append_to_run(&mut *tx, company, run, &suspended).await?;
     }
     Ok(())
+}
+
+/// The steps of a run go on: what has closed it will be done again. Where a step was
+/// undone, it cannot.
+async fn reopen(tx: &mut PgConnection, company: CompanyId, run: RunId, plan: &Playbook) -> Result<(), EngineError> {
+    if plan.closing.is_empty() {
+        return Ok(());
+    }
+    if let Some(undone) = undone(plan, &runs::steps(&mut *tx, company, run).await?, plan.steps.len()) {
+        return Err(EngineError::Conflict(format!(
+            "the step `{undone}` was undone when the run failed; replay the run"
+        )));
+    }
+    Ok(runs::forget_closing(tx, company, run, place_of(plan.steps.len())).await?)
+}
+
+/// A step before a place that a run has undone, or has tried to.
+fn undone<'a>(plan: &'a Playbook, done: &[StepRow], before: usize) -> Option<&'a str> {
+    let begun = |at: usize| done.iter().any(|row| usize::try_from(row.step) == Ok(at));
+    let undone = plan.closing().filter(|(at, _)| begun(*at)).filter_map(|(_, step)| step.undoes);
+    undone.filter(|of| *of < before).find_map(|of| plan.step(of)).map(|step| step.id.as_str())
 }
 
 /// Where a replay begins.
@@ -135,7 +164,7 @@ fn place(plan: &Playbook, from: Option<&FromStep>) -> Result<usize, EngineError>
         None => Ok(0),
         Some(FromStep::Index(at)) if *at < plan.steps.len() => Ok(*at),
         Some(FromStep::Index(_)) => Err(wrong(format!("the run's version has {} steps, from 0", plan.steps.len()))),
-        Some(FromStep::Id(id)) => plan.step_index(id).ok_or_else(|| {
+        Some(FromStep::Id(id)) => plan.step_index(id).filter(|at| *at < plan.steps.len()).ok_or_else(|| {
             let ids = plan.steps.iter().map(|step| step.id.as_str());
             let hint = did_you_mean(id, ids).unwrap_or_else(|| "it names a step of the run's version".into());
             wrong(format!("no such step; {hint}"))
@@ -154,6 +183,10 @@ struct Before {
 /// All the steps before a place must be over: done, left out, or failed and gone
 /// past.
 fn before(plan: &Playbook, done: &[StepRow], from: usize) -> Result<Before, EngineError> {
+    if let Some(undone) = undone(plan, done, from) {
+        let message = format!("the step `{undone}` was undone in that run; replay from it, or before");
+        return Err(EngineError::Conflict(message));
+    }
     let mut before = Before { outputs: HashMap::new(), failures: HashMap::new(), kept: Vec::new() };
     for (at, step) in plan.steps.iter().enumerate().take(from) {
         if matches!(step.kind, StepKind::Goto { .. }) {

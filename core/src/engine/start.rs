@@ -17,7 +17,7 @@ use crate::domain::company::works;
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
 use crate::domain::ids::{AccountId, ApprovalId, CompanyId, PlaybookId, RunId, VersionId};
 use crate::domain::outcome::Failure;
-use crate::domain::plan::{Next, RunContext};
+use crate::domain::plan::{JUNCTION, Next, RunContext};
 use crate::domain::playbook::model::STEP_TIMEOUT;
 use crate::domain::playbook::{Playbook, inputs};
 use crate::domain::run::RunStatus;
@@ -278,26 +278,18 @@ pub(super) fn prepare(
 ) -> Prepared {
     let text = params.to_string();
     let mut context = RunContext {
-        company,
-        playbook_id: playbook,
-        run: RunId::new(),
-        playbook: plan,
-        inputs: Arc::new(params),
         outputs: Arc::new(beginning.outputs),
         failures: beginning.failures,
-        jumps: HashMap::new(),
-        waits: HashMap::new(),
-        item: None,
-        fanned: None,
+        ..RunContext::new(company, playbook, RunId::new(), plan, Arc::new(params))
     };
     let walk = context.walk(beginning.step);
     let mut passed = passing(&walk.passed);
     // Past everything there is nothing to do but to end, which is a job's, too.
     let (first, delay) = match &walk.next {
-        Next::Step(step) => (*step, Duration::ZERO),
-        Next::Gate(gate) => (gate.step, gate.approval.timeout),
-        Next::Sleep { step, delay } => (*step, *delay),
-        Next::End { .. } => (context.playbook.steps.len(), Duration::ZERO),
+        Next::Step(step) => (place(*step), Duration::ZERO),
+        Next::Gate(gate) => (place(gate.step), gate.approval.timeout),
+        Next::Sleep { step, delay } => (place(*step), *delay),
+        Next::End { .. } | Next::Closed => (JUNCTION, Duration::ZERO),
     };
     let mut started = json!({"playbook_id": playbook, "playbook": context.playbook.name, "trigger": trigger});
     if let Some(of) = beginning.replay_of {
@@ -328,7 +320,8 @@ pub(super) fn prepare(
     if let Some(waiting) = &waits {
         events.push(Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting})));
     }
-    let timeout = context.playbook.steps.get(first).map_or(STEP_TIMEOUT, |step| step.timeout);
+    let planned = usize::try_from(first).ok().and_then(|first| context.playbook.step(first));
+    let timeout = planned.map_or(STEP_TIMEOUT, |step| step.timeout);
     let run = NewRun {
         company,
         run: context.run,
@@ -338,7 +331,7 @@ pub(super) fn prepare(
         trigger,
         params: text,
         waiting_on: waits.as_ref().map(Value::to_string),
-        first_step: place(first),
+        first_step: first,
         replay_of: beginning.replay_of,
         dedup_key: None,
         job_kind: match (&gate, waits.is_some()) {

@@ -2,12 +2,13 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::{Executor, PgConnection, Postgres};
+use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
 use super::jobs::{Lease, millis};
 use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, DeadLetterId, RunId, TaskId};
+use crate::domain::plan::Refusal;
 
 /// A gate to be.
 #[derive(Debug, Clone)]
@@ -288,6 +289,27 @@ pub async fn latest_of(
     .fetch_optional(tx)
     .await?;
     Ok(row.map(|row| (ApprovalId(row.id), row.status)))
+}
+
+/// The gates before some steps that stayed shut, by run: of each the last.
+pub async fn refusals(pool: &PgPool, steps: &[(CompanyId, RunId, i32)]) -> Result<Vec<(Uuid, Refusal)>, StoreError> {
+    let rows = sqlx::query!(
+        "select k.run_id, a.id, a.status, a.note
+         from unnest($1::uuid[], $2::uuid[], $3::integer[]) as k (company_id, run_id, step)
+         cross join lateral (
+             select a.* from approvals a
+             where a.run_id = k.run_id and a.step = k.step and a.company_id = k.company_id
+             order by a.id desc limit 1
+         ) a
+         where a.status in ('rejected', 'expired')",
+        &steps.iter().map(|(company, ..)| company.0).collect::<Vec<_>>(),
+        &steps.iter().map(|(_, run, _)| run.0).collect::<Vec<_>>(),
+        &steps.iter().map(|(.., step)| *step).collect::<Vec<_>>(),
+    )
+    .fetch_all(pool)
+    .await?;
+    let refusal = |id, status, words| Refusal { approval: ApprovalId(id), status, words };
+    Ok(rows.into_iter().filter_map(|row| Some((row.run_id?, refusal(row.id, row.status, row.note)))).collect())
 }
 
 /// Asks again what a gate has asked, word for word.

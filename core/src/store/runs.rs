@@ -361,6 +361,54 @@ pub async fn end_by_hand(
     Ok(())
 }
 
+/// Lets a run that is locked and open go on with what closes it, by its own job under
+/// a new epoch; false when it is being closed in that way already.
+pub async fn close_by_hand(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    ending: &Value,
+    timeout: Duration,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "with closing as (
+             update runs set status = 'running', waiting_on = null, ending = $3
+             where company_id = $1 and id = $2 and status in ('running', 'suspended')
+                 and ending ->> 'status' is distinct from 'cancelled'
+             returning job_id
+         )
+         update jobs
+         set kind = 'step', step = -1, state = 'ready', due_at = now(), lease_epoch = lease_epoch + 1, attempt = 0,
+             crash_count = 0, session_id = null, deadline_at = null, timeout_ms = $4
+         where id = (select job_id from closing)",
+        company.0,
+        run.0,
+        ending,
+        millis(timeout),
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Of what has closed a run nothing stays: it will be done again.
+pub async fn forget_closing(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    first: i32,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "delete from run_steps where company_id = $1 and run_id = $2 and step >= $3",
+        company.0,
+        run.0,
+        first,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
 /// The step at which a run failed.
 pub async fn failed_step(tx: &mut PgConnection, company: CompanyId, run: RunId) -> Result<Option<i32>, StoreError> {
     Ok(sqlx::query_scalar!(
@@ -377,8 +425,12 @@ pub async fn failed_step(tx: &mut PgConnection, company: CompanyId, run: RunId) 
 /// How a failed run goes on.
 #[derive(Debug)]
 pub struct Retry<'a> {
-    /// At this step.
+    /// The step that has failed.
+    pub failed: i32,
+    /// The place of its job.
     pub step: i32,
+    /// Its steps go on, so that it will be closed anew.
+    pub reopens: bool,
     /// With a job of this kind.
     pub kind: &'a str,
     /// When the job may be taken.
@@ -415,7 +467,7 @@ pub async fn retry(
                update run_steps s
                set status = case when $7::text is null then 'pending' else 'pending_approval' end, ended_at = null
                from failed
-               where s.company_id = failed.company_id and s.run_id = failed.id and s.step = $3 and s.status = 'failed'
+               where s.company_id = failed.company_id and s.run_id = failed.id and s.step = $8 and s.status = 'failed'
            ),
            job as (
                insert into jobs (queue, kind, company_id, ref_id, step, state, due_at, timeout_ms)
@@ -427,7 +479,9 @@ pub async fn retry(
            )
            update runs
            set status = case when $7::text is null then 'running' else 'suspended' end,
-               waiting_on = $7::jsonb, job_id = job.id, error = null, ended_at = null
+               waiting_on = $7::jsonb, job_id = job.id, error = null, ended_at = null,
+               ending = case when not $9 then ending end,
+               closings = closings + ($9 and ending is not null)::integer
            from job
            where company_id = $1 and runs.id = $2 and status = 'failed'
            returning job_id"#,
@@ -438,6 +492,8 @@ pub async fn retry(
         millis(retry.delay),
         millis(retry.timeout),
         retry.waiting_on,
+        retry.failed,
+        retry.reopens,
     )
     .fetch_optional(tx)
     .await?)

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
+use serde_json::Value;
 use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
@@ -24,18 +26,22 @@ pub struct LoadedRun {
     /// The version it is pinned to.
     pub version: Uuid,
     /// What it was started with.
-    pub params: serde_json::Value,
+    pub params: Value,
     /// Its company's status.
     pub company_status: String,
     /// It was suspended, until what it waits for came: its job is due.
     pub waited: bool,
+    /// What it comes to once it is closed, when its steps are over.
+    pub ending: Option<Value>,
+    /// How often it has been closed before.
+    pub closings: i32,
 }
 
 /// Loads the runs that are to go on; one that has ended is left out.
 pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Result<Vec<LoadedRun>, StoreError> {
     let rows = sqlx::query!(
         r#"select r.company_id, r.id, r.playbook_id, r.version_id, r.params, c.status as company_status,
-             r.status = 'suspended' as "waited!"
+             r.status = 'suspended' as "waited!", r.ending, r.closings
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          cross join lateral (
              select * from runs r where r.company_id = k.company_id and r.id = k.id offset 0
@@ -57,6 +63,8 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
             params: row.params,
             company_status: row.company_status,
             waited: row.waited,
+            ending: row.ending,
+            closings: row.closings,
         })
         .collect())
 }
@@ -116,14 +124,16 @@ pub struct StateRow {
     /// Its tries; of a `goto`, its jumps.
     pub attempt: i32,
     /// What went wrong last.
-    pub error: Option<serde_json::Value>,
+    pub error: Option<Value>,
+    /// When it was over.
+    pub ended_at: Option<DateTime<Utc>>,
 }
 
 /// How all steps of some runs stand that have begun.
 pub async fn load_states(pool: &PgPool, runs: &[(CompanyId, RunId)]) -> Result<Vec<StateRow>, StoreError> {
     Ok(sqlx::query_as!(
         StateRow,
-        r#"select s.run_id as run, s.step, s.status, s.attempt, s.error
+        r#"select s.run_id as run, s.step, s.status, s.attempt, s.error, s.ended_at
            from unnest($1::uuid[], $2::uuid[]) as k (company_id, run_id)
            cross join lateral (
                select * from run_steps s where s.company_id = k.company_id and s.run_id = k.run_id offset 0
@@ -139,7 +149,7 @@ pub async fn load_states(pool: &PgPool, runs: &[(CompanyId, RunId)]) -> Result<V
 pub async fn load_outputs(
     pool: &PgPool,
     wanted: &[(CompanyId, RunId, usize)],
-) -> Result<Vec<(Uuid, i32, serde_json::Value)>, StoreError> {
+) -> Result<Vec<(Uuid, i32, Value)>, StoreError> {
     let rows = sqlx::query!(
         r#"select s.run_id, s.step, s.output as "output!"
            from unnest($1::uuid[], $2::uuid[], $3::integer[]) as k (company_id, run_id, step)
@@ -207,7 +217,7 @@ pub struct StepChange {
 }
 
 /// What becomes of the rows of steps that a run goes past or comes to wait at.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Passing {
     /// Steps that are left out: they say nothing any more.
     pub skipped: Vec<i32>,
@@ -219,6 +229,8 @@ pub struct Passing {
     pub waiting: Option<i32>,
     /// A step that waits for an event no more.
     pub received: Option<i32>,
+    /// What the run comes to once it is closed.
+    pub ending: Option<Value>,
 }
 
 impl Passing {
@@ -232,6 +244,11 @@ impl Passing {
 pub async fn pass(tx: &mut PgConnection, company: CompanyId, run: RunId, passed: &Passing) -> Result<(), StoreError> {
     if let Some(step) = passed.received {
         signals::forget(tx, company, run, Some(step)).await?;
+    }
+    if let Some(ending) = &passed.ending {
+        sqlx::query!("update runs set ending = $3 where company_id = $1 and id = $2", company.0, run.0, ending)
+            .execute(&mut *tx)
+            .await?;
     }
     if !passed.again.is_empty() {
         sqlx::query!(

@@ -1,6 +1,6 @@
 //! The tables and their server. The clock is the server's, in milliseconds.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -185,19 +185,13 @@ impl Database {
     }
 
     fn context(&self, run: usize) -> RunContext {
-        RunContext {
-            company: CompanyId(Uuid::nil()),
-            playbook_id: PlaybookId(Uuid::nil()),
-            run: RunId(Uuid::from_u128(run as u128)),
-            playbook: Arc::clone(&self.runs[run].playbook),
-            inputs: Arc::new(json!({})),
-            outputs: Arc::default(),
-            failures: HashMap::new(),
-            jumps: HashMap::new(),
-            waits: HashMap::new(),
-            item: None,
-            fanned: None,
-        }
+        RunContext::new(
+            CompanyId(Uuid::nil()),
+            PlaybookId(Uuid::nil()),
+            RunId(Uuid::from_u128(run as u128)),
+            Arc::clone(&self.runs[run].playbook),
+            Arc::new(json!({})),
+        )
     }
 
     /// `claim::load`: what an attempt needs; `None` when its run is not

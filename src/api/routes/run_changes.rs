@@ -28,11 +28,13 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
 /// Cancel a run
 ///
 /// One that has ended stays as it is: a 409 says how it ended. An attempt that
-/// is under way may still have an effect; its result is not taken.
+/// is under way may still have an effect; its result is not taken. A run whose
+/// playbook has `compensate` or `finally` does that first, and is `cancelled` then;
+/// cancelled once more, it ends at once.
 #[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/runs/{run}/cancel", tag = "Runs",
     params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`"),
         ("run" = String, Path, description = "`run_…`")),
-    responses((status = 200, description = "It is cancelled.", body = One<Run>)))]
+    responses((status = 200, description = "It is cancelled, or is about to be.", body = One<Run>)))]
 async fn cancel(
     State(state): Shared,
     caller: Caller,
@@ -42,7 +44,8 @@ async fn cancel(
     let ids = ids(&company, &playbook, &run)?;
     let mut command = caller.command(&state, digest).await?;
     let row = find(command.tx(), &caller, ids).await?;
-    cancel_run(command.tx(), ids.0, row.run, &caller.key.to_string()).await?;
+    cancel_run(&state.engine, command.tx(), ids.0, row.run, &caller.key.to_string()).await?;
+    command.wake();
     let row = find(command.tx(), &caller, ids).await?;
     let shown = show(&state, command.tx(), ids.0, row).await?;
     command.finish(StatusCode::OK, shown).await

@@ -179,6 +179,9 @@ struct RunStep {
     #[schema(required, value_type = Option<String>)]
     agent_id: Option<AgentId>,
     action: String,
+    /// Of a step that closes the run: `compensate`, or `finally`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    closes: Option<&'static str>,
     /// `pending`, `running`, `waiting`, `pending_approval`, `completed`,
     /// `failed`, `skipped` or `cancelled`.
     status: &'static str,
@@ -293,7 +296,8 @@ async fn started(
     patience: Duration,
 ) -> Result<Response, ApiError> {
     let account = Some(caller.account);
-    let decided = start::decide(&state.engine, command.tx(), account, (company, playbook), params, "manual", None).await?;
+    let decided =
+        start::decide(&state.engine, command.tx(), account, (company, playbook), params, "manual", None).await?;
     let (run, status, answer) = match decided {
         Decided::Known(run) => {
             let answer = command.finish(StatusCode::OK, brief(playbook, run.clone())).await?;
@@ -580,7 +584,9 @@ async fn waiting_on(
 
 /// The playbook's steps with what has become of each.
 fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], job: Option<&JobRow>) -> Vec<RunStep> {
-    let steps = plan.steps.iter().enumerate();
+    // Of what closes a run, that which it has come to.
+    let begun = |at: &usize| rows.iter().any(|row| usize::try_from(row.step) == Ok(*at));
+    let steps = plan.steps.iter().enumerate().chain(plan.closing().filter(|(at, _)| begun(at)));
     steps
         .map(|(index, step)| {
             let row = rows.iter().find(|row| usize::try_from(row.step) == Ok(index));
@@ -595,6 +601,8 @@ fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], job: Option<&JobRo
                 role: step.role.clone(),
                 agent_id: row.and_then(|row| row.agent),
                 action: step.action.clone(),
+                closes: (index >= plan.steps.len())
+                    .then(|| if step.undoes.is_some() { "compensate" } else { "finally" }),
                 status: if fanned { StepStatus::Running.as_str() } else { step_status(run.status, row, job) },
                 cost: row.map_or(0.0, |row| row.cost.to_usd()),
                 duration: row.and_then(|row| Some((row.ended_at? - row.started_at?).num_seconds().max(0))),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use capx_core::domain::digest;
 use capx_core::domain::ids::{CompanyId, RunId};
 use capx_core::domain::outcome::{Failure, Outcome};
+use capx_core::domain::plan::JUNCTION;
 use capx_core::domain::playbook::Step;
 use capx_core::domain::playbook::load::TOOLS;
 use capx_core::domain::playbook::model::StepKind;
@@ -62,17 +63,20 @@ impl Hands {
 
     /// Does a step.
     pub async fn step(&self, job: &ClaimedJob, work: &StepWork) -> Outcome {
+        if let Some(why) = &work.context.playbook.unreadable {
+            return Outcome::failed(Failure::invalid(why.clone()));
+        }
         let index = usize::try_from(job.step).unwrap_or(usize::MAX);
-        let Some(step) = work.context.playbook.steps.get(index) else {
-            // The run went past all that was left: it only needs to end.
-            if index == work.context.playbook.steps.len() && work.context.playbook.unreadable.is_none() {
-                return Outcome::done(Value::Null);
-            }
-            let why = work.context.playbook.unreadable.clone();
-            return Outcome::failed(Failure::invalid(
-                why.unwrap_or_else(|| format!("the playbook has no step {index}")),
-            ));
+        // Between its steps there is nothing to do but to decide.
+        if job.step == JUNCTION || work.context.is_past_all(index) {
+            return Outcome::done(Value::Null);
+        }
+        let Some(step) = work.context.playbook.step(index) else {
+            return Outcome::failed(Failure::invalid(format!("the playbook has no step {index}")));
         };
+        if let Some(refused) = &work.context.refused {
+            return Outcome::failed(refused.failure());
+        }
         // What gave no value when the run came here gives its reason now.
         let asked = work.context.holds(step).and_then(|_| match &step.kind {
             StepKind::Sleep(pause) => work.context.pause(pause).map(drop),

@@ -4,19 +4,8 @@ use proptest::prelude::*;
 use serde_json::json;
 
 fn context(yaml: &str, inputs: Value) -> RunContext {
-    RunContext {
-        company: CompanyId::new(),
-        playbook_id: PlaybookId::new(),
-        run: RunId::new(),
-        playbook: Arc::new(playbook::load(yaml).expect("loads")),
-        inputs: Arc::new(inputs),
-        outputs: Arc::default(),
-        failures: HashMap::new(),
-        jumps: HashMap::new(),
-        waits: HashMap::new(),
-        item: None,
-        fanned: None,
-    }
+    let playbook = Arc::new(playbook::load(yaml).expect("loads"));
+    RunContext::new(CompanyId::new(), PlaybookId::new(), RunId::new(), playbook, Arc::new(inputs))
 }
 
 fn on(next: Next) -> Decision {
@@ -27,7 +16,7 @@ fn place_of(next: &Next) -> Option<usize> {
     match next {
         Next::Step(step) | Next::Sleep { step, .. } => Some(*step),
         Next::Gate(gate) => Some(gate.step),
-        Next::End { .. } => None,
+        Next::End { .. } | Next::Closed => None,
     }
 }
 

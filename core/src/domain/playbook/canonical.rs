@@ -21,9 +21,9 @@ pub fn canonical(root: &Node) -> Node {
     if let Some(inputs) = value_mut(&mut top, "inputs") {
         each_entry(inputs, input);
     }
-    if let Some(steps) = value_mut(&mut top, "steps") {
-        let mut taken = HashSet::new();
-        if let Kind::Seq(items) = &mut steps.kind {
+    let mut taken = HashSet::new();
+    for list in ["steps", "finally"] {
+        if let Some(Node { kind: Kind::Seq(items), .. }) = value_mut(&mut top, list) {
             items.iter_mut().for_each(|item| *item = step(item, &mut taken));
         }
     }
@@ -146,9 +146,6 @@ fn input(node: &mut Node) {
 fn step(node: &Node, taken: &mut HashSet<String>) -> Node {
     let mut step = entries(node);
     rename(&mut step, keys::STEP);
-    if let Some(Node { kind: Kind::Str(role), .. }) = value_mut(&mut step, "role") {
-        *role = role.trim().trim_start_matches("agent.").to_owned();
-    }
     let id = match value_mut(&mut step, "id").map(|id| &id.kind) {
         Some(Kind::Str(id)) => id.trim().to_owned(),
         Some(Kind::Int(id)) => id.to_string(),
@@ -167,14 +164,37 @@ fn step(node: &Node, taken: &mut HashSet<String>) -> Node {
     step.push((key(at, "id"), text(at, &id)));
     taken.insert(id);
     gate(&mut step);
+    if let Some(undo) = value_mut(&mut step, "compensate") {
+        written_out(undo, "action");
+        let mut inner = entries(undo);
+        rename(&mut inner, keys::COMPENSATE);
+        details(&mut inner);
+        order(&mut inner, keys::COMPENSATE);
+        undo.kind = Kind::Map(inner);
+    }
+    details(&mut step);
+    order(&mut step, keys::STEP);
+    Node { at: node.at, kind: Kind::Map(step) }
+}
+
+/// A short form as the map that it stands for.
+fn written_out(node: &mut Node, key_of: &str) {
+    if !matches!(node.kind, Kind::Map(_)) {
+        node.kind = Kind::Map(vec![(key(node.at, key_of), node.clone())]);
+    }
+}
+
+/// What is written inside a step in several ways.
+fn details(step: &mut Entries) {
+    if let Some(Node { kind: Kind::Str(role), .. }) = value_mut(step, "role") {
+        *role = role.trim().trim_start_matches("agent.").to_owned();
+    }
     for (short, long) in [("retry", "max_attempts"), ("wait_for", "event")] {
-        if let Some(node) = value_mut(&mut step, short)
-            && !matches!(node.kind, Kind::Map(_))
-        {
-            node.kind = Kind::Map(vec![(key(node.at, long), node.clone())]);
+        if let Some(node) = value_mut(step, short) {
+            written_out(node, long);
         }
     }
-    for (name, node) in &mut step {
+    for (name, node) in step {
         match (name.text.as_str(), &mut node.kind) {
             ("timeout" | "sleep", _) => duration_of(node),
             ("retry" | "wait_for" | "approval", Kind::Map(inner)) => {
@@ -186,8 +206,6 @@ fn step(node: &Node, taken: &mut HashSet<String>) -> Node {
             _ => {}
         }
     }
-    order(&mut step, keys::STEP);
-    Node { at: node.at, kind: Kind::Map(step) }
 }
 
 /// Keys inside a step's maps that are durations.

@@ -43,17 +43,22 @@ pub fn diff(from: &str, to: &str) -> Result<Vec<Change>, Problem> {
     Ok(changes)
 }
 
+/// Lists of steps, whose order counts.
+const LISTS: &[&str] = &["steps", "finally"];
+
 /// The canonical form, its steps by their ids.
 fn meaning(text: &str) -> Result<Map<String, Value>, Problem> {
     let Value::Object(mut top) = canonical(&yaml::read(text)?).to_json() else { return Ok(Map::new()) };
     // It counts nothing: the numbers of versions are given.
     top.remove("version");
-    if let Some(Value::Array(steps)) = top.get_mut("steps").map(Value::take) {
-        let by_id = steps.into_iter().filter_map(|mut step| {
-            let id = step.as_object_mut()?.shift_remove("id")?;
-            Some((id.as_str()?.to_owned(), step))
-        });
-        top.insert("steps".into(), Value::Object(by_id.collect()));
+    for list in LISTS {
+        if let Some(Value::Array(steps)) = top.get_mut(*list).map(Value::take) {
+            let by_id = steps.into_iter().filter_map(|mut step| {
+                let id = step.as_object_mut()?.shift_remove("id")?;
+                Some((id.as_str()?.to_owned(), step))
+            });
+            top.insert((*list).into(), Value::Object(by_id.collect()));
+        }
     }
     Ok(top)
 }
@@ -68,8 +73,8 @@ fn maps(from: &Map<String, Value>, to: &Map<String, Value>, path: &str, changes:
             (None, is) => changes.push(Change { path: at(name), kind: Kind::Added, from: Value::Null, to: is.clone() }),
             (Some(Value::Object(was)), Value::Object(is)) => {
                 maps(was, is, &at(name), changes);
-                if name == "steps" && path.is_empty() {
-                    moves(was, is, changes);
+                if path.is_empty() && LISTS.contains(&name.as_str()) {
+                    moves(name, was, is, changes);
                 }
             }
             (Some(was), is) if was == is => {}
@@ -81,7 +86,7 @@ fn maps(from: &Map<String, Value>, to: &Map<String, Value>, path: &str, changes:
 }
 
 /// The fewest steps that must have moved, of those that are in both.
-fn moves(from: &Map<String, Value>, to: &Map<String, Value>, changes: &mut Vec<Change>) {
+fn moves(path: &str, from: &Map<String, Value>, to: &Map<String, Value>, changes: &mut Vec<Change>) {
     let common = |of: &Map<String, Value>, other: &Map<String, Value>| -> Vec<String> {
         of.keys().filter(|id| other.contains_key(*id)).cloned().collect()
     };
@@ -93,7 +98,7 @@ fn moves(from: &Map<String, Value>, to: &Map<String, Value>, changes: &mut Vec<C
     for (at, (id, place)) in is.iter().zip(places).enumerate() {
         if !stays[at] {
             let (from, to) = (before(&was, place), before(&is, at));
-            changes.push(Change { path: format!("steps.{id}"), kind: Kind::Moved, from, to });
+            changes.push(Change { path: format!("{path}.{id}"), kind: Kind::Moved, from, to });
         }
     }
 }

@@ -14,7 +14,7 @@ use super::yaml::{self, Kind, Node};
 const LINE_MAX: usize = 100;
 const INDENT: usize = 2;
 /// Maps that are written out, however short.
-const WRITTEN_OUT: &[&str] = &["params", "inputs", "steps", "rubric"];
+const WRITTEN_OUT: &[&str] = &["params", "inputs", "steps", "finally", "rubric"];
 /// Plain words that some reader of YAML takes for something else.
 const WORDS: &[&str] = &["null", "true", "false", "yes", "no", "on", "off", "y", "n", "~"];
 

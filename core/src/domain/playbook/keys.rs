@@ -57,6 +57,11 @@ pub const TOP: &[Key] = &[
         "What is done, in this order.",
         r##"{"type": "array", "minItems": 1, "maxItems": 1000, "items": {"$ref": "#/$defs/step"}}"##,
     ),
+    key(
+        "finally",
+        "What is done when the steps are over, however they ended.",
+        r##"{"type": "array", "maxItems": 100, "items": {"$ref": "#/$defs/step"}}"##,
+    ),
     key("output", "What the run's output is made of; may hold `${…}`.", ANY),
     key("rubric", "Limits and criteria of the whole run.", MAP),
 ];
@@ -123,6 +128,11 @@ pub const STEP: &[Key] = &[
         r##"{"anyOf": [{"type": "integer", "minimum": 1, "maximum": 100}, {"$ref": "#/$defs/retry"}]}"##,
     ),
     key("on_failure", "`abort`, `continue`, or the id of a later step.", TEXT),
+    key(
+        "compensate",
+        "What undoes the step when it is done and the run fails later.",
+        r##"{"anyOf": [{"type": "string"}, {"$ref": "#/$defs/compensate"}]}"##,
+    ),
     key("rubric", "Criteria of the step.", ANY),
 ];
 
@@ -174,6 +184,24 @@ pub const RETRY: &[Key] = &[
         "on",
         "Which errors are worth another try.",
         r#"{"type": "array", "items": {"enum": ["transient", "rate_limited", "timeout", "invalid", "governance"]}}"#,
+    ),
+];
+
+/// Of `compensate`.
+pub const COMPENSATE: &[Key] = &[
+    key("role", "Whose work it is; the step's own without.", TEXT),
+    other("agent", "role", TEXT),
+    key("action", "A tool's name, or what the role's agent is asked to do.", TEXT),
+    other("tool", "action", TEXT),
+    key("params", "The arguments; may hold `${…}`, the step's own output too.", MAP),
+    other("with", "params", MAP),
+    key("adapter", "Overrides the agent's adapter.", TEXT),
+    key("model", "Overrides the agent's model.", TEXT),
+    key("timeout", "How long one attempt may take.", DURATION),
+    key(
+        "retry",
+        "When and how often a failed attempt is made again.",
+        r##"{"anyOf": [{"type": "integer", "minimum": 1, "maximum": 100}, {"$ref": "#/$defs/retry"}]}"##,
     ),
 ];
 

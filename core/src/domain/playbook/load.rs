@@ -16,6 +16,7 @@ use super::yaml::{self, Kind, Node};
 use super::{INPUTS_MAX, STEPS_MAX};
 
 mod check;
+mod closing;
 mod fan;
 mod fields;
 mod flow;
@@ -27,7 +28,7 @@ pub(super) use step::free_id;
 
 /// Keys of the language that this version does not carry out yet; refused, so
 /// that nobody believes in a guard that is not there.
-const TOP_KEYS_LATER: &[&str] = &["execution", "concurrency", "finally", "secrets", "budget", "role"];
+const TOP_KEYS_LATER: &[&str] = &["execution", "concurrency", "secrets", "budget", "role"];
 
 /// The tools that run without an agent's model.
 pub const TOOLS: &[&str] = &["http.request", "file.read", "file.write", "transform"];
@@ -43,7 +44,7 @@ pub fn load(text: &str) -> Result<Playbook, Vec<Problem>> {
 /// The same, with the warnings of what loads.
 pub fn read(text: &str) -> Result<(Playbook, Vec<Problem>), Vec<Problem>> {
     let root = yaml::read(text).map_err(|problem| vec![problem])?;
-    let mut loader = Loader { problems: Vec::new(), uses: Vec::new(), step: None, each: false };
+    let mut loader = Loader { problems: Vec::new(), uses: Vec::new(), place: Place::End, each: false };
     let playbook = loader.playbook(&root);
     let mut problems = loader.problems;
     problems.sort_by_key(|p| (p.at.line, p.at.column));
@@ -57,16 +58,30 @@ pub(crate) struct Loader {
     problems: Vec<Problem>,
     /// What is looked up where.
     uses: Vec<Use>,
-    /// The step that is read.
-    step: Option<usize>,
+    /// What is read.
+    place: Place,
     /// What is read is done for each item of a list.
     each: bool,
 }
 
+/// A part of a playbook, by what it can look up there.
+#[derive(Clone, Copy)]
+enum Place {
+    /// Before the first step.
+    Start,
+    /// A step.
+    Step(usize),
+    /// What undoes a step.
+    Undo(usize),
+    /// What is done in any case, when the steps are over.
+    Finally(usize),
+    /// Behind the last step.
+    End,
+}
+
 /// A place where something is looked up.
 struct Use {
-    /// In which step; `None` after the last.
-    step: Option<usize>,
+    place: Place,
     /// There is an item.
     each: bool,
     at: Pos,
@@ -107,12 +122,14 @@ impl Loader {
         let idempotency_key = fields.get("idempotency_key").and_then(|node| {
             self.text(node, "idempotency_key")?;
             // It is made when a run starts: no step has said anything yet.
-            self.step = Some(0);
+            self.place = Place::Start;
             let template = self.template(node, "idempotency_key");
-            self.step = None;
+            self.place = Place::End;
             Some(template)
         });
-        let steps = self.steps(root, fields.get("steps"));
+        let mut taken = HashSet::new();
+        let steps = self.steps(root, fields.get("steps"), &mut taken);
+        let finally = closing::finally(self, fields.get("finally"), &mut taken);
         let rubric = fields.get("rubric").map(|node| {
             if !matches!(node.kind, Kind::Map(_)) {
                 let found = node.describe();
@@ -121,14 +138,16 @@ impl Loader {
             node.to_json()
         });
         let output = fields.get("output").map(|node| self.template(node, "output"));
-        check::references(self, &steps, &inputs);
+        check::references(self, &steps, &finally, &inputs);
+        let (steps, closing) = closing::join(steps, finally);
         Some(Playbook {
             name: name?,
             description,
             trigger: trigger?,
             inputs,
             idempotency_key,
-            steps: with_uses(steps.into_iter().map(|read| read.step).collect(), output.as_ref()),
+            steps: with_uses(steps, output.as_ref()),
+            closing,
             rubric,
             output,
             unreadable: None,
@@ -182,9 +201,9 @@ impl Loader {
 
     /// Remembers what is looked up where, until all steps are known.
     fn note_uses(&mut self, references: Vec<&Reference>, at: Pos, path: &str) {
-        let (step, each, path): (_, _, Arc<str>) = (self.step, self.each, path.into());
+        let (place, each, path): (_, _, Arc<str>) = (self.place, self.each, path.into());
         let uses = references.into_iter().map(|reference| Use {
-            step,
+            place,
             each,
             at,
             path: path.to_owned(),
@@ -262,7 +281,7 @@ impl Loader {
         found
     }
 
-    fn steps(&mut self, root: &Node, node: Option<&Node>) -> Vec<step::Read> {
+    fn steps(&mut self, root: &Node, node: Option<&Node>, taken: &mut HashSet<String>) -> Vec<step::Read> {
         let Some(node) = node else {
             self.error(root.at, "steps", "a playbook needs `steps`");
             return Vec::new();
@@ -284,13 +303,12 @@ impl Loader {
             self.error(node.at, "steps", format!("{} steps, over the limit of {STEPS_MAX}", items.len()));
             return Vec::new();
         }
-        let mut taken = HashSet::new();
         let mut steps = Vec::with_capacity(items.len());
         for (index, item) in items.iter().enumerate() {
-            self.step = Some(index);
-            steps.extend(step::step(self, item, index, &mut taken));
+            self.place = Place::Step(index);
+            steps.extend(step::step(self, item, &format!("steps.{index}"), taken));
         }
-        self.step = None;
+        self.place = Place::End;
         // A step that could not be read would shift the places of the others.
         if steps.len() == items.len() {
             flow::resolve(self, &mut steps);

@@ -8,6 +8,7 @@ use super::expr::{Expr, Reference};
 use super::template::Template;
 use crate::domain::backoff::Backoff;
 use crate::domain::outcome::ErrorClass;
+use crate::domain::run::RunStatus;
 use crate::domain::schedule::ScheduleSpec;
 
 /// A checked playbook.
@@ -25,6 +26,9 @@ pub struct Playbook {
     pub idempotency_key: Option<Template>,
     /// In the order they run.
     pub steps: Vec<Step>,
+    /// What is done when they are over: what undoes them, that of the last one first,
+    /// then what is done in any case. Their places go on behind those of the steps.
+    pub closing: Vec<Step>,
     /// Limits and criteria of the whole run, as written.
     pub rubric: Option<Value>,
     /// What the run's `output` is made of.
@@ -160,8 +164,11 @@ pub struct Step {
     pub adapter: Option<String>,
     /// Overrides the agent's model.
     pub model: Option<String>,
+    /// The step that it undoes, where it does.
+    pub undoes: Option<usize>,
     /// The last step that refers to its output, the run's own output counting
-    /// as one more; `None` when nothing does.
+    /// as one more; `None` when nothing does. What is done when the steps are over
+    /// does not count here.
     pub last_use: Option<usize>,
 }
 
@@ -359,18 +366,44 @@ impl Playbook {
             inputs: Vec::new(),
             idempotency_key: None,
             steps: Vec::new(),
+            closing: Vec::new(),
             rubric: None,
             output: None,
             unreadable: Some(reason),
         }
     }
 
+    /// The step in a place, of those that close a run too.
+    pub fn step(&self, at: usize) -> Option<&Step> {
+        self.steps.get(at).or_else(|| self.closing.get(at.checked_sub(self.steps.len())?))
+    }
+
+    /// The steps that close a run, with their places.
+    pub fn closing(&self) -> impl Iterator<Item = (usize, &Step)> {
+        self.closing.iter().enumerate().map(|(at, step)| (self.steps.len() + at, step))
+    }
+
     /// The steps whose outputs a run at `step` still needs: of those before it,
     /// and, where it may have jumped back, of those behind it too.
-    pub fn needed_at(&self, step: usize) -> impl Iterator<Item = usize> {
+    pub fn needed_at(&self, step: usize) -> Vec<usize> {
         let reach = if self.jumps() { self.steps.len() } else { step };
         let done = self.steps.iter().enumerate().take(reach);
-        done.filter(move |(_, earlier)| earlier.last_use >= Some(step)).map(|(index, _)| index)
+        done.filter(|(_, earlier)| earlier.last_use >= Some(step)).map(|(index, _)| index).collect()
+    }
+
+    /// The steps whose outputs are needed to close a run.
+    pub fn needed_to_close(&self) -> Vec<usize> {
+        let mut needed: Vec<usize> = self.closing.iter().flat_map(|step| self.looked_up_by(step)).collect();
+        needed.sort_unstable();
+        needed.dedup();
+        needed
+    }
+
+    /// The steps that a step looks something up of.
+    fn looked_up_by(&self, step: &Step) -> Vec<usize> {
+        let of_steps = |reference: &&Reference| reference.name(0) == Some("steps");
+        let references = step.references().into_iter().filter(of_steps);
+        references.filter_map(|reference| self.step_index(reference.name(1)?)).collect()
     }
 
     /// Whether a run may come to a step more than once.
@@ -383,8 +416,15 @@ impl Playbook {
         self.steps.iter().any(|step| step.on_failure != OnFailure::Abort)
     }
 
-    /// The step with an id.
+    /// Whether a run of it goes on when the gate before a step stays shut: past the
+    /// step, or to what closes the run.
+    pub fn takes_refusals(&self, step: usize) -> bool {
+        let aborts = self.step(step).is_none_or(|step| step.on_failure == OnFailure::Abort);
+        !aborts || self.closes(RunStatus::Failed)
+    }
+
+    /// The step with an id, of those that close a run too.
     pub fn step_index(&self, id: &str) -> Option<usize> {
-        self.steps.iter().position(|step| step.id == id)
+        self.steps.iter().chain(&self.closing).position(|step| step.id == id)
     }
 }

@@ -38,6 +38,7 @@ pub fn schema() -> Value {
         "input": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/type"}, of(keys::INPUT)]},
         "step": of(keys::STEP),
         "retry": of(keys::RETRY),
+        "compensate": of(keys::COMPENSATE),
         "approval": of(keys::APPROVAL),
         "wait_for": of(keys::WAIT_FOR),
     });
@@ -66,7 +67,16 @@ mod tests {
 
     #[test]
     fn every_shape_is_json() {
-        let tables = [keys::TOP, keys::STEP, keys::TRIGGER, keys::INPUT, keys::RETRY, keys::APPROVAL, keys::WAIT_FOR];
+        let tables = [
+            keys::TOP,
+            keys::STEP,
+            keys::TRIGGER,
+            keys::INPUT,
+            keys::RETRY,
+            keys::APPROVAL,
+            keys::WAIT_FOR,
+            keys::COMPENSATE,
+        ];
         for key in tables.into_iter().flatten() {
             serde_json::from_str::<Value>(key.shape).unwrap_or_else(|error| panic!("{}: {error}", key.name));
             assert_eq!(key.doc.is_empty(), key.same_as.is_some(), "{}", key.name);

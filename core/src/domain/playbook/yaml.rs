@@ -73,6 +73,14 @@ impl Node {
         }
     }
 
+    /// Its entries, when it is a map.
+    pub fn entries(&self) -> &[(Key, Node)] {
+        match &self.kind {
+            Kind::Map(entries) => entries,
+            _ => &[],
+        }
+    }
+
     /// The same value without places.
     pub fn to_json(&self) -> Value {
         match &self.kind {

@@ -69,7 +69,7 @@ run as (
         waiting_on = d.waiting_on::jsonb,
         output = coalesce(d.run_output::jsonb, r.output),
         error = coalesce(d.run_error::jsonb, r.error),
-        ended_at = case when d.run_status in ('completed', 'failed') then clock_timestamp() end
+        ended_at = case when d.run_status in ('completed', 'failed', 'cancelled') then clock_timestamp() end
     from (select * from moved union all select * from gone) d
     where r.id = any (array[d.run_id]) and r.company_id is not distinct from d.company_id and r.status = 'running'
     returning d.*, r.event_seq - d.event_count as seq, r.playbook_id, r.cost_nanos as run_cost_nanos, r.started_at, r.ended_at
@@ -112,7 +112,7 @@ counted as (
     select company_id, playbook_id, 0, count(*), sum(run_cost_nanos),
         sum(coalesce(extract(epoch from ended_at - started_at) * 1000, 0))::bigint
     from run
-    where run_status in ('completed', 'failed')
+    where run_status in ('completed', 'failed', 'cancelled')
     group by company_id, playbook_id
 ),
 spent as (

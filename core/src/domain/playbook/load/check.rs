@@ -1,7 +1,7 @@
 //! Checks over the whole playbook: references lead somewhere, schedules fire.
 
 use super::step::Read;
-use super::{Loader, Use};
+use super::{Loader, Place, Use};
 use crate::domain::playbook::expr::Reference;
 use crate::domain::playbook::model::{InputSpec, Trigger};
 use crate::domain::playbook::problem::{Pos, Problem, did_you_mean, nearest};
@@ -11,11 +11,13 @@ const OF_AN_ITEM: &[&str] = &["item", "index"];
 const ROOTS: &[&str] = &["inputs", "steps", "run"];
 /// What `run.…` holds.
 const RUN_FIELDS: &[&str] = &["id", "playbook", "company_id"];
+/// What it holds besides when its steps are over.
+const RUN_FIELDS_AT_LAST: &[&str] = &["status", "error"];
 
-pub(super) fn references(loader: &mut Loader, steps: &[Read], inputs: &[InputSpec]) {
+pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], inputs: &[InputSpec]) {
     let loops: Vec<(usize, usize)> =
         steps.iter().enumerate().filter_map(|(at, read)| read.step.jumps_back_from(at)).collect();
-    for Use { step, each, at, path, reference } in std::mem::take(&mut loader.uses) {
+    for Use { place, each, at, path, reference } in std::mem::take(&mut loader.uses) {
         if OF_AN_ITEM.contains(&reference.name(0).unwrap_or_default()) {
             if !each {
                 let hint = Some("only the `params` of a step with `for_each` have it".to_owned());
@@ -23,24 +25,44 @@ pub(super) fn references(loader: &mut Loader, steps: &[Read], inputs: &[InputSpe
             }
             continue;
         }
-        let before = step.map_or(steps.len(), |index| {
-            // Inside a loop, what comes later may have been done the time before.
-            let around = loops.iter().filter(|(first, end)| (*first..=*end).contains(&index)).map(|(_, end)| *end);
-            around.max().unwrap_or(index)
-        });
-        check(loader, &reference, at, &path, &steps[..before.min(steps.len())], steps, inputs);
+        let before = match place {
+            Place::Start => 0,
+            Place::Step(index) => {
+                // Inside a loop, what comes later may have been done the time before.
+                let around = loops.iter().filter(|(first, end)| (*first..=*end).contains(&index)).map(|(_, end)| *end);
+                around.max().unwrap_or(index)
+            }
+            Place::Undo(index) => index + 1,
+            Place::Finally(_) | Place::End => steps.len(),
+        };
+        let finally = match place {
+            Place::Finally(index) => &finally[..index.min(finally.len())],
+            _ => &[],
+        };
+        let sees = Sees {
+            before: &steps[..before.min(steps.len())],
+            finally,
+            all: steps,
+            inputs,
+            at_last: matches!(place, Place::Undo(_) | Place::Finally(_)),
+        };
+        check(loader, &reference, at, &path, &sees);
     }
 }
 
-fn check(
-    loader: &mut Loader,
-    reference: &Reference,
-    at: Pos,
-    path: &str,
-    before: &[Read],
-    all: &[Read],
-    inputs: &[InputSpec],
-) {
+/// What can be looked up in a place.
+struct Sees<'a> {
+    before: &'a [Read],
+    finally: &'a [Read],
+    all: &'a [Read],
+    inputs: &'a [InputSpec],
+    /// The run's steps are over.
+    at_last: bool,
+}
+
+fn check(loader: &mut Loader, reference: &Reference, at: Pos, path: &str, sees: &Sees<'_>) {
+    let Sees { inputs, all, at_last, .. } = *sees;
+    let before = || sees.before.iter().chain(sees.finally);
     let name = reference.name(1).unwrap_or_default();
     match reference.name(0).unwrap_or_default() {
         "inputs" => {
@@ -55,8 +77,8 @@ fn check(
             }
         }
         "steps" => {
-            if !before.iter().any(|read| read.step.id == name) {
-                let ids = before.iter().map(|read| read.step.id.as_str());
+            if !before().any(|read| read.step.id == name) {
+                let ids = before().map(|read| read.step.id.as_str());
                 let message = if all.iter().any(|read| read.step.id == name) {
                     format!("`${{{reference}}}`: the step `{name}` does not come before this one")
                 } else {
@@ -79,12 +101,18 @@ fn check(
             }
         }
         "run" => {
-            if !RUN_FIELDS.contains(&name) {
+            let early = !at_last && RUN_FIELDS_AT_LAST.contains(&name);
+            if early {
+                let hint = Some("only `finally` and `compensate` can look it up".to_owned());
+                loader.suggest(at, path, format!("`${{{reference}}}`: the run is not over here"), hint);
+            } else if !RUN_FIELDS.contains(&name) && !RUN_FIELDS_AT_LAST.contains(&name) {
+                let known: Vec<&str> = RUN_FIELDS.iter().chain(RUN_FIELDS_AT_LAST).copied().collect();
+                let known = if at_last { known.join(", ") } else { RUN_FIELDS.join(", ") };
                 loader.suggest(
                     at,
                     path,
                     format!("`${{{reference}}}`: a run has no `{name}`"),
-                    Some(format!("it has {}", RUN_FIELDS.join(", "))),
+                    Some(format!("it has {known}")),
                 );
             }
         }

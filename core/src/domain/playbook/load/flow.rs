@@ -110,6 +110,7 @@ const OF_WORK: &[&str] = &[
     "approval",
     "adapter",
     "model",
+    "compensate",
     "rubric",
 ];
 
@@ -201,7 +202,7 @@ pub(super) fn resolve(loader: &mut Loader, steps: &mut [Read]) {
         return;
     }
     let mut again = 0_usize;
-    for (index, Read { step, at, flow }) in steps.iter_mut().enumerate() {
+    for (index, Read { step, at, flow, .. }) in steps.iter_mut().enumerate() {
         let path = format!("steps.{index}");
         if let (StepKind::Goto { target, jumps_max }, Some((name, at))) = (&mut step.kind, &flow.goto)
             && let Some(found) = find(loader, &ids, name, *at, &format!("{path}.goto"))

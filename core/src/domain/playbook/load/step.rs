@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use super::closing;
 use super::fan::fan;
 use super::flow::{self, Flow};
 use super::{Fields, Loader, TOOLS, params};
@@ -12,34 +13,33 @@ use crate::domain::backoff::Backoff;
 use crate::domain::duration;
 use crate::domain::outcome::ErrorClass;
 use crate::domain::playbook::keys;
-use crate::domain::playbook::model::{Approval, MAX_ATTEMPTS_MAX, OnTimeout, Retry, STEP_TIMEOUT, Step, StepKind};
+use crate::domain::playbook::model::{
+    Approval, MAX_ATTEMPTS_MAX, OnFailure, OnTimeout, Retry, STEP_TIMEOUT, Step, StepKind,
+};
 use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
 use crate::domain::playbook::template::Template;
 use crate::domain::playbook::yaml::{Kind, Node};
 
-const KEYS_LATER: &[&str] = &["needs", "compensate", "playbook", "output", "concurrency", "on_unknown", "prompt"];
+const KEYS_LATER: &[&str] = &["needs", "playbook", "output", "concurrency", "on_unknown", "prompt"];
 
 /// A step that has been read, and where it points to by name.
 pub(super) struct Read {
     pub step: Step,
+    /// What undoes it.
+    pub undo: Option<Step>,
     pub at: Pos,
     pub flow: Flow,
 }
 
 /// Reads one step; `taken` holds the ids before it.
-pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut HashSet<String>) -> Option<Read> {
-    let path = format!("steps.{index}");
-    let fields = Fields::open(loader, node, &path, keys::STEP, KEYS_LATER)?;
-    let role = fields
-        .one_of(loader, &["role", "agent"])
-        .and_then(|n| loader.text(n, &format!("{path}.role")))
-        // A reference by another dialect: `agent.marketing` is the role.
-        .map(|role| role.strip_prefix("agent.").map(str::to_owned).unwrap_or(role));
+pub(super) fn step(loader: &mut Loader, node: &Node, path: &str, taken: &mut HashSet<String>) -> Option<Read> {
+    let fields = Fields::open(loader, node, path, keys::STEP, KEYS_LATER)?;
+    let role = role(loader, &fields, path);
     let mut flow = Flow::default();
-    let kind = flow::kind(loader, &fields, node, &path, &mut flow);
-    flow::only_of_work(loader, &fields, node, &kind, &path);
-    let condition = flow::condition(loader, &fields, &path);
-    let on_failure = flow::on_failure(loader, &fields, &path, &mut flow);
+    let kind = flow::kind(loader, &fields, node, path, &mut flow);
+    flow::only_of_work(loader, &fields, node, &kind, path);
+    let condition = flow::condition(loader, &fields, path);
+    let on_failure = flow::on_failure(loader, &fields, path, &mut flow);
     let action_node = fields.one_of(loader, &["action", "tool"]);
     let action = match &kind {
         StepKind::Work => action_node.and_then(|n| loader.text(n, &format!("{path}.action"))),
@@ -56,53 +56,88 @@ pub(super) fn step(loader: &mut Loader, node: &Node, index: usize, taken: &mut H
         }
     }
     if let (Some(action), Some(at), true) = (&action, action_node, works) {
-        check_action(loader, action, at, role.is_some(), &path);
+        check_action(loader, action, at, role.is_some(), path);
     }
-    let fan = if works { fan(loader, &fields, &path) } else { None };
+    let fan = if works { fan(loader, &fields, path) } else { None };
     loader.each = fan.is_some();
+    let how = how(loader, &fields, path);
+    loader.each = false;
+    let approval = fields.get("approval").and_then(|n| approval(loader, n, &format!("{path}.approval")));
+    let given = fields.one_of(loader, &["id", "name"]).and_then(|n| Some((loader.text(n, &format!("{path}.id"))?, n)));
+    let id = match given {
+        Some((id, at)) => {
+            check_id(loader, &id, at, path, taken);
+            id
+        }
+        None => free_id(action.as_deref().unwrap_or("step"), taken),
+    };
+    taken.insert(id.clone());
+    let undo = fields.get("compensate").and_then(|n| closing::compensate(loader, n, path, &id, role.as_deref()));
+    let once = Retry { max_attempts: 1, ..Retry::default() };
+    let retry = how.retry.clone().unwrap_or_else(|| if works { Retry::default() } else { once });
+    let step = Step { kind, condition, fan, on_failure, retry, approval, ..how.step(id, role, action?) };
+    Some(Read { step, undo, at: node.at, flow })
+}
+
+/// Whose work it is.
+pub(super) fn role(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> Option<String> {
+    let role = fields.one_of(loader, &["role", "agent"]).and_then(|n| loader.text(n, &format!("{path}.role")))?;
+    // A reference by another dialect: `agent.marketing` is the role.
+    Some(role.strip_prefix("agent.").map(str::to_owned).unwrap_or(role))
+}
+
+/// How something is done: with what, how often, for how long, by which model.
+pub(super) struct How {
+    params: Map<String, Value>,
+    template: Template,
+    retry: Option<Retry>,
+    timeout: Option<Duration>,
+    adapter: Option<String>,
+    model: Option<String>,
+}
+
+pub(super) fn how(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> How {
     let params_node = fields.one_of(loader, &["params", "with"]);
     let params = params(loader, params_node, &format!("{path}.params"));
     let template = match params_node {
         Some(node) if !params.is_empty() => loader.template(node, &format!("{path}.params")),
         _ => Template::Plain(Value::Object(Map::new())),
     };
-    loader.each = false;
-    let retry = fields.get("retry").and_then(|n| retry(loader, n, &format!("{path}.retry")));
-    let timeout = fields.get("timeout").and_then(|n| duration_of(loader, n, &format!("{path}.timeout")));
-    let approval = fields.get("approval").and_then(|n| approval(loader, n, &format!("{path}.approval")));
-    let adapter = fields.get("adapter").and_then(|n| loader.text(n, &format!("{path}.adapter")));
-    let model = fields.get("model").and_then(|n| loader.text(n, &format!("{path}.model")));
-    let given = fields.one_of(loader, &["id", "name"]).and_then(|n| Some((loader.text(n, &format!("{path}.id"))?, n)));
-    let id = match given {
-        Some((id, at)) => {
-            check_id(loader, &id, at, &path, taken);
-            id
-        }
-        None => free_id(action.as_deref().unwrap_or("step"), taken),
-    };
-    taken.insert(id.clone());
-    let once = Retry { max_attempts: 1, ..Retry::default() };
-    let step = Step {
-        id,
-        kind,
-        condition,
-        fan,
-        on_failure,
-        role,
-        action: action?,
+    How {
         params,
         template,
-        retry: retry.unwrap_or_else(|| if works { Retry::default() } else { once }),
-        timeout: timeout.unwrap_or(STEP_TIMEOUT),
-        approval,
-        adapter,
-        model,
-        last_use: None,
-    };
-    Some(Read { step, at: node.at, flow })
+        retry: fields.get("retry").and_then(|n| retry(loader, n, &format!("{path}.retry"))),
+        timeout: fields.get("timeout").and_then(|n| duration_of(loader, n, &format!("{path}.timeout"))),
+        adapter: fields.get("adapter").and_then(|n| loader.text(n, &format!("{path}.adapter"))),
+        model: fields.get("model").and_then(|n| loader.text(n, &format!("{path}.model"))),
+    }
 }
 
-fn check_action(loader: &mut Loader, action: &str, at: &Node, has_role: bool, path: &str) {
+impl How {
+    /// A step that does just that.
+    pub(super) fn step(self, id: String, role: Option<String>, action: String) -> Step {
+        Step {
+            id,
+            kind: StepKind::Work,
+            condition: None,
+            fan: None,
+            on_failure: OnFailure::Abort,
+            role,
+            action,
+            params: self.params,
+            template: self.template,
+            retry: self.retry.unwrap_or_default(),
+            timeout: self.timeout.unwrap_or(STEP_TIMEOUT),
+            approval: None,
+            adapter: self.adapter,
+            model: self.model,
+            undoes: None,
+            last_use: None,
+        }
+    }
+}
+
+pub(super) fn check_action(loader: &mut Loader, action: &str, at: &Node, has_role: bool, path: &str) {
     if TOOLS.contains(&action) {
         return;
     }

@@ -118,7 +118,7 @@ fn retry_timeout_and_approval_are_read_and_bounded() {
         ("retry: {on: [oops]}", "unknown error class `oops`"),
         ("approval: requierd", "did you mean `required`?"),
         ("timeout: 0s", "longer than nothing"),
-        ("compensate: {action: x}", "does not carry out `compensate` yet"),
+        ("prompt: x", "does not carry out `prompt` yet"),
     ] {
         let found = problems(&format!("name: x\nsteps:\n  - role: a\n    action: b\n    {key}\n"));
         assert!(found[0].contains(expected), "{key}: {found:?}");

@@ -1,0 +1,2 @@
+alter table runs drop column closings;
+alter table runs drop column ending;
