@@ -13,6 +13,7 @@ mod dev;
 mod fan;
 mod flow;
 mod gates;
+mod graph;
 mod harness;
 mod hostile;
 mod lists;

@@ -52,6 +52,8 @@ pub const PLAYBOOK_SKIPPED: &str = "playbook.skipped";
 pub const STEP_STARTED: &str = "step.started";
 /// A step's result is stored.
 pub const STEP_COMPLETED: &str = "step.completed";
+/// Steps were left out, since their conditions do not hold.
+pub const STEP_SKIPPED: &str = "step.skipped";
 /// A try of a step failed; `data.will_retry` says whether it was the last.
 pub const STEP_FAILED: &str = "step.failed";
 /// A task was made.
@@ -90,6 +92,7 @@ pub const NAMES: &[&str] = &[
     STEP_STARTED,
     STEP_COMPLETED,
     STEP_FAILED,
+    STEP_SKIPPED,
     TASK_CREATED,
     TASK_UPDATED,
     TASK_APPROVED,

@@ -1,7 +1,7 @@
 //! What becomes of a run after an attempt: pure decisions over the playbook,
 //! where the run stands, and the outcome. The engine applies them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,8 +20,10 @@ use super::{digest, duration};
 
 mod closing;
 mod fan;
+mod graph;
 pub use closing::{Ending, Letter};
 pub use fan::{FAN_LOOK, Fanned, Item, ItemDecision};
+pub use graph::{Node, Then, Turn};
 
 /// The place of a run's job that is about no step: the run looks at all that is
 /// stored of it, and decides where it goes on.
@@ -74,6 +76,12 @@ pub struct RunContext {
     pub closed: HashMap<usize, StepStatus>,
     /// Why the gate before the step at hand stayed shut.
     pub refused: Option<Refusal>,
+    /// How the steps stand that have begun, at the junction of a graph.
+    pub nodes: HashMap<usize, Node>,
+    /// What those wait for that wait for a person, or an event, in the words of the API.
+    pub waiting: HashMap<usize, Value>,
+    /// The steps whose gates were opened before the run failed.
+    pub opened: HashSet<usize>,
 }
 
 /// A gate that stayed shut.
@@ -130,6 +138,8 @@ pub enum Next {
     },
     /// Nothing: what closes the run is done, too.
     Closed,
+    /// To be decided at the junction: others may be under way.
+    Junction,
 }
 
 /// What a run went past without trying it.
@@ -243,6 +253,9 @@ impl RunContext {
             undo: Vec::new(),
             closed: HashMap::new(),
             refused: None,
+            nodes: HashMap::new(),
+            waiting: HashMap::new(),
+            opened: HashSet::new(),
         }
     }
 }
@@ -380,9 +393,21 @@ impl RunContext {
         }
     }
 
+    /// Where a run begins: at a step, or at the junction of its graph.
+    pub fn begins_at(&mut self, step: usize) -> Walk {
+        match self.playbook.graph {
+            true => Walk { passed: Vec::new(), next: Next::Junction },
+            false => self.walk(step),
+        }
+    }
+
     /// Goes on after a step that is over.
     fn after(&mut self, step: usize) -> Walk {
-        if self.ending.is_some() { self.close() } else { self.walk(step.saturating_add(1)) }
+        match &self.ending {
+            Some(_) => self.close(),
+            None if self.playbook.graph => Walk { passed: Vec::new(), next: Next::Junction },
+            None => self.walk(step.saturating_add(1)),
+        }
     }
 
     /// Whether a place is that behind the last step, which versions before there was a
@@ -533,6 +558,10 @@ impl RunContext {
             self.failures.insert(at, told);
             self.note_closed(at, StepStatus::Failed);
             return Decision::GoPast(self.close());
+        }
+        if self.playbook.graph {
+            // Whether the run fails is decided where all its steps are seen.
+            return Decision::GoPast(self.after(at));
         }
         let to = match self.playbook.steps.get(at).map(|step| step.on_failure) {
             None | Some(OnFailure::Abort) => return Decision::Fail { reason },

@@ -14,6 +14,7 @@ use sqlx::PgConnection;
 use super::claim::StepWork;
 use super::gates::{approval_of, waiting_on};
 use super::items::{self, DecidedItem};
+use super::nodes::{self, Beginning};
 use super::{Engine, EngineError, repeating};
 use crate::domain::event::{
     APPROVAL_REQUESTED, Event, PLAYBOOK_CANCELLED, PLAYBOOK_CLOSING, PLAYBOOK_COMPLETED, PLAYBOOK_FAILED,
@@ -26,7 +27,7 @@ use crate::domain::plan::{
     DeadReason, Decision, Ending, FAN_LOOK, Gate, JUNCTION, Letter, Next, Passed, Refusal, RunContext, Walk,
 };
 use crate::domain::playbook::Step;
-use crate::domain::playbook::model::{STEP_TIMEOUT, StepKind};
+use crate::domain::playbook::model::{OnFailure, STEP_TIMEOUT, StepKind};
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::domain::storable::{self, OUTPUT_BYTES_MAX};
 use crate::failpoint;
@@ -40,7 +41,7 @@ use crate::store::{StoreError, approvals, jobs, signals, steps};
 /// So much of what a run went past is told with a step's end.
 const TOLD_MAX: usize = 50;
 /// A pause is one, however short.
-const SLEEP_MIN: Duration = Duration::from_millis(1);
+pub(super) const SLEEP_MIN: Duration = Duration::from_millis(1);
 
 /// A finished attempt at a step.
 #[derive(Debug)]
@@ -84,6 +85,12 @@ pub struct Decided {
     pub letter: Option<NewDeadLetter>,
     /// The items that the run waits for.
     pub fan: Option<NewFan>,
+    /// The steps of its graph that begin.
+    pub begin: Vec<Beginning>,
+    /// Those that wait no more, since it fails.
+    pub withdraw: Vec<i32>,
+    /// The run's own job, where this is the attempt of a node.
+    pub node_of: Option<i64>,
     /// A failure of the run is not its end: something is to be done first.
     pub closes: bool,
     /// What this worker goes on with, once that is written.
@@ -100,16 +107,21 @@ pub async fn commit(
 ) -> Result<Vec<Committed>, (EngineError, Pending)> {
     let decided = finished.into_iter().map(|finished| match finished.job.item {
         Some(item) => Of::Item(Box::new(items::decide(finished, item, stay, rand::random()))),
+        None if finished.work.node_of(&finished.job).is_some() => {
+            Of::Node(Box::new(decide(finished, false, rand::random())))
+        }
         None => Of::Run(Box::new(decide(finished, stay, rand::random()))),
     });
     let decided = decided.collect();
     commit_again(engine, Pending { done: Vec::new(), decided, maybe_landed: false }).await
 }
 
-/// A decided attempt: of a run at its step, or at an item of a step.
+/// A decided attempt: of a run at its step, of a node of its graph, or at an item of
+/// a step.
 #[derive(Debug)]
 enum Of {
     Run(Box<Decided>),
+    Node(Box<Decided>),
     Item(Box<DecidedItem>),
 }
 
@@ -127,14 +139,14 @@ struct Landed {
 impl Of {
     fn lease(&self) -> Lease {
         match self {
-            Self::Run(decided) => decided.commit.lease,
+            Self::Run(decided) | Self::Node(decided) => decided.commit.lease,
             Self::Item(decided) => decided.commit.lease,
         }
     }
 
     fn run(&self) -> RunId {
         match self {
-            Self::Run(decided) => decided.commit.run,
+            Self::Run(decided) | Self::Node(decided) => decided.commit.run,
             Self::Item(decided) => decided.commit.run,
         }
     }
@@ -142,6 +154,7 @@ impl Of {
     fn unstorable(self, error: &StoreError) -> Self {
         match self {
             Self::Run(decided) => Self::Run(Box::new(unstorable(*decided, error))),
+            Self::Node(decided) => Self::Node(Box::new(unstorable(*decided, error))),
             Self::Item(decided) => Self::Item(Box::new(decided.unstorable(error))),
         }
     }
@@ -151,7 +164,7 @@ impl Of {
             return Committed::Lost;
         }
         let next = match self {
-            Self::Run(decided) => {
+            Self::Run(decided) | Self::Node(decided) => {
                 if decided.next.is_none() && decided.commit.job.is_some_and(|job| !job.delay.is_zero()) {
                     return Committed::Later;
                 }
@@ -209,7 +222,7 @@ pub async fn commit_again(engine: &Engine, mut pending: Pending) -> Result<Vec<C
 
 fn wakes(decided: &Decided) -> bool {
     let ready = decided.commit.job.as_ref().is_some_and(|job| !job.held && job.delay.is_zero());
-    ready || decided.wait.is_some() || decided.fan.is_some()
+    ready || decided.wait.is_some() || decided.fan.is_some() || !decided.begin.is_empty()
 }
 
 /// Whether an earlier commit of the same attempt is in, as far as it matters:
@@ -220,6 +233,7 @@ async fn has_landed(engine: &Engine, decided: &Of) -> Result<Landed, StoreError>
     let Lease { job, epoch, session } = decided.lease();
     let in_hand = match decided {
         Of::Run(decided) => decided.commit.job.as_ref().is_some_and(|next| next.held),
+        Of::Node(_) => false,
         Of::Item(decided) => decided.may_go_on(),
     };
     // Nobody may have been told of what it has made ready.
@@ -286,7 +300,7 @@ async fn one_by_one(engine: &Engine, pending: Pending) -> Result<Vec<Committed>,
 
 /// The failure that takes the place of a result the database refuses.
 fn unstorable(decided: Decided, error: &StoreError) -> Decided {
-    let (commit, closes) = (decided.commit, decided.closes);
+    let Decided { commit, closes, node_of, .. } = decided;
     let attempt = commit.checkpoint.as_ref().map_or(0, |step| step.attempt);
     let failure = Failure::invalid(format!("the result could not be stored: {error}"));
     let error = json!({"code": "invalid", "message": failure.message, "index": commit.step});
@@ -299,16 +313,14 @@ fn unstorable(decided: Decided, error: &StoreError) -> Decided {
     let letter = Letter { reason: DeadReason::Invalid, attempt, crash_count: 0 };
     let ending = Ending { error: Some(error.clone()), letter: Some(letter), ..Ending::of(RunStatus::Failed) };
     let commit = StepCommit { checkpoint: step, cost: Nanos::ZERO, ..commit };
-    let decided = Decided {
-        commit,
-        passed: Passing::default(),
-        wait: None,
-        approval: None,
-        letter: None,
-        fan: None,
-        next: None,
-        closes,
-    };
+    let decided = Decided { closes, node_of, ..Decided::new(commit) };
+    if node_of.is_some() {
+        // Whether the run fails is decided at its junction.
+        return Decided {
+            commit: StepCommit { job: None, change: RunChange::default(), events: Vec::new(), ..decided.commit },
+            ..decided
+        };
+    }
     if closes {
         let job = NextJob {
             held: false,
@@ -346,10 +358,11 @@ async fn write(engine: &Engine, decided: &[Of]) -> Result<Vec<Landed>, EngineErr
 }
 
 async fn write_once(engine: &Engine, decided: &[Of]) -> Result<Vec<Landed>, EngineError> {
-    let (mut runs, mut items) = (Vec::new(), Vec::new());
+    let (mut runs, mut nodes, mut items) = (Vec::new(), Vec::new(), Vec::new());
     for of in decided {
         match of {
             Of::Run(decided) => runs.push(decided.as_ref()),
+            Of::Node(decided) => nodes.push(decided.as_ref()),
             Of::Item(decided) => items.push(&decided.commit),
         }
     }
@@ -357,7 +370,15 @@ async fn write_once(engine: &Engine, decided: &[Of]) -> Result<Vec<Landed>, Engi
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
     let plain = runs.iter().all(|d| d.is_plain());
-    let (held, lanes) = if items.is_empty() && plain {
+    // One by one: two of a run would not see each other. What is written of them
+    // when another fails is found as such, since their leases are gone.
+    let mut kept = Vec::with_capacity(nodes.len());
+    for node in nodes {
+        kept.push(nodes::commit(engine, node).await?);
+    }
+    let (held, lanes) = if runs.is_empty() && items.is_empty() {
+        (Vec::new(), Vec::new())
+    } else if items.is_empty() && plain {
         let commits: Vec<StepCommit> = runs.iter().map(|d| d.commit.clone()).collect();
         (steps::commit(&engine.pool, &commits).await?, Vec::new())
     } else if runs.is_empty() {
@@ -373,13 +394,17 @@ async fn write_once(engine: &Engine, decided: &[Of]) -> Result<Vec<Landed>, Engi
         // As if the answer had been lost on its way.
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
-    let (mut held, mut lanes) = (held.into_iter(), lanes.into_iter());
+    let (mut held, mut kept, mut lanes) = (held.into_iter(), kept.into_iter(), lanes.into_iter());
     Ok(decided
         .iter()
         .map(|of| match of {
             Of::Run(decided) => {
                 let held = held.next().unwrap_or(false);
                 Landed { held, item: None, wakes: held && wakes(decided) }
+            }
+            Of::Node(decided) => {
+                let held = kept.next().unwrap_or(false);
+                Landed { held, item: None, wakes: held && (nodes::wakes_run(decided) || wakes(decided)) }
             }
             Of::Item(decided) => {
                 let lane: Lane = lanes.next().unwrap_or_default();
@@ -401,27 +426,53 @@ async fn write_runs(tx: &mut PgConnection, decided: &[&Decided]) -> Result<Vec<b
     let commits: Vec<StepCommit> = decided.iter().map(|d| d.commit.clone()).collect();
     let held = steps::commit(&mut *tx, &commits).await?;
     for (decided, _) in decided.iter().zip(&held).filter(|(_, held)| **held) {
-        steps::pass(tx, decided.commit.company, decided.commit.run, &decided.passed).await?;
-        if let Some(wait) = &decided.wait {
-            signals::park(tx, wait).await?;
-        }
-        if let Some(approval) = &decided.approval {
-            approvals::insert(&mut *tx, approval).await?;
-        }
-        if let Some(letter) = &decided.letter {
-            approvals::bury_letter(&mut *tx, letter).await?;
-        }
-        if let Some(fan) = &decided.fan {
-            fans::open(tx, fan).await?;
-        }
+        beside(tx, decided).await?;
     }
     Ok(held)
 }
 
+/// What is written beside a commit, where there is more than it writes itself.
+pub(super) async fn beside(tx: &mut PgConnection, decided: &Decided) -> Result<(), EngineError> {
+    let (company, run) = (decided.commit.company, decided.commit.run);
+    steps::pass(tx, company, run, &decided.passed).await?;
+    if let Some(wait) = &decided.wait {
+        signals::park(tx, wait).await?;
+    }
+    if let Some(approval) = &decided.approval {
+        approvals::insert(&mut *tx, approval).await?;
+    }
+    if let Some(letter) = &decided.letter {
+        approvals::bury_letter(&mut *tx, letter).await?;
+    }
+    if let Some(fan) = &decided.fan {
+        fans::open(tx, fan).await?;
+    }
+    nodes::turn(tx, decided).await?;
+    Ok(())
+}
+
 impl Decided {
+    /// A commit and nothing beside it.
+    fn new(commit: StepCommit) -> Self {
+        Self {
+            commit,
+            passed: Passing::default(),
+            wait: None,
+            approval: None,
+            letter: None,
+            fan: None,
+            begin: Vec::new(),
+            withdraw: Vec::new(),
+            node_of: None,
+            closes: false,
+            next: None,
+        }
+    }
+
     /// One statement writes it.
     fn is_plain(&self) -> bool {
-        self.passed.is_empty() && self.approval.is_none() && self.letter.is_none() && self.fan.is_none()
+        let alone = self.passed.is_empty() && self.begin.is_empty() && self.withdraw.is_empty();
+        alone && self.approval.is_none() && self.letter.is_none() && self.fan.is_none()
     }
 }
 
@@ -439,9 +490,14 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
         _ => work.context.decide(step, attempt, &outcome, draw),
     };
     let agent = work.agent(step).map(|agent| agent.agent);
+    let turn = (job.step == JUNCTION && matches!(outcome, Outcome::Done { .. }) && work.context.takes_turns())
+        .then(|| work.context.turn());
     // It was about this step and no other.
     let refused = work.context.refused.take();
     let facts = Facts { job, work, outcome, output, took, agent, refused, stay };
+    if let Some(turn) = turn {
+        return facts.turn(turn);
+    }
     match decision {
         Decision::Advance(walk) => facts.go_on(walk, StepStatus::Completed),
         Decision::GoPast(walk) => facts.go_on(walk, StepStatus::Failed),
@@ -467,9 +523,9 @@ pub(super) fn storable_outcome(outcome: Outcome) -> (Outcome, Option<String>) {
     }
 }
 
-struct Facts {
-    job: ClaimedJob,
-    work: Box<StepWork>,
+pub(super) struct Facts {
+    pub(super) job: ClaimedJob,
+    pub(super) work: Box<StepWork>,
     outcome: Outcome,
     output: Option<String>,
     took: Duration,
@@ -542,7 +598,8 @@ impl Facts {
             _ => self.failed_event(None),
         };
         if ended == StepStatus::Failed {
-            event.data["goes_on"] = true.into();
+            let aborts = self.step().is_none_or(|step| step.on_failure == OnFailure::Abort);
+            event.data["goes_on"] = (!aborts || self.work.context.ending.is_some()).into();
         }
         if let Some(told) = told(&self.work.context, passed) {
             event.data["passed"] = told;
@@ -566,7 +623,7 @@ impl Facts {
         })
     }
 
-    fn commit(
+    pub(super) fn commit(
         &self,
         job: Option<NextJob>,
         change: RunChange,
@@ -586,20 +643,11 @@ impl Facts {
         }
     }
 
-    fn plain(self, commit: StepCommit) -> Decided {
+    pub(super) fn plain(self, commit: StepCommit) -> Decided {
         let context = &self.work.context;
         // While it is being closed, a step that fails is not the end either.
         let closes = context.ending.is_some() || context.playbook.closes(RunStatus::Failed);
-        Decided {
-            commit,
-            passed: Passing::default(),
-            wait: None,
-            approval: None,
-            letter: None,
-            fan: None,
-            closes,
-            next: None,
-        }
+        Decided { closes, node_of: self.work.node_of(&self.job), ..Decided::new(commit) }
     }
 
     fn jumps(&self) -> i32 {
@@ -615,7 +663,7 @@ impl Facts {
     }
 
     /// The job of the run from now on, at a step or at none.
-    fn next_job(
+    pub(super) fn next_job(
         &self,
         held: bool,
         kind: &'static str,
@@ -648,6 +696,7 @@ impl Facts {
             Next::Sleep { step, delay } => self.sleep(step, delay, checkpoint, events),
             Next::End { output } => self.complete(output, checkpoint, events),
             Next::Closed => self.closed(checkpoint, events),
+            Next::Junction => self.node_over(checkpoint, events),
         };
         // What closes the run is written by whoever has decided to.
         passed.ending = decided.passed.ending.clone();
@@ -675,22 +724,17 @@ impl Facts {
             ..self.job
         };
         let closes = self.work.context.ending.is_some() || self.work.context.playbook.closes(RunStatus::Failed);
-        let next = Some((next_job, self.work));
-        Decided {
-            commit,
-            passed: Passing::default(),
-            wait: None,
-            approval: None,
-            letter: None,
-            fan: None,
-            closes,
-            next,
-        }
+        Decided { closes, next: Some((next_job, self.work)), ..Decided::new(commit) }
     }
 
     /// The run holds nothing while it waits, but for the one job that ends the
     /// wait.
     fn suspend(self, job: NextJob, waiting: &Value, checkpoint: Option<StepChange>, mut events: Vec<Event>) -> Decided {
+        if self.work.node_of(&self.job).is_some() {
+            // Others may be under way.
+            let commit = self.commit(Some(job), RunChange::default(), checkpoint, events);
+            return self.plain(commit);
+        }
         events.push(Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting})));
         let change = RunChange {
             status: Some(RunStatus::Suspended),
@@ -718,7 +762,7 @@ impl Facts {
         self.suspend(job, &waiting, checkpoint, events)
     }
 
-    fn complete(self, output: Option<Value>, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
+    pub(super) fn complete(self, output: Option<Value>, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
         // All the steps are done, so the run is not failed for an output that
         // cannot be kept; it says why there is none.
         let output = output.map(|value| match storable::to_json(&value, OUTPUT_BYTES_MAX) {
@@ -729,7 +773,7 @@ impl Facts {
     }
 
     /// The steps are over: the run ends, or what closes it begins.
-    fn end(self, ending: Ending, checkpoint: Option<StepChange>, mut events: Vec<Event>) -> Decided {
+    pub(super) fn end(self, ending: Ending, checkpoint: Option<StepChange>, mut events: Vec<Event>) -> Decided {
         if !self.work.context.playbook.closes(ending.status) {
             return self.over(ending, checkpoint, events);
         }

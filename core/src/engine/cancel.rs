@@ -9,7 +9,7 @@ use crate::domain::ids::{CompanyId, RunId};
 use crate::domain::plan::Ending;
 use crate::domain::playbook::model::STEP_TIMEOUT;
 use crate::domain::run::RunStatus;
-use crate::store::{approvals, events, runs, signals};
+use crate::store::{approvals, events, nodes, runs, signals};
 
 /// Cancels a run, in the caller's transaction, who wakes workers after it; one that
 /// is cancelled already stays so.
@@ -35,6 +35,7 @@ async fn cancel(
     by: &str,
     closes: Option<&Engine>,
 ) -> Result<(), EngineError> {
+    nodes::lock_all(tx, company, run).await?;
     let status = runs::lock_with_job(tx, company, run).await?.ok_or(EngineError::NotFound("run"))?;
     if status == RunStatus::Cancelled {
         return Ok(());
@@ -47,6 +48,7 @@ async fn cancel(
         events::append_to_run(&mut *tx, company, run, &resolved).await?;
     }
     signals::forget(tx, company, run, None).await?;
+    nodes::drop_all(tx, company, run).await?;
     if let Some(engine) = closes
         && close(engine, tx, company, run, by).await?
     {

@@ -154,7 +154,8 @@ async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, E
         let resumed = Event::new(PLAYBOOK_RESUMED, json!({"approval_id": gate.approval}));
         events::append_to_run(&mut *tx, gate.company, gate.run, &resumed).await?;
         approvals::release_gate_job(tx, gate.job, timeout).await?;
-        return Ok(approvals::resume_run(tx, gate.company, gate.run, gate.step).await?);
+        approvals::resume_run(tx, gate.company, gate.run, gate.step).await?;
+        return Ok(true);
     }
     let message = match words {
         Some(words) => format!("the approval was {status}: {words}"),

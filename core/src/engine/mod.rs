@@ -21,6 +21,8 @@ pub mod gates;
 pub mod items;
 pub mod keys;
 pub mod lifecycle;
+mod load;
+mod nodes;
 pub mod plans;
 pub mod playbooks;
 pub mod retry;

@@ -19,13 +19,13 @@ use crate::domain::company::works;
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_RESUMED, PLAYBOOK_SUSPENDED};
 use crate::domain::ids::{AccountId, ApprovalId, CompanyId, PlaybookId, RunId};
 use crate::domain::plan::JUNCTION;
-use crate::domain::playbook::Playbook;
 use crate::domain::playbook::model::{OnFailure, STEP_TIMEOUT, StepKind};
 use crate::domain::playbook::problem::did_you_mean;
+use crate::domain::playbook::{Playbook, Step};
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::store::jobs::kind;
 use crate::store::runs::{Retry, StepRow};
-use crate::store::{approvals, events, fans, runs, tenants};
+use crate::store::{approvals, events, fans, nodes, runs, tenants};
 
 /// Lets a failed run go on at its failed step, in the caller's transaction, who
 /// wakes workers after it. A gate that was refused or ran out is asked for
@@ -57,19 +57,32 @@ pub async fn retry_run(
     if !closing {
         reopen(tx, company, run, &plan).await?;
     }
-    let refused = approvals::latest_of(tx, company, run, step).await?.filter(|(_, status)| status != "approved");
+    let turns = plan.graph && !closing;
+    // The junction of a graph asks by itself.
+    let refused = match turns {
+        true => None,
+        false => approvals::latest_of(tx, company, run, step).await?.filter(|(_, status)| status != "approved"),
+    };
     let gate = refused.map(|(old, _)| (old, ApprovalId::new()));
     let patience = planned.and_then(|step| step.approval.as_ref()).map_or(Duration::ZERO, |gate| gate.timeout);
     let waiting = gate.map(|(_, id)| waiting_on(id));
     let retry = Retry {
         failed: step,
-        step: if closing { JUNCTION } else { step },
+        step: if closing || turns { JUNCTION } else { step },
         reopens: !closing,
         kind: if gate.is_some() { kind::GATE_TIMEOUT } else { kind::STEP },
         delay: if gate.is_some() { patience } else { Duration::ZERO },
         timeout: planned.map_or(STEP_TIMEOUT, |step| step.timeout),
         waiting_on: waiting.as_ref().map(Value::to_string),
     };
+    if turns {
+        // Several may have failed before the run had.
+        let aborts = |(_, step): &(usize, &Step)| step.on_failure == OnFailure::Abort;
+        let again: Vec<i32> = plan.steps.iter().enumerate().filter(aborts).map(|(at, _)| place_of(at)).collect();
+        for step in nodes::reset(tx, company, run, &again).await? {
+            fans::forget(tx, company, run, step).await?;
+        }
+    }
     fans::forget(tx, company, run, step).await?;
     let job = runs::retry(tx, company, run, &retry).await?.ok_or(EngineError::NotFound("run"))?;
     let resumed = json!({"step": planned.map(|step| &step.id), "index": step, "by": by});
@@ -90,7 +103,7 @@ async fn reopen(tx: &mut PgConnection, company: CompanyId, run: RunId, plan: &Pl
     if plan.closing.is_empty() {
         return Ok(());
     }
-    if let Some(undone) = undone(plan, &runs::steps(&mut *tx, company, run).await?, plan.steps.len()) {
+    if let Some(undone) = undone(plan, &runs::steps(&mut *tx, company, run).await?, |_| true) {
         return Err(EngineError::Conflict(format!(
             "the step `{undone}` was undone when the run failed; replay the run"
         )));
@@ -98,11 +111,11 @@ async fn reopen(tx: &mut PgConnection, company: CompanyId, run: RunId, plan: &Pl
     Ok(runs::forget_closing(tx, company, run, place_of(plan.steps.len())).await?)
 }
 
-/// A step before a place that a run has undone, or has tried to.
-fn undone<'a>(plan: &'a Playbook, done: &[StepRow], before: usize) -> Option<&'a str> {
+/// A step, of those that are to be kept, that a run has undone, or has tried to.
+fn undone<'a>(plan: &'a Playbook, done: &[StepRow], kept: impl Fn(usize) -> bool) -> Option<&'a str> {
     let begun = |at: usize| done.iter().any(|row| usize::try_from(row.step) == Ok(at));
     let undone = plan.closing().filter(|(at, _)| begun(*at)).filter_map(|(_, step)| step.undoes);
-    undone.filter(|of| *of < before).find_map(|of| plan.step(of)).map(|step| step.id.as_str())
+    undone.filter(|of| kept(*of)).find_map(|of| plan.step(of)).map(|step| step.id.as_str())
 }
 
 /// Where a replay begins.
@@ -141,7 +154,11 @@ pub async fn replay_run(
     start::may_run(&plan)?;
     let from = place(&plan, replay.from.as_ref())?;
     let done = runs::steps(&mut *tx, company, replay.of).await?;
-    let Before { outputs, failures, kept } = before(&plan, &done, from)?;
+    let Before { outputs, failures, kept } = match replay.from {
+        Some(_) => before(&plan, &done, from)?,
+        // From the beginning nothing is kept, of a graph neither.
+        None => Before::default(),
+    };
     let params = match old.params {
         Value::Object(mut params) if !replay.params.is_empty() => {
             params.extend(replay.params);
@@ -173,6 +190,7 @@ fn place(plan: &Playbook, from: Option<&FromStep>) -> Result<usize, EngineError>
 }
 
 /// What the steps before a place have left.
+#[derive(Default)]
 struct Before {
     outputs: HashMap<usize, Value>,
     failures: HashMap<usize, Value>,
@@ -180,15 +198,24 @@ struct Before {
     kept: Vec<i32>,
 }
 
+/// Whether a replay from a place may take over what a step has done.
+fn keeps(plan: &Playbook, from: usize, at: usize) -> bool {
+    match plan.graph {
+        true => at != from && !plan.comes_before(from, at),
+        false => at < from,
+    }
+}
+
 /// All the steps before a place must be over: done, left out, or failed and gone
 /// past.
 fn before(plan: &Playbook, done: &[StepRow], from: usize) -> Result<Before, EngineError> {
-    if let Some(undone) = undone(plan, done, from) {
+    if let Some(undone) = undone(plan, done, |at| keeps(plan, from, at)) {
         let message = format!("the step `{undone}` was undone in that run; replay from it, or before");
         return Err(EngineError::Conflict(message));
     }
     let mut before = Before { outputs: HashMap::new(), failures: HashMap::new(), kept: Vec::new() };
-    for (at, step) in plan.steps.iter().enumerate().take(from) {
+    let kept = plan.steps.iter().enumerate().filter(|(at, _)| keeps(plan, from, *at));
+    for (at, step) in kept {
         if matches!(step.kind, StepKind::Goto { .. }) {
             continue;
         }
@@ -202,6 +229,8 @@ fn before(plan: &Playbook, done: &[StepRow], from: usize) -> Result<Before, Engi
             (Some(row), Some(StepStatus::Failed)) if step.on_failure != OnFailure::Abort => {
                 before.failures.insert(at, row.error.clone().unwrap_or(Value::Null));
             }
+            // What the step does not need is done anew where it is not over.
+            _ if plan.graph && !plan.comes_before(at, from) => continue,
             _ => {
                 let message = format!("step `{}` has not completed in that run; replay from it, or before", step.id);
                 return Err(EngineError::Conflict(message));

@@ -282,14 +282,14 @@ pub(super) fn prepare(
         failures: beginning.failures,
         ..RunContext::new(company, playbook, RunId::new(), plan, Arc::new(params))
     };
-    let walk = context.walk(beginning.step);
+    let walk = context.begins_at(beginning.step);
     let mut passed = passing(&walk.passed);
     // Past everything there is nothing to do but to end, which is a job's, too.
     let (first, delay) = match &walk.next {
         Next::Step(step) => (place(*step), Duration::ZERO),
         Next::Gate(gate) => (place(gate.step), gate.approval.timeout),
         Next::Sleep { step, delay } => (place(*step), *delay),
-        Next::End { .. } | Next::Closed => (JUNCTION, Duration::ZERO),
+        Next::End { .. } | Next::Closed | Next::Junction => (JUNCTION, Duration::ZERO),
     };
     let mut started = json!({"playbook_id": playbook, "playbook": context.playbook.name, "trigger": trigger});
     if let Some(of) = beginning.replay_of {

@@ -291,17 +291,20 @@ pub async fn latest_of(
     Ok(row.map(|row| (ApprovalId(row.id), row.status)))
 }
 
-/// The gates before some steps that stayed shut, by run: of each the last.
-pub async fn refusals(pool: &PgPool, steps: &[(CompanyId, RunId, i32)]) -> Result<Vec<(Uuid, Refusal)>, StoreError> {
+/// The gates before some steps that stayed shut, by run and step: of each the last.
+pub async fn refusals(
+    pool: &PgPool,
+    steps: &[(CompanyId, RunId, i32)],
+) -> Result<Vec<((Uuid, i32), Refusal)>, StoreError> {
     let rows = sqlx::query!(
-        "select k.run_id, a.id, a.status, a.note
+        r#"select k.run_id as "run!", k.step as "step!", a.id, a.status, a.note
          from unnest($1::uuid[], $2::uuid[], $3::integer[]) as k (company_id, run_id, step)
          cross join lateral (
              select a.* from approvals a
              where a.run_id = k.run_id and a.step = k.step and a.company_id = k.company_id
              order by a.id desc limit 1
          ) a
-         where a.status in ('rejected', 'expired')",
+         where a.status in ('rejected', 'expired')"#,
         &steps.iter().map(|(company, ..)| company.0).collect::<Vec<_>>(),
         &steps.iter().map(|(_, run, _)| run.0).collect::<Vec<_>>(),
         &steps.iter().map(|(.., step)| *step).collect::<Vec<_>>(),
@@ -309,7 +312,7 @@ pub async fn refusals(pool: &PgPool, steps: &[(CompanyId, RunId, i32)]) -> Resul
     .fetch_all(pool)
     .await?;
     let refusal = |id, status, words| Refusal { approval: ApprovalId(id), status, words };
-    Ok(rows.into_iter().filter_map(|row| Some((row.run_id?, refusal(row.id, row.status, row.note)))).collect())
+    Ok(rows.into_iter().map(|row| ((row.run, row.step), refusal(row.id, row.status, row.note))).collect())
 }
 
 /// Asks again what a gate has asked, word for word.
@@ -423,9 +426,9 @@ pub async fn delete_job(tx: &mut PgConnection, job: i64) -> Result<(), StoreErro
     Ok(())
 }
 
-/// A suspended run goes on.
-pub async fn resume_run(tx: &mut PgConnection, company: CompanyId, run: RunId, step: i32) -> Result<bool, StoreError> {
-    let done = sqlx::query!(
+/// A run goes on, if it was suspended, at a step that waited for a person.
+pub async fn resume_run(tx: &mut PgConnection, company: CompanyId, run: RunId, step: i32) -> Result<(), StoreError> {
+    sqlx::query!(
         "update runs set status = 'running', waiting_on = null
          where company_id = $1 and id = $2 and status = 'suspended'",
         company.0,
@@ -442,7 +445,7 @@ pub async fn resume_run(tx: &mut PgConnection, company: CompanyId, run: RunId, s
     )
     .execute(tx)
     .await?;
-    Ok(done.rows_affected() == 1)
+    Ok(())
 }
 
 /// A suspended run ends because its gate stayed shut.

@@ -20,6 +20,7 @@ pub mod fleet;
 pub mod grants;
 pub mod idempotency;
 pub mod jobs;
+pub mod nodes;
 pub mod playbooks;
 pub mod purge;
 pub mod runs;

@@ -637,6 +637,34 @@ pub async fn job(
     }))
 }
 
+/// The live jobs of the steps of a run that form a graph.
+pub async fn node_jobs(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    run: RunId,
+) -> Result<Vec<JobRow>, StoreError> {
+    let rows = sqlx::query!(
+        "select j.kind, j.step, j.state, nullif(j.due_at, 'infinity') as due_at, j.attempt
+         from run_steps s
+         join jobs j on j.id = s.job_id and j.step = s.step
+         where s.company_id = $1 and s.run_id = $2 and s.status not in ('completed', 'failed', 'skipped', 'cancelled')",
+        company.0,
+        run.0,
+    )
+    .fetch_all(executor)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| JobRow {
+            kind: row.kind,
+            step: row.step,
+            state: row.state,
+            due_at: row.due_at,
+            attempt: row.attempt,
+        })
+        .collect())
+}
+
 /// Runs that neither end nor can be woken: always none, else a fault of ours
 /// (hazard H3). For checks and the metric that watches for it.
 pub async fn stranded(connection: &mut PgConnection) -> Result<i64, StoreError> {

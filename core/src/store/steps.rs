@@ -35,13 +35,15 @@ pub struct LoadedRun {
     pub ending: Option<Value>,
     /// How often it has been closed before.
     pub closings: i32,
+    /// Its own job.
+    pub job: i64,
 }
 
 /// Loads the runs that are to go on; one that has ended is left out.
 pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Result<Vec<LoadedRun>, StoreError> {
     let rows = sqlx::query!(
         r#"select r.company_id, r.id, r.playbook_id, r.version_id, r.params, c.status as company_status,
-             r.status = 'suspended' as "waited!", r.ending, r.closings
+             r.status = 'suspended' as "waited!", r.ending, r.closings, r.job_id
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          cross join lateral (
              select * from runs r where r.company_id = k.company_id and r.id = k.id offset 0
@@ -65,6 +67,7 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
             waited: row.waited,
             ending: row.ending,
             closings: row.closings,
+            job: row.job_id,
         })
         .collect())
 }
@@ -125,6 +128,8 @@ pub struct StateRow {
     pub attempt: i32,
     /// What went wrong last.
     pub error: Option<Value>,
+    /// Its last job.
+    pub job: Option<i64>,
     /// When it was over.
     pub ended_at: Option<DateTime<Utc>>,
 }
@@ -133,7 +138,7 @@ pub struct StateRow {
 pub async fn load_states(pool: &PgPool, runs: &[(CompanyId, RunId)]) -> Result<Vec<StateRow>, StoreError> {
     Ok(sqlx::query_as!(
         StateRow,
-        r#"select s.run_id as run, s.step, s.status, s.attempt, s.error, s.ended_at
+        r#"select s.run_id as run, s.step, s.status, s.attempt, s.error, s.job_id as job, s.ended_at
            from unnest($1::uuid[], $2::uuid[]) as k (company_id, run_id)
            cross join lateral (
                select * from run_steps s where s.company_id = k.company_id and s.run_id = k.run_id offset 0

@@ -208,7 +208,13 @@ impl Database {
                 context.remember(*step as usize, &output);
             }
         }
-        Some(StepWork { context, agents: Arc::default(), chain: 0, chain_began: Instant::now() })
+        Some(StepWork {
+            context,
+            agents: Arc::default(),
+            run_job: job.lease.job,
+            chain: 0,
+            chain_began: Instant::now(),
+        })
     }
 
     pub fn open_session(&mut self) -> i64 {

@@ -146,6 +146,7 @@ impl Attempt {
         let decided = self.decided?;
         let (job, work) = decided.next.as_ref()?;
         let work = StepWork {
+            run_job: job.lease.job,
             context: work.context.clone(),
             agents: Arc::clone(&work.agents),
             chain: work.chain,

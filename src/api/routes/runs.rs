@@ -523,13 +523,17 @@ pub(super) async fn show(
     row: RunRow,
 ) -> Result<Run, ApiError> {
     let steps = runs::steps(&mut *tx, company, row.run).await?;
-    let job = runs::job(&mut *tx, company, row.run).await?;
+    let plans = state.engine.plans.get(&mut *tx, &[(company.0, row.version.0)]).await?;
+    let plan = plans.get(&row.version.0);
+    let mut jobs: Vec<JobRow> = runs::job(&mut *tx, company, row.run).await?.into_iter().collect();
+    if plan.is_some_and(|plan| plan.graph) && !row.status.is_terminal() {
+        jobs.extend(runs::node_jobs(&mut *tx, company, row.run).await?);
+    }
     let waiting_on = match shown_status(row.status, row.halted_since.is_some()) {
-        RunStatus::Suspended => Some(waiting_on(&mut *tx, company, &row, &steps, job.as_ref()).await?),
+        RunStatus::Suspended => Some(waiting_on(&mut *tx, company, &row, &steps, &jobs).await?),
         _ => None,
     };
-    let plans = state.engine.plans.get(&mut *tx, &[(company.0, row.version.0)]).await?;
-    let steps = plans.get(&row.version.0).map(|plan| step_list(plan, &row, &steps, job.as_ref()));
+    let steps = plan.map(|plan| step_list(plan, &row, &steps, &jobs));
     let item = RunItem::new(&row.item(), row.halted_since.is_some());
     Ok(Run {
         item,
@@ -547,7 +551,7 @@ async fn waiting_on(
     company: CompanyId,
     run: &RunRow,
     steps: &[StepRow],
-    job: Option<&JobRow>,
+    jobs: &[JobRow],
 ) -> Result<Vec<Waiting>, ApiError> {
     let gates = approvals::pending_of_run(&mut *tx, company, run.run).await?;
     let gate = |(id, since, until): (ApprovalId, _, _)| Waiting {
@@ -565,7 +569,9 @@ async fn waiting_on(
             Some("event") => "event",
             _ => continue,
         };
-        let job = job.filter(|job| job.kind == "timer");
+        // Of a graph it says at which step.
+        let at = other["index"].as_i64();
+        let job = jobs.iter().find(|job| job.kind == "timer" && at.is_none_or(|at| i64::from(job.step) == at));
         let step = job.and_then(|job| steps.iter().find(|step| step.step == job.step));
         if let Some(since) = step.and_then(|step| step.started_at) {
             waiting.push(Waiting {
@@ -583,15 +589,16 @@ async fn waiting_on(
 }
 
 /// The playbook's steps with what has become of each.
-fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], job: Option<&JobRow>) -> Vec<RunStep> {
+fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], jobs: &[JobRow]) -> Vec<RunStep> {
     // Of what closes a run, that which it has come to.
     let begun = |at: &usize| rows.iter().any(|row| usize::try_from(row.step) == Ok(*at));
     let steps = plan.steps.iter().enumerate().chain(plan.closing().filter(|(at, _)| begun(at)));
     steps
         .map(|(index, step)| {
             let row = rows.iter().find(|row| usize::try_from(row.step) == Ok(index));
-            let job = job
-                .filter(|job| ["step", "timer"].contains(&job.kind.as_str()) && usize::try_from(job.step) == Ok(index));
+            let job = jobs
+                .iter()
+                .find(|job| ["step", "timer"].contains(&job.kind.as_str()) && usize::try_from(job.step) == Ok(index));
             let items = row.and_then(|row| row.items);
             // It waits for its lanes, not for a time.
             let fanned = items.is_some_and(|items| items.running > 0 && run.status == RunStatus::Running);
@@ -622,8 +629,8 @@ fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], job: Option<&JobRo
 /// A step's status: its own row, corrected by what its job is doing now.
 fn step_status(run: RunStatus, row: Option<&StepRow>, job: Option<&JobRow>) -> &'static str {
     let stored = row.and_then(|row| StepStatus::from_name(&row.status));
-    use StepStatus::{Completed, Failed, PendingApproval, Skipped};
-    if let Some(done @ (Completed | Failed | Skipped | PendingApproval)) = stored {
+    use StepStatus::{Cancelled, Completed, Failed, PendingApproval, Skipped};
+    if let Some(done @ (Completed | Failed | Skipped | PendingApproval | Cancelled)) = stored {
         return done.as_str();
     }
     match (run, job.map(|job| job.state.as_str())) {

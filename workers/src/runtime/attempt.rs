@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use capx_core::domain::ids::{AgentId, RunId, SignalId};
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
-use capx_core::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
+use capx_core::domain::plan::{CRASHES_MAX, FAN_LOOK, SUSPECT_CRASHES};
 use capx_core::engine::advance::{self, Finished};
 use capx_core::engine::claim::{Claimed, StepWork, Work};
 use capx_core::engine::{agents, cancel, gates, signals, tenants, triggers};
@@ -58,6 +58,7 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
             tracing::warn!(job.id = job.lease.job, job.kind = job.kind, "a kind of a newer version is left to others");
             PlainOutcome::Again { delay: UNKNOWN_DELAY, charged: false }
         }
+        Work::Idle => PlainOutcome::Again { delay: FAN_LOOK, charged: false },
         Work::Halted { stopped: false } => PlainOutcome::Again { delay: jobs::PARKED, charged: false },
         Work::Halted { stopped: true } => {
             shared.watchdog.answer("the end of a run", Box::pin(end_stopped(shared, &job))).await

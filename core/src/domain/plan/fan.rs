@@ -92,12 +92,12 @@ impl RunContext {
         match &self.fanned {
             Some(Fanned::Open) => Outcome::Released { delay: FAN_LOOK },
             Some(Fanned::Over { items, outputs, failures }) => over(step, fan, *items, outputs, failures),
-            Some(Fanned::Begun(done)) => self.begin(fan, done),
-            None => self.begin(fan, &[]),
+            Some(Fanned::Begun(done)) => self.open(fan, done),
+            None => self.open(fan, &[]),
         }
     }
 
-    fn begin(&self, fan: &Fan, done: &[i32]) -> Outcome {
+    fn open(&self, fan: &Fan, done: &[i32]) -> Outcome {
         let list = match self.list(fan) {
             Ok(list) if list.is_empty() => return Outcome::done(json!([])),
             Ok(list) => list,

@@ -16,7 +16,7 @@ fn place_of(next: &Next) -> Option<usize> {
     match next {
         Next::Step(step) | Next::Sleep { step, .. } => Some(*step),
         Next::Gate(gate) => Some(gate.step),
-        Next::End { .. } | Next::Closed => None,
+        Next::End { .. } | Next::Closed | Next::Junction => None,
     }
 }
 

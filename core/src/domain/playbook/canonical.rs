@@ -172,6 +172,11 @@ fn step(node: &Node, taken: &mut HashSet<String>) -> Node {
         order(&mut inner, keys::COMPENSATE);
         undo.kind = Kind::Map(inner);
     }
+    if let Some(needs) = value_mut(&mut step, "needs")
+        && !matches!(needs.kind, Kind::Seq(_))
+    {
+        needs.kind = Kind::Seq(vec![needs.clone()]);
+    }
     details(&mut step);
     order(&mut step, keys::STEP);
     Node { at: node.at, kind: Kind::Map(step) }

@@ -74,6 +74,11 @@ pub const STEP: &[Key] = &[
         r#"{"type": ["string", "integer"], "pattern": "^[A-Za-z0-9_-]{1,64}$"}"#,
     ),
     other("name", "id", r#"{"type": ["string", "integer"], "pattern": "^[A-Za-z0-9_-]{1,64}$"}"#),
+    key(
+        "needs",
+        "The steps that must be over; the one before it without. `[]` begins at once.",
+        r##"{"anyOf": [{"type": "array", "items": {"type": ["string", "integer"]}}, {"type": ["string", "integer"]}]}"##,
+    ),
     key("if", "The step is left out where this does not hold.", r#"{"type": ["string", "boolean"]}"#),
     key("role", "Whose work it is; a registered tool can do without.", TEXT),
     other("agent", "role", TEXT),

@@ -20,6 +20,7 @@ mod closing;
 mod fan;
 mod fields;
 mod flow;
+mod graph;
 mod step;
 mod trigger;
 
@@ -138,6 +139,7 @@ impl Loader {
             node.to_json()
         });
         let output = fields.get("output").map(|node| self.template(node, "output"));
+        let graph = graph::is_graph(&steps);
         check::references(self, &steps, &finally, &inputs);
         let (steps, closing) = closing::join(steps, finally);
         Some(Playbook {
@@ -147,6 +149,7 @@ impl Loader {
             inputs,
             idempotency_key,
             steps: with_uses(steps, output.as_ref()),
+            graph,
             closing,
             rubric,
             output,
@@ -312,6 +315,7 @@ impl Loader {
         // A step that could not be read would shift the places of the others.
         if steps.len() == items.len() {
             flow::resolve(self, &mut steps);
+            graph::resolve(self, &mut steps);
         }
         steps
     }

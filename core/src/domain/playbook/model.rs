@@ -24,8 +24,10 @@ pub struct Playbook {
     pub inputs: Vec<InputSpec>,
     /// Of all its runs one has what this comes to.
     pub idempotency_key: Option<Template>,
-    /// In the order they run.
+    /// In the order they run, unless they form a graph.
     pub steps: Vec<Step>,
+    /// Each step runs when those are over that it needs.
+    pub graph: bool,
     /// What is done when they are over: what undoes them, that of the last one first,
     /// then what is done in any case. Their places go on behind those of the steps.
     pub closing: Vec<Step>,
@@ -164,6 +166,8 @@ pub struct Step {
     pub adapter: Option<String>,
     /// Overrides the agent's model.
     pub model: Option<String>,
+    /// The steps that must be over, in a graph.
+    pub needs: Vec<usize>,
     /// The step that it undoes, where it does.
     pub undoes: Option<usize>,
     /// The last step that refers to its output, the run's own output counting
@@ -366,6 +370,7 @@ impl Playbook {
             inputs: Vec::new(),
             idempotency_key: None,
             steps: Vec::new(),
+            graph: false,
             closing: Vec::new(),
             rubric: None,
             output: None,
@@ -386,9 +391,45 @@ impl Playbook {
     /// The steps whose outputs a run at `step` still needs: of those before it,
     /// and, where it may have jumped back, of those behind it too.
     pub fn needed_at(&self, step: usize) -> Vec<usize> {
+        if self.graph {
+            return self.step(step).map(|step| self.looked_up_by(step)).unwrap_or_default();
+        }
         let reach = if self.jumps() { self.steps.len() } else { step };
         let done = self.steps.iter().enumerate().take(reach);
         done.filter(|(_, earlier)| earlier.last_use >= Some(step)).map(|(index, _)| index).collect()
+    }
+
+    /// Whether a step must be over before another begins, in a graph.
+    pub fn comes_before(&self, step: usize, other: usize) -> bool {
+        let (mut seen, mut left) = (vec![false; self.steps.len()], vec![other]);
+        while let Some(at) = left.pop() {
+            for need in self.steps.get(at).into_iter().flat_map(|step| &step.needs) {
+                if *need == step {
+                    return true;
+                }
+                if !std::mem::replace(&mut seen[*need], true) {
+                    left.push(*need);
+                }
+            }
+        }
+        false
+    }
+
+    /// The steps whose outputs are needed at the junction of a graph, where some have
+    /// begun.
+    pub fn needed_to_turn(&self, begun: impl Fn(usize) -> bool) -> Vec<usize> {
+        let asks = |step: &Step| {
+            let computed = matches!(step.kind, StepKind::Sleep(Pause::Computed(_)));
+            step.condition.is_some() || step.approval.is_some() || computed
+        };
+        let open = self.steps.iter().enumerate().filter(|(at, _)| !begun(*at)).map(|(_, step)| step);
+        let mut needed: Vec<usize> = open.filter(|step| asks(step)).flat_map(|step| self.looked_up_by(step)).collect();
+        let of_steps = |reference: &&Reference| reference.name(0) == Some("steps");
+        let output = self.output.iter().flat_map(Template::references).filter(of_steps);
+        needed.extend(output.filter_map(|reference| self.step_index(reference.name(1)?)));
+        needed.sort_unstable();
+        needed.dedup();
+        needed
     }
 
     /// The steps whose outputs are needed to close a run.
@@ -420,7 +461,7 @@ impl Playbook {
     /// step, or to what closes the run.
     pub fn takes_refusals(&self, step: usize) -> bool {
         let aborts = self.step(step).is_none_or(|step| step.on_failure == OnFailure::Abort);
-        !aborts || self.closes(RunStatus::Failed)
+        !aborts || self.graph || self.closes(RunStatus::Failed)
     }
 
     /// The step with an id, of those that close a run too.

@@ -3,7 +3,7 @@
 -- batch, or goes where there is none; the last one of a fan wakes the run's job,
 -- and whoever has that in hand loses it. Locks go lane, fan, run's job, run.
 --
--- A lane whose run has ended, or whose fan is gone, goes and writes nothing.
+-- A lane whose run has ended or is being closed, or whose fan is gone, goes and writes nothing.
 with d as materialized (
     select *
     from unnest(
@@ -60,7 +60,7 @@ fan as materialized (
             and exists (
                 select from runs r
                 where r.id = any (array[e.run_id]) and r.company_id is not distinct from e.company_id
-                    and r.status = 'running'
+                    and r.status = 'running' and r.ending is null
             )
         for update
     ) f on true

@@ -1,7 +1,7 @@
 //! Checks over the whole playbook: references lead somewhere, schedules fire.
 
 use super::step::Read;
-use super::{Loader, Place, Use};
+use super::{Loader, Place, Use, graph};
 use crate::domain::playbook::expr::Reference;
 use crate::domain::playbook::model::{InputSpec, Trigger};
 use crate::domain::playbook::problem::{Pos, Problem, did_you_mean, nearest};
@@ -17,6 +17,7 @@ const RUN_FIELDS_AT_LAST: &[&str] = &["status", "error"];
 pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], inputs: &[InputSpec]) {
     let loops: Vec<(usize, usize)> =
         steps.iter().enumerate().filter_map(|(at, read)| read.step.jumps_back_from(at)).collect();
+    let graph = graph::is_graph(steps).then(|| graph::before(steps));
     for Use { place, each, at, path, reference } in std::mem::take(&mut loader.uses) {
         if OF_AN_ITEM.contains(&reference.name(0).unwrap_or_default()) {
             if !each {
@@ -39,8 +40,14 @@ pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], 
             Place::Finally(index) => &finally[..index.min(finally.len())],
             _ => &[],
         };
+        let known = |index: usize| match (place, &graph) {
+            (Place::Step(at), Some(before)) => before[at][index],
+            (Place::Undo(at), Some(before)) => index == at || before[at][index],
+            _ => index < before,
+        };
         let sees = Sees {
-            before: &steps[..before.min(steps.len())],
+            before: steps.iter().enumerate().filter(|(index, _)| known(*index)).map(|(_, read)| read).collect(),
+            graph: graph.is_some(),
             finally,
             all: steps,
             inputs,
@@ -52,7 +59,8 @@ pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], 
 
 /// What can be looked up in a place.
 struct Sees<'a> {
-    before: &'a [Read],
+    before: Vec<&'a Read>,
+    graph: bool,
     finally: &'a [Read],
     all: &'a [Read],
     inputs: &'a [InputSpec],
@@ -62,7 +70,7 @@ struct Sees<'a> {
 
 fn check(loader: &mut Loader, reference: &Reference, at: Pos, path: &str, sees: &Sees<'_>) {
     let Sees { inputs, all, at_last, .. } = *sees;
-    let before = || sees.before.iter().chain(sees.finally);
+    let before = || sees.before.iter().copied().chain(sees.finally);
     let name = reference.name(1).unwrap_or_default();
     match reference.name(0).unwrap_or_default() {
         "inputs" => {
@@ -79,12 +87,19 @@ fn check(loader: &mut Loader, reference: &Reference, at: Pos, path: &str, sees: 
         "steps" => {
             if !before().any(|read| read.step.id == name) {
                 let ids = before().map(|read| read.step.id.as_str());
-                let message = if all.iter().any(|read| read.step.id == name) {
-                    format!("`${{{reference}}}`: the step `{name}` does not come before this one")
-                } else {
-                    format!("`${{{reference}}}`: there is no step `{name}`")
+                let there = all.iter().any(|read| read.step.id == name);
+                let (message, hint) = match (there, sees.graph) {
+                    (true, true) => (
+                        format!("`${{{reference}}}`: this need not wait for the step `{name}`"),
+                        Some(format!("add `{name}` to its `needs`")),
+                    ),
+                    (true, false) => (
+                        format!("`${{{reference}}}`: the step `{name}` does not come before this one"),
+                        did_you_mean(name, ids),
+                    ),
+                    (false, _) => (format!("`${{{reference}}}`: there is no step `{name}`"), did_you_mean(name, ids)),
                 };
-                loader.suggest(at, path, message, did_you_mean(name, ids));
+                loader.suggest(at, path, message, hint);
             } else if let Some(field) = reference.name(2)
                 // A field of the output may be called so, and be meant.
                 && field != "outputs"

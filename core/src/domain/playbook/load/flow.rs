@@ -21,6 +21,8 @@ const LOOPS_MAX: usize = 50;
 pub(super) struct Flow {
     goto: Option<(String, Pos)>,
     on_failure: Option<(String, Pos)>,
+    /// The steps that it needs, where it says so.
+    pub needs: Option<Vec<(String, Pos)>>,
 }
 
 /// What kind of step it is.
@@ -230,7 +232,7 @@ pub(super) fn resolve(loader: &mut Loader, steps: &mut [Read]) {
     }
 }
 
-fn find(loader: &mut Loader, ids: &[String], name: &str, at: Pos, path: &str) -> Option<usize> {
+pub(super) fn find(loader: &mut Loader, ids: &[String], name: &str, at: Pos, path: &str) -> Option<usize> {
     find_or(loader, ids, name, at, path, &[])
 }
 

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use super::closing;
 use super::fan::fan;
 use super::flow::{self, Flow};
+use super::graph;
 use super::{Fields, Loader, TOOLS, params};
 use crate::domain::backoff::Backoff;
 use crate::domain::duration;
@@ -20,7 +21,7 @@ use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
 use crate::domain::playbook::template::Template;
 use crate::domain::playbook::yaml::{Kind, Node};
 
-const KEYS_LATER: &[&str] = &["needs", "playbook", "output", "concurrency", "on_unknown", "prompt"];
+const KEYS_LATER: &[&str] = &["playbook", "output", "concurrency", "on_unknown", "prompt"];
 
 /// A step that has been read, and where it points to by name.
 pub(super) struct Read {
@@ -40,6 +41,7 @@ pub(super) fn step(loader: &mut Loader, node: &Node, path: &str, taken: &mut Has
     flow::only_of_work(loader, &fields, node, &kind, path);
     let condition = flow::condition(loader, &fields, path);
     let on_failure = flow::on_failure(loader, &fields, path, &mut flow);
+    flow.needs = graph::needs(loader, &fields, path);
     let action_node = fields.one_of(loader, &["action", "tool"]);
     let action = match &kind {
         StepKind::Work => action_node.and_then(|n| loader.text(n, &format!("{path}.action"))),
@@ -131,6 +133,7 @@ impl How {
             approval: None,
             adapter: self.adapter,
             model: self.model,
+            needs: Vec::new(),
             undoes: None,
             last_use: None,
         }
