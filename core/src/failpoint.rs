@@ -117,4 +117,6 @@ pub const POINTS: &[&str] = &[
     "fire.before_start",
     "fire.before_commit",
     "fire.after_commit",
+    "call.before_commit",
+    "call.after_commit",
 ];

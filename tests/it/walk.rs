@@ -91,7 +91,31 @@ finally:
         calls: 4,
         beside: 1,
     },
+    Construct {
+        name: "calls",
+        yaml: "
+steps:
+  - {id: a, action: http.request, params: {method: POST, url: 'URL/a'}}
+  - {id: call, playbook: called, params: {n: 1}}
+  - {id: each, for_each: [2, 3], max_parallel: 2, playbook: called, params: {n: '${item}'}}
+output: '${steps.each.output[1].path}'
+",
+        ends: RunStatus::Completed,
+        calls: 4,
+        beside: 1,
+    },
 ];
+
+/// When a step is handed to another run.
+pub const CALL: &[&str] = &["call.before_commit", "call.after_commit"];
+
+/// What the constructs call.
+const CALLED: &str = "name: called
+inputs: {n: integer}
+steps:
+  - {id: call, action: http.request, params: {method: POST, url: 'URL/called/${inputs.n}'}}
+output: {path: '${steps.call.output.body.path}'}
+";
 
 /// A run's output, where it failed, and its steps with what they said.
 type End = (Option<Value>, Option<String>, Vec<(i32, String, Option<Value>)>);
@@ -136,6 +160,7 @@ async fn walk(construct: &Construct, fault: Option<(&str, &str, u32)>) -> (Walke
     let witness = Witness::start(&[]).await;
     let company = db.company(&["a"], "claude", json!({})).await;
     let yaml = format!("name: {}{}", construct.name, construct.yaml.replace("URL", &witness.url));
+    db.playbook(company, &CALLED.replace("URL", &witness.url)).await;
     let playbook = db.playbook(company, &yaml).await;
     let run = db.start(company, playbook, json!({})).await;
     let points = fault.map(|(point, what, hit)| format!("{point}={what}@{hit}")).unwrap_or_default();
@@ -186,7 +211,8 @@ async fn every_construct_ends_the_same_whoever_dies_over_it() {
         } else {
             &[("commit.after", "kill"), ("commit.after", "fail"), ("attempt.after_handler", "kill")]
         };
-        for (point, what) in faults {
+        let calling = CALL.iter().filter(|_| construct.yaml.contains("playbook:")).map(|point| (*point, "kill"));
+        for (point, what) in faults.iter().copied().chain(calling) {
             // Until the run is over before its worker comes to the point.
             for hit in (1..).step_by(if full { 1 } else { 3 }) {
                 let at = format!("{}: {what} at {point} {hit}", construct.name);
@@ -195,7 +221,7 @@ async fn every_construct_ends_the_same_whoever_dies_over_it() {
                 assert_eq!(walked.paths, clean.paths, "{at}: each effect under one key");
                 assert_eq!(walked.ends, clean.ends, "{at}: a step was over twice, or never");
                 // What a dead worker had in hand may be done again, nothing that was over.
-                let again = match (*point, *what) {
+                let again = match (point, what) {
                     ("commit.after", "kill") => construct.beside,
                     ("commit.after", _) => 0,
                     _ => construct.beside + 1,

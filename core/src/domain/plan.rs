@@ -18,9 +18,11 @@ use super::playbook::model::{Approval, OnFailure, Pause, Playbook, Step, StepKin
 use super::run::StepStatus;
 use super::{digest, duration};
 
+mod call;
 mod closing;
 mod fan;
 mod graph;
+pub use call::{Child, DEPTH_MAX};
 pub use closing::{Ending, Letter};
 pub use fan::{FAN_LOOK, Fanned, Item, ItemDecision};
 pub use graph::{Node, Then, Turn};
@@ -74,6 +76,8 @@ pub struct RunContext {
     pub undo: Vec<usize>,
     /// What became of the steps that close it.
     pub closed: HashMap<usize, StepStatus>,
+    /// The run that does the step at hand, where another one does.
+    pub child: Option<Child>,
     /// Why the gate before the step at hand stayed shut.
     pub refused: Option<Refusal>,
     /// How the steps stand that have begun, at the junction of a graph.
@@ -252,6 +256,7 @@ impl RunContext {
             closings: 0,
             undo: Vec::new(),
             closed: HashMap::new(),
+            child: None,
             refused: None,
             nodes: HashMap::new(),
             waiting: HashMap::new(),
@@ -371,8 +376,12 @@ impl RunContext {
     /// What becomes of the run after an attempt at `step`. `attempt` counts
     /// the tries charged, this one included; `draw` in `[0, 1)` is the jitter.
     pub fn decide(&mut self, step: usize, attempt: u32, outcome: &Outcome, draw: f64) -> Decision {
+        let child = self.child.take();
         match outcome {
-            Outcome::Released { delay } => Decision::Release { delay: *delay },
+            Outcome::Released { delay } => {
+                self.child = child;
+                Decision::Release { delay: *delay }
+            }
             Outcome::Waits { event, matching, timeout } => {
                 Decision::Wait { event: event.clone(), matching: matching.clone(), timeout: *timeout }
             }
@@ -456,7 +465,7 @@ impl RunContext {
                     Err(_) => break Next::Step(at),
                 },
                 StepKind::WaitFor(_) => break Next::Step(at),
-                StepKind::Work => break self.gate(at).map_or(Next::Step(at), Next::Gate),
+                StepKind::Work | StepKind::Playbook(_) => break self.gate(at).map_or(Next::Step(at), Next::Gate),
             }
             at += 1;
         };

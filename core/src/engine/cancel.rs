@@ -9,7 +9,7 @@ use crate::domain::ids::{CompanyId, RunId};
 use crate::domain::plan::Ending;
 use crate::domain::playbook::model::STEP_TIMEOUT;
 use crate::domain::run::RunStatus;
-use crate::store::{approvals, events, nodes, runs, signals};
+use crate::store::{approvals, children, events, nodes, runs, signals};
 
 /// Cancels a run, in the caller's transaction, who wakes workers after it; one that
 /// is cancelled already stays so.
@@ -35,11 +35,14 @@ async fn cancel(
     by: &str,
     closes: Option<&Engine>,
 ) -> Result<(), EngineError> {
+    cancel_called(tx, company, run, by, closes).await?;
     nodes::lock_all(tx, company, run).await?;
     let status = runs::lock_with_job(tx, company, run).await?.ok_or(EngineError::NotFound("run"))?;
     if status == RunStatus::Cancelled {
         return Ok(());
     }
+    // What it has called since the first look.
+    cancel_called(tx, company, run, by, closes).await?;
     if status.is_terminal() {
         return Err(EngineError::Conflict(format!("the run has {} already", status.as_str())));
     }
@@ -57,6 +60,28 @@ async fn cancel(
     let cancelled = Event::new(PLAYBOOK_CANCELLED, json!({"by": by}));
     events::append_to_run(&mut *tx, company, run, &cancelled).await?;
     runs::end_by_hand(tx, company, run, RunStatus::Cancelled).await?;
+    Ok(())
+}
+
+/// Cancels what a run has called, where a person cancels it: what is stopped with its
+/// company ends by itself.
+async fn cancel_called(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    by: &str,
+    closes: Option<&Engine>,
+) -> Result<(), EngineError> {
+    if closes.is_none() {
+        return Ok(());
+    }
+    for child in children::open_of(tx, company, run).await? {
+        match Box::pin(cancel(tx, company, child, by, closes)).await {
+            // It has ended by itself.
+            Ok(()) | Err(EngineError::Conflict(_) | EngineError::NotFound(_)) => {}
+            Err(error) => return Err(error),
+        }
+    }
     Ok(())
 }
 

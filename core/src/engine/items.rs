@@ -84,6 +84,7 @@ impl DecidedItem {
         let ItemEnd::Over { stay: true, .. } = self.commit.end else { return None };
         let index = usize::try_from(item).ok()?;
         self.work.chain += 1;
+        self.work.context.child = None;
         self.work.context.item = self.work.context.item.map(|now| Item::new(index, now.list));
         let lease = Lease { epoch: self.job.lease.epoch + 1, ..self.job.lease };
         let job = ClaimedJob { lease, item: Some(item), attempt: 1, crash_count: 0, ..self.job };

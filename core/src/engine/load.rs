@@ -12,12 +12,13 @@ use super::{Engine, EngineError};
 use crate::domain::company::works as works_on;
 use crate::domain::event::{Event, PLAYBOOK_RESUMED};
 use crate::domain::ids::{ApprovalId, CompanyId, PlaybookId, RunId};
-use crate::domain::plan::{Fanned, Item, JUNCTION, Node, Refusal, RunContext};
+use crate::domain::plan::{Child, Fanned, Item, JUNCTION, Node, Refusal, RunContext};
 use crate::domain::playbook::model::StepKind;
-use crate::domain::run::StepStatus;
+use crate::domain::run::{RunStatus, StepStatus};
 use crate::domain::storable::OUTPUT_BYTES_MAX;
 use crate::failpoint;
 use crate::store::agents::AgentRow;
+use crate::store::children::{self, Call};
 use crate::store::fans::{self, ItemRow};
 use crate::store::jobs::ClaimedJob;
 use crate::store::steps::LoadedRun;
@@ -65,6 +66,7 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
     load_waits(engine, claimed, &mut contexts).await?;
     let mut fans = load_fans(engine, claimed, &contexts).await?;
     let mut refusals = load_refusals(engine, claimed, &contexts).await?;
+    let mut children = load_children(engine, claimed, &contexts).await?;
     let lists = lists(claimed, &contexts);
     let agents = load_agents(engine, contexts.values()).await?;
     let none = Arc::new(HashMap::new());
@@ -102,6 +104,7 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
                     context.item = Some(Item::new(usize::try_from(item).ok()?, list));
                 }
             }
+            context.child = children.remove(&job.lease.job);
             let work = StepWork {
                 run_job,
                 agents: agents.get(&context.company).map_or_else(|| Arc::clone(&none), Arc::clone),
@@ -203,6 +206,32 @@ async fn load_states(
         context.undo = done.into_iter().map(|(_, step)| step).filter(|step| !undone(*step)).collect();
     }
     Ok(())
+}
+
+/// The runs that do steps of others, by the jobs that have waited for them.
+async fn load_children(
+    engine: &Engine,
+    claimed: &[&ClaimedJob],
+    contexts: &HashMap<Uuid, RunContext>,
+) -> Result<HashMap<i64, Child>, EngineError> {
+    let calls = claimed.iter().filter_map(|job| {
+        let context = contexts.get(&job.ref_id?)?;
+        let step = context.playbook.step(usize::try_from(job.step).ok()?)?;
+        let round = i32::try_from(context.round()).unwrap_or(i32::MAX);
+        let call = Call { run: context.run, step: job.step, item: job.item.unwrap_or(-1), round };
+        let asks = matches!(step.kind, StepKind::Playbook(_)) && (step.fan.is_none() || job.item.is_some());
+        asks.then_some((job.lease.job, (context.company, call, job.attempt)))
+    });
+    let (jobs, calls): (Vec<i64>, Vec<_>) = calls.unzip();
+    if calls.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows = children::load(&engine.pool, &calls).await?.into_iter().filter_map(|row| {
+        let job = usize::try_from(row.place - 1).ok().and_then(|at| jobs.get(at))?;
+        let status = RunStatus::from_name(&row.status)?;
+        Some((*job, Child { run: RunId(row.child), status, output: row.output, error: row.error }))
+    });
+    Ok(rows.collect())
 }
 
 /// What the nodes of runs wait for that are at their junction, and which gates were

@@ -13,6 +13,7 @@ use crate::store::StoreError;
 pub mod advance;
 pub mod agents;
 pub mod batch;
+pub mod calls;
 pub mod cancel;
 pub mod claim;
 pub mod dead_letters;

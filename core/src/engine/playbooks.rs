@@ -8,9 +8,10 @@ use sqlx::PgConnection;
 use super::{Engine, EngineError, FieldProblem, repeating, triggers};
 use crate::domain::digest::sha256;
 use crate::domain::ids::{CompanyId, PlaybookId};
+use crate::domain::playbook::model::StepKind;
 use crate::domain::playbook::{self, Playbook, Problem};
 use crate::store::playbooks::{Filter, NewPlaybook, Upserted};
-use crate::store::{StoreError, agents, playbooks};
+use crate::store::{StoreError, agents, children, playbooks};
 
 /// A request to create a playbook.
 #[derive(Debug, Clone)]
@@ -59,6 +60,7 @@ pub async fn create_in(
     let name = request.name.clone().unwrap_or_else(|| playbook.name.clone());
     let description = request.description.clone().or_else(|| playbook.description.clone());
     warnings.extend(role_warnings(tx, company, &playbook).await?);
+    warnings.extend(call_warnings(tx, company, &playbook).await?);
     let new = NewPlaybook {
         company,
         name: &name,
@@ -158,6 +160,31 @@ fn invalid(text: &str, problems: &[Problem]) -> EngineError {
     EngineError::Invalid(fields.collect())
 }
 
+/// Playbooks that steps name and the company has not.
+async fn call_warnings(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    playbook: &Playbook,
+) -> Result<Vec<String>, EngineError> {
+    let mut called: Vec<&str> = playbook
+        .steps
+        .iter()
+        .filter_map(|step| match &step.kind {
+            StepKind::Playbook(name) if *name != playbook.name => Some(name.as_str()),
+            _ => None,
+        })
+        .collect();
+    called.sort_unstable();
+    called.dedup();
+    let mut warnings = Vec::new();
+    for name in called {
+        if children::playbook(tx, company, name).await?.is_none() {
+            warnings.push(format!("this company has no playbook `{name}` yet, so a run fails at its step"));
+        }
+    }
+    Ok(warnings)
+}
+
 async fn role_warnings(
     tx: &mut PgConnection,
     company: CompanyId,
@@ -169,6 +196,7 @@ async fn role_warnings(
     Ok(playbook
         .steps
         .iter()
+        .chain(&playbook.closing)
         .filter_map(|step| step.role.as_deref())
         .filter(|role| !known.contains(role) && warned.insert(*role))
         .map(|role| {

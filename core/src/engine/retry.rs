@@ -25,7 +25,7 @@ use crate::domain::playbook::{Playbook, Step};
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::store::jobs::kind;
 use crate::store::runs::{Retry, StepRow};
-use crate::store::{approvals, events, fans, nodes, runs, tenants};
+use crate::store::{approvals, children, events, fans, nodes, runs, tenants};
 
 /// Lets a failed run go on at its failed step, in the caller's transaction, who
 /// wakes workers after it. A gate that was refused or ran out is asked for
@@ -84,6 +84,7 @@ pub async fn retry_run(
         }
     }
     fans::forget(tx, company, run, step).await?;
+    children::forget(tx, company, run).await?;
     let job = runs::retry(tx, company, run, &retry).await?.ok_or(EngineError::NotFound("run"))?;
     let resumed = json!({"step": planned.map(|step| &step.id), "index": step, "by": by});
     events::append_to_run(&mut *tx, company, run, &Event::new(PLAYBOOK_RESUMED, resumed)).await?;

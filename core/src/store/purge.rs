@@ -28,6 +28,7 @@ const TABLES: &[&str] = &[
     "triggers",
     "run_fans",
     "run_items",
+    "run_children",
     // Last, since no index finds them by their company: work that is still
     // claimed finds no run, and ends.
     "jobs",

@@ -145,6 +145,8 @@ pub struct RunRow {
     pub duration_s: Option<i64>,
     /// Since when its company is halted, if it is and the run is open.
     pub halted_since: Option<DateTime<Utc>>,
+    /// It does a step of another run.
+    pub called: bool,
 }
 
 macro_rules! run_row {
@@ -166,6 +168,7 @@ macro_rules! run_row {
             ended_at: row.ended_at,
             duration_s: row.duration_s,
             halted_since: row.halted_since,
+            called: row.called,
         }
     }};
 }
@@ -178,7 +181,7 @@ pub async fn get(
 ) -> Result<Option<RunRow>, StoreError> {
     let row = sqlx::query!(
         "select r.id, r.playbook_id, r.version_id, r.status, r.replay_of, r.params, r.waiting_on, r.output, r.error, r.cost_nanos,
-                  r.started_at, r.ended_at,
+                  r.started_at, r.ended_at, r.called,
                   extract(epoch from coalesce(r.ended_at, clock_timestamp()) - r.started_at)::bigint as duration_s,
                   case when r.ended_at is null then case c.status when 'paused' then c.paused_at when 'stopped' then c.stopped_at end end as halted_since
            from runs r join companies c on c.id = r.company_id

@@ -8,11 +8,12 @@ use axum::response::Response;
 use capx_core::domain::company::works;
 use capx_core::domain::ids::{AgentId, ApprovalId, CompanyId, PlaybookId, RunId};
 use capx_core::domain::playbook::Playbook;
+use capx_core::domain::playbook::model::StepKind;
 use capx_core::domain::run::{RunStatus, StepStatus};
 use capx_core::engine::start::{self, Decided, Started};
-use capx_core::store::approvals;
 use capx_core::store::runs::{self, ItemCounts, JobRow, RunFilter, RunItemRow, RunRow, StepRow};
 use capx_core::store::tenants::CompanyRow;
+use capx_core::store::{approvals, children};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
@@ -138,6 +139,10 @@ pub(super) struct Run {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     replay_of: Option<RunId>,
+    /// The run that it does a step of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    parent_run_id: Option<RunId>,
     /// Its parameters, defaults filled in.
     #[schema(value_type = Object)]
     params: Value,
@@ -203,6 +208,10 @@ struct RunStep {
     /// How its items stand, where it is done for a list.
     #[serde(skip_serializing_if = "Option::is_none")]
     items: Option<Items>,
+    /// The run of another playbook that does it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    child_run_id: Option<RunId>,
 }
 
 /// How the items of a step stand.
@@ -259,7 +268,16 @@ fn brief(playbook: PlaybookId, started: Started) -> Run {
         started_at: Some(Time(started.at)),
         completed_at: None,
     };
-    Run { item, replay_of: None, params: started.params, steps: None, waiting_on: None, output: None, error: None }
+    Run {
+        item,
+        replay_of: None,
+        parent_run_id: None,
+        params: started.params,
+        steps: None,
+        waiting_on: None,
+        output: None,
+        error: None,
+    }
 }
 
 /// Run a playbook
@@ -533,11 +551,24 @@ pub(super) async fn show(
         RunStatus::Suspended => Some(waiting_on(&mut *tx, company, &row, &steps, &jobs).await?),
         _ => None,
     };
-    let steps = plan.map(|plan| step_list(plan, &row, &steps, &jobs));
+    let parent_run_id = match row.called {
+        true => children::caller(&mut *tx, company, row.run).await?,
+        false => None,
+    };
+    let mut steps = plan.map(|plan| step_list(plan, &row, &steps, &jobs));
+    if plan.is_some_and(|plan| plan.calls()) {
+        for (step, child) in children::shown(&mut *tx, company, row.run).await? {
+            let at = usize::try_from(step).ok();
+            if let Some(step) = steps.as_mut().and_then(|steps| steps.get_mut(at?)) {
+                step.child_run_id = Some(child);
+            }
+        }
+    }
     let item = RunItem::new(&row.item(), row.halted_since.is_some());
     Ok(Run {
         item,
         replay_of: row.replay_of,
+        parent_run_id,
         params: row.params,
         steps,
         waiting_on,
@@ -600,8 +631,11 @@ fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], jobs: &[JobRow]) -
                 .iter()
                 .find(|job| ["step", "timer"].contains(&job.kind.as_str()) && usize::try_from(job.step) == Ok(index));
             let items = row.and_then(|row| row.items);
-            // It waits for its lanes, not for a time.
-            let fanned = items.is_some_and(|items| items.running > 0 && run.status == RunStatus::Running);
+            // It waits for its lanes or another run, not for a time.
+            let begun = row.is_some_and(|row| row.status == StepStatus::Running.as_str());
+            let called = begun && matches!(step.kind, StepKind::Playbook(_));
+            let busy = called || items.is_some_and(|items| items.running > 0);
+            let busy = busy && run.status == RunStatus::Running;
             RunStep {
                 index,
                 id: step.id.clone(),
@@ -610,15 +644,16 @@ fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], jobs: &[JobRow]) -
                 action: step.action.clone(),
                 closes: (index >= plan.steps.len())
                     .then(|| if step.undoes.is_some() { "compensate" } else { "finally" }),
-                status: if fanned { StepStatus::Running.as_str() } else { step_status(run.status, row, job) },
+                status: if busy { StepStatus::Running.as_str() } else { step_status(run.status, row, job) },
                 cost: row.map_or(0.0, |row| row.cost.to_usd()),
                 duration: row.and_then(|row| Some((row.ended_at? - row.started_at?).num_seconds().max(0))),
                 attempts: job.map_or_else(|| row.map_or(0, |row| row.attempt), |job| job.attempt),
                 output: row.and_then(|row| row.output.clone()),
                 error: row.and_then(|row| row.error.clone()),
                 items: items.map(Items::from),
+                child_run_id: None,
                 next_attempt_at: job
-                    .filter(|job| job.state == "scheduled" && !fanned)
+                    .filter(|job| job.state == "scheduled" && !busy)
                     .and_then(|job| job.due_at)
                     .map(Time),
             }

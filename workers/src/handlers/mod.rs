@@ -86,7 +86,7 @@ impl Hands {
             (Err(failure), _) => return Outcome::failed(failure),
             (Ok(()), StepKind::Sleep(_) | StepKind::Goto { .. }) => return Outcome::done(Value::Null),
             (Ok(()), StepKind::WaitFor(wait)) => return work.context.wait(index, wait),
-            (Ok(()), StepKind::Work) => {}
+            (Ok(()), StepKind::Work | StepKind::Playbook(_)) => {}
         }
         match (&step.fan, &work.context.item) {
             (Some(fan), None) => return work.context.fan(step, fan),
@@ -95,6 +95,10 @@ impl Hands {
                 return Outcome::failed(why.unwrap_or_else(|| Failure::invalid("for_each: the list has changed")));
             }
             _ => {}
+        }
+        if let StepKind::Playbook(playbook) = &step.kind {
+            let none = || Outcome::failed(Failure::invalid("no run does the step"));
+            return work.context.called(playbook).unwrap_or_else(none);
         }
         let params = match work.context.params(step) {
             Ok(params) => params,

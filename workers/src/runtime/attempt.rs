@@ -8,9 +8,12 @@ use std::time::{Duration, Instant};
 use capx_core::domain::ids::{AgentId, RunId, SignalId};
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
 use capx_core::domain::plan::{CRASHES_MAX, FAN_LOOK, SUSPECT_CRASHES};
+use capx_core::domain::playbook::Step;
+use capx_core::domain::playbook::model::StepKind;
 use capx_core::engine::advance::{self, Finished};
+use capx_core::engine::calls::Called;
 use capx_core::engine::claim::{Claimed, StepWork, Work};
-use capx_core::engine::{agents, cancel, gates, signals, tenants, triggers};
+use capx_core::engine::{agents, calls, cancel, gates, signals, tenants, triggers};
 use capx_core::failpoint;
 use capx_core::store;
 use capx_core::store::jobs::{self, ClaimedJob};
@@ -47,9 +50,13 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
             let began = Instant::now();
             // Boxed: what a tool or an adapter keeps is kilobytes, and apalis
             // moves the attempt's future about several times.
-            let outcome = Box::pin(step(shared, &job, &work, began, &mut slot)).await;
+            let outcome = match calls(&work, &job) {
+                Some((step, playbook)) => call(shared, &job, &work, (step, playbook)).await,
+                None => Some(Box::pin(step(shared, &job, &work, began, &mut slot)).await),
+            };
             drop(slot);
             held.finish();
+            let Some(outcome) = outcome else { return Attempted::Plain(job, PlainOutcome::Nothing, held) };
             let finished = Finished { job, work, outcome, took: began.elapsed() };
             return Attempted::Step(finished, held);
         }
@@ -73,6 +80,36 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
     drop(slot);
     held.finish();
     Attempted::Plain(job, plain, held)
+}
+
+/// The playbook whose run is to do a step, where there is none yet.
+fn calls<'a>(work: &'a StepWork, job: &ClaimedJob) -> Option<(&'a Step, &'a str)> {
+    let step = work.context.playbook.step(usize::try_from(job.step).ok()?)?;
+    let StepKind::Playbook(playbook) = &step.kind else { return None };
+    // A step that is done for a list is called for by its items, and one whose gate
+    // stayed shut by nobody. What is wrong with a condition is told by the handler.
+    let asks = (step.fan.is_none() || work.context.item.as_ref().is_some_and(|item| !item.list.is_empty()))
+        && work.context.child.is_none()
+        && work.context.refused.is_none()
+        && work.context.holds(step).is_ok()
+        && job.crash_count < CRASHES_MAX;
+    asks.then_some((step, playbook))
+}
+
+/// Lets another run do a step; what the attempt ends with, where that cannot be.
+async fn call(shared: &Shared, job: &ClaimedJob, work: &StepWork, of: (&Step, &str)) -> Option<Outcome> {
+    if shared.lost.is_cancelled() {
+        return Some(Outcome::Released { delay: SYSTEM_DELAY });
+    }
+    match shared.watchdog.answer("a call", Box::pin(calls::call(&shared.engine, job, work, of))).await {
+        // Its transaction has moved the job on.
+        Ok(Called::Waits) => None,
+        Ok(Called::Refused(failure)) => Some(Outcome::failed(failure)),
+        Err(error) => {
+            tracing::warn!(%error, run.id = %work.run(), "a call waits");
+            Some(Outcome::Released { delay: SYSTEM_DELAY })
+        }
+    }
 }
 
 /// Whether one more death would put the job into quarantine.

@@ -114,7 +114,9 @@ impl RunContext {
     fn comes_to(&self, at: usize, step: &Step) -> Next {
         match &step.kind {
             StepKind::Sleep(pause) => self.pause(pause).map_or(Next::Step(at), |delay| Next::Sleep { step: at, delay }),
-            StepKind::Work if !self.opened.contains(&at) => self.gate(at).map_or(Next::Step(at), Next::Gate),
+            StepKind::Work | StepKind::Playbook(_) if !self.opened.contains(&at) => {
+                self.gate(at).map_or(Next::Step(at), Next::Gate)
+            }
             _ => Next::Step(at),
         }
     }

@@ -150,7 +150,8 @@ fn step(node: &Node, taken: &mut HashSet<String>) -> Node {
         Some(Kind::Str(id)) => id.trim().to_owned(),
         Some(Kind::Int(id)) => id.to_string(),
         _ => {
-            let named = step.iter().find(|(key, _)| ["goto", "sleep", "wait_for"].contains(&key.text.as_str()));
+            let named =
+                step.iter().find(|(key, _)| ["goto", "sleep", "wait_for", "playbook"].contains(&key.text.as_str()));
             let action = step.iter().find(|(key, _)| key.text == "action").map(|(_, node)| &node.kind);
             match (named, action) {
                 (Some((key, _)), _) => free_id(&key.text, taken),

@@ -84,6 +84,7 @@ pub const STEP: &[Key] = &[
     other("agent", "role", TEXT),
     key("action", "A tool's name, or what the role's agent is asked to do.", TEXT),
     other("tool", "action", TEXT),
+    key("playbook", "A run of this other playbook does the step.", TEXT),
     key("goto", "The run goes on at this earlier step.", TEXT),
     key("max_retries", "How often a `goto` may jump.", r#"{"type": "integer", "minimum": 1, "maximum": 10000}"#),
     key("sleep", "The run goes on after this time.", DURATION_OR_TEMPLATE),

@@ -139,6 +139,7 @@ impl Loader {
             node.to_json()
         });
         let output = fields.get("output").map(|node| self.template(node, "output"));
+        check::calls_itself(self, name.as_deref(), &steps);
         let graph = graph::is_graph(&steps);
         check::references(self, &steps, &finally, &inputs);
         let (steps, closing) = closing::join(steps, finally);

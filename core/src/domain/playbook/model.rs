@@ -192,6 +192,8 @@ pub enum StepKind {
     Sleep(Pause),
     /// The run goes on when an event has come.
     WaitFor(WaitFor),
+    /// A run of another playbook does it.
+    Playbook(String),
 }
 
 /// A step that is done once for each item of a list.
@@ -450,6 +452,11 @@ impl Playbook {
     /// Whether a run may come to a step more than once.
     pub fn jumps(&self) -> bool {
         self.steps.iter().any(|step| matches!(step.kind, StepKind::Goto { .. }))
+    }
+
+    /// Whether runs of other playbooks do steps of it.
+    pub fn calls(&self) -> bool {
+        self.steps.iter().any(|step| matches!(step.kind, StepKind::Playbook(_)))
     }
 
     /// Whether a step of it may fail without the run.

@@ -3,7 +3,7 @@
 use super::step::Read;
 use super::{Loader, Place, Use, graph};
 use crate::domain::playbook::expr::Reference;
-use crate::domain::playbook::model::{InputSpec, Trigger};
+use crate::domain::playbook::model::{InputSpec, StepKind, Trigger};
 use crate::domain::playbook::problem::{Pos, Problem, did_you_mean, nearest};
 
 /// What each item of a `for_each` has.
@@ -137,6 +137,22 @@ fn check(loader: &mut Loader, reference: &Reference, at: Pos, path: &str, sees: 
             format!("`${{{reference}}}`: there is no `{other}`"),
             did_you_mean(other, ROOTS.iter().copied()).or_else(|| Some("begin with `inputs` or `steps`".into())),
         ),
+    }
+}
+
+/// A playbook that calls itself in any case never ends.
+pub(super) fn calls_itself(loader: &mut Loader, name: Option<&str>, steps: &[Read]) {
+    for (index, Read { step, at, .. }) in steps.iter().enumerate() {
+        let itself = matches!(&step.kind, StepKind::Playbook(called) if Some(called.as_str()) == name);
+        if itself && step.condition.is_none() && step.fan.is_none() {
+            let hint = Some("write `if` on the step, so that it ends".to_owned());
+            loader.suggest(
+                *at,
+                &format!("steps.{index}.playbook"),
+                "the playbook would call itself for ever".into(),
+                hint,
+            );
+        }
     }
 }
 

@@ -63,7 +63,11 @@ pub(super) fn finally(loader: &mut Loader, node: Option<&Node>, taken: &mut Hash
         }
         if let Some(Read { step, at, .. }) = &read {
             if !matches!(step.kind, StepKind::Work) {
-                loader.error(*at, &path, "a step of `finally` has an `action`");
+                loader.error(
+                    *at,
+                    &path,
+                    "a step of `finally` has an `action`, and is no pause, jump or other playbook",
+                );
             }
             if matches!(step.on_failure, OnFailure::Goto(_)) {
                 loader.error(*at, format!("{path}.on_failure"), "expected `abort` or `continue`");

@@ -29,8 +29,9 @@ pub(super) struct Flow {
 pub(super) fn kind(loader: &mut Loader, fields: &Fields<'_>, node: &Node, path: &str, flow: &mut Flow) -> StepKind {
     let (goto, sleep, wait) = (fields.get("goto"), fields.get("sleep"), fields.get("wait_for"));
     let work = ["action", "tool"].into_iter().find(|key| fields.has(key));
+    let called = fields.get("playbook");
     let kinds = work.into_iter().chain(goto.map(|_| "goto")).chain(sleep.map(|_| "sleep"));
-    let kinds: Vec<&str> = kinds.chain(wait.map(|_| "wait_for")).collect();
+    let kinds: Vec<&str> = kinds.chain(wait.map(|_| "wait_for")).chain(called.map(|_| "playbook")).collect();
     if let [first, second, ..] = kinds.as_slice() {
         loader.error(node.at, path, format!("`{first}` and `{second}` are two things; write a step for each"));
     }
@@ -48,7 +49,10 @@ pub(super) fn kind(loader: &mut Loader, fields: &Fields<'_>, node: &Node, path: 
     match (sleep, wait) {
         (Some(pause), _) => StepKind::Sleep(self::pause(loader, pause, &format!("{path}.sleep"))),
         (None, Some(wait)) => StepKind::WaitFor(wait_for(loader, wait, &format!("{path}.wait_for"))),
-        (None, None) => StepKind::Work,
+        (None, None) => match called {
+            Some(called) => StepKind::Playbook(loader.text(called, &format!("{path}.playbook")).unwrap_or_default()),
+            None => StepKind::Work,
+        },
     }
 }
 
@@ -116,10 +120,20 @@ const OF_WORK: &[&str] = &[
     "rubric",
 ];
 
+/// What only a step has that is done by an agent or a tool.
+const OF_ACTION: &[&str] = &["role", "agent", "timeout", "adapter", "model", "rubric"];
+
 /// Refuses what a step of another kind does not carry out.
 pub(super) fn only_of_work(loader: &mut Loader, fields: &Fields<'_>, node: &Node, kind: &StepKind, path: &str) {
     let word = match kind {
         StepKind::Work => return,
+        StepKind::Playbook(_) => {
+            for key in OF_ACTION.iter().filter(|key| fields.has(key)) {
+                let at = fields.get(key).map_or(node.at, |value| value.at);
+                loader.error(at, format!("{path}.{key}"), "belongs to the steps of the other playbook");
+            }
+            return;
+        }
         StepKind::Goto { .. } => "goto",
         StepKind::Sleep(_) => "sleep",
         StepKind::WaitFor(_) => "wait_for",

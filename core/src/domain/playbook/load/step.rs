@@ -21,7 +21,7 @@ use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
 use crate::domain::playbook::template::Template;
 use crate::domain::playbook::yaml::{Kind, Node};
 
-const KEYS_LATER: &[&str] = &["playbook", "output", "concurrency", "on_unknown", "prompt"];
+const KEYS_LATER: &[&str] = &["output", "concurrency", "on_unknown", "prompt"];
 
 /// A step that has been read, and where it points to by name.
 pub(super) struct Read {
@@ -48,8 +48,10 @@ pub(super) fn step(loader: &mut Loader, node: &Node, path: &str, taken: &mut Has
         StepKind::Goto { .. } => Some("goto".to_owned()),
         StepKind::Sleep(_) => Some("sleep".to_owned()),
         StepKind::WaitFor(_) => Some("wait_for".to_owned()),
+        StepKind::Playbook(_) => Some("playbook".to_owned()),
     };
     let works = matches!(kind, StepKind::Work);
+    let calls = matches!(kind, StepKind::Playbook(_));
     if works && action_node.is_none() {
         let flow = KEYS_LATER.iter().any(|key| fields.has(key));
         // A flow step has been refused already, for its own key.
@@ -60,7 +62,7 @@ pub(super) fn step(loader: &mut Loader, node: &Node, path: &str, taken: &mut Has
     if let (Some(action), Some(at), true) = (&action, action_node, works) {
         check_action(loader, action, at, role.is_some(), path);
     }
-    let fan = if works { fan(loader, &fields, path) } else { None };
+    let fan = if works || calls { fan(loader, &fields, path) } else { None };
     loader.each = fan.is_some();
     let how = how(loader, &fields, path);
     loader.each = false;
