@@ -119,4 +119,6 @@ pub const POINTS: &[&str] = &[
     "fire.after_commit",
     "call.before_commit",
     "call.after_commit",
+    "admit.before_commit",
+    "admit.after_commit",
 ];

@@ -7,6 +7,7 @@ mod api;
 mod calls;
 mod cli;
 mod closing;
+mod concurrency;
 mod contract;
 mod crash;
 mod deaths;

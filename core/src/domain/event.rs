@@ -34,6 +34,8 @@ pub const AGENT_STATE_CHANGED: &str = "agent.state_changed";
 pub const HEARTBEAT_FIRED: &str = "heartbeat.fired";
 /// A run began.
 pub const PLAYBOOK_STARTED: &str = "playbook.started";
+/// A run waits for its turn, among others of its playbook.
+pub const PLAYBOOK_QUEUED: &str = "playbook.queued";
 /// A run waits; `data.waiting_on` says for what.
 pub const PLAYBOOK_SUSPENDED: &str = "playbook.suspended";
 /// A run goes on after a wait.
@@ -82,6 +84,7 @@ pub const NAMES: &[&str] = &[
     AGENT_STATE_CHANGED,
     HEARTBEAT_FIRED,
     PLAYBOOK_STARTED,
+    PLAYBOOK_QUEUED,
     PLAYBOOK_SUSPENDED,
     PLAYBOOK_RESUMED,
     PLAYBOOK_CLOSING,

@@ -76,6 +76,8 @@ pub struct RunContext {
     pub undo: Vec<usize>,
     /// What became of the steps that close it.
     pub closed: HashMap<usize, StepStatus>,
+    /// The run does a step of another.
+    pub called: bool,
     /// The run that does the step at hand, where another one does.
     pub child: Option<Child>,
     /// Why the gate before the step at hand stayed shut.
@@ -256,6 +258,7 @@ impl RunContext {
             closings: 0,
             undo: Vec::new(),
             closed: HashMap::new(),
+            called: false,
             child: None,
             refused: None,
             nodes: HashMap::new(),
@@ -550,6 +553,19 @@ impl RunContext {
             key if key.chars().count() > KEY_CHARS_MAX => Err(wrong(format!("is over {KEY_CHARS_MAX} characters"))),
             key => Ok(Some(key.to_owned())),
         }
+    }
+
+    /// What the run has in common with others that are not to be under way at once.
+    pub fn concurrency_key(&self) -> Result<Option<String>, Failure> {
+        let wrong = |what: String| Failure::invalid(format!("concurrency: {what}"));
+        let Some(rule) = &self.playbook.concurrency else { return Ok(None) };
+        let Some(template) = &rule.key else { return Ok(Some(String::new())) };
+        let key = template.render(&self.scope()).map_err(|error| wrong(error.to_string()))?;
+        let key = written(&key).trim().to_owned();
+        if key.chars().count() > KEY_CHARS_MAX {
+            return Err(wrong(format!("the key is over {KEY_CHARS_MAX} characters")));
+        }
+        Ok(Some(key))
     }
 
     /// How often the run has jumped: the effects of a step that it comes to again

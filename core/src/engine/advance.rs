@@ -91,6 +91,8 @@ pub struct Decided {
     pub withdraw: Vec<i32>,
     /// The run's own job, where this is the attempt of a node.
     pub node_of: Option<i64>,
+    /// The run ends, and others wait for that.
+    pub frees: bool,
     /// A failure of the run is not its end: something is to be done first.
     pub closes: bool,
     /// What this worker goes on with, once that is written.
@@ -222,7 +224,7 @@ pub async fn commit_again(engine: &Engine, mut pending: Pending) -> Result<Vec<C
 
 fn wakes(decided: &Decided) -> bool {
     let ready = decided.commit.job.as_ref().is_some_and(|job| !job.held && job.delay.is_zero());
-    ready || decided.wait.is_some() || decided.fan.is_some() || !decided.begin.is_empty()
+    ready || decided.wait.is_some() || decided.fan.is_some() || !decided.begin.is_empty() || decided.frees
 }
 
 /// Whether an earlier commit of the same attempt is in, as far as it matters:
@@ -464,6 +466,7 @@ impl Decided {
             begin: Vec::new(),
             withdraw: Vec::new(),
             node_of: None,
+            frees: false,
             closes: false,
             next: None,
         }
@@ -484,6 +487,7 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
     let step = usize::try_from(job.step).unwrap_or(usize::MAX);
     let attempt = u32::try_from(job.attempt).unwrap_or(0);
     let decision = match &outcome {
+        Outcome::Done { .. } if job.kind == kind::BEGIN => Decision::Advance(work.context.begins_at(step)),
         Outcome::Done { .. } if job.step == JUNCTION || work.context.is_past_all(step) => {
             Decision::Advance(work.context.junction())
         }
@@ -547,7 +551,9 @@ impl Facts {
     }
 
     fn step(&self) -> Option<&Step> {
-        self.work.context.playbook.step(usize::try_from(self.job.step).ok()?)
+        // A run that only begins is at no step yet.
+        let at = (self.job.kind != kind::BEGIN).then_some(self.job.step)?;
+        self.work.context.playbook.step(usize::try_from(at).ok()?)
     }
 
     fn step_id(&self) -> &str {
@@ -717,6 +723,7 @@ impl Facts {
         self.work.chain += 1;
         let next_job = ClaimedJob {
             lease: Lease { epoch: self.job.lease.epoch + 1, ..self.job.lease },
+            kind: kind::STEP.to_owned(),
             step: commit.job.as_ref().map_or(0, |job| job.step),
             attempt: 1,
             crash_count: 0,
@@ -824,8 +831,9 @@ impl Facts {
             error: error.map(|error| error.to_string()),
             ..RunChange::default()
         };
+        let frees = context.called || context.playbook.concurrency.is_some();
         let commit = self.commit(None, change, checkpoint, events);
-        Decided { letter, ..self.plain(commit) }
+        Decided { letter, frees, ..self.plain(commit) }
     }
 
     fn retry(self, delay: Duration, charged: bool) -> Decided {
@@ -899,7 +907,9 @@ impl Facts {
 
     fn release(self, delay: Duration) -> Decided {
         let step = usize::try_from(self.job.step).ok();
-        let job = self.next_job(false, kind::STEP, step, delay, (self.job.attempt - 1).max(0));
+        // A run that has not begun has yet to.
+        let kind = if self.job.kind == kind::BEGIN { kind::BEGIN } else { kind::STEP };
+        let job = self.next_job(false, kind, step, delay, (self.job.attempt - 1).max(0));
         let commit = self.commit(Some(job), RunChange::default(), None, Vec::new());
         self.plain(commit)
     }

@@ -19,6 +19,7 @@ use crate::failpoint;
 use crate::store::StoreError;
 use crate::store::children::{self, Call};
 use crate::store::jobs::ClaimedJob;
+use crate::store::slots::{self, Group};
 
 /// What became of a call.
 #[derive(Debug)]
@@ -85,7 +86,17 @@ async fn call_once(
         None => {
             let id = children::playbook(&mut tx, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
             match start::decide(engine, &mut tx, None, (company, id), params, "playbook", None).await? {
-                Decided::New(new) => (start::start_in(&mut tx, *new).await?.run, false),
+                Decided::New(new) => {
+                    let group = new.waits_for().map(|key| Group { company, playbook: id, key });
+                    if let Some(group) = group
+                        && slots::holds(&mut tx, run, group).await?
+                    {
+                        return Ok(Called::Refused(Failure::invalid(format!(
+                            "a run of `{playbook}` would wait for one that waits for it; see its `concurrency`"
+                        ))));
+                    }
+                    (start::start_in(&mut tx, *new).await?.run, false)
+                }
                 Decided::Known(known) => (known.run, known.status.is_terminal()),
             }
         }

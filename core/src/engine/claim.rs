@@ -40,6 +40,10 @@ pub enum Work {
     },
     /// The junction of a run that is suspended.
     Idle,
+    /// A run that waits for its turn.
+    Queued,
+    /// A run has ended, and others may begin.
+    Slot,
     /// An agent beats.
     Heartbeat,
     /// An event goes to the runs that wait for it.
@@ -220,7 +224,7 @@ pub async fn claim(
 }
 
 /// Jobs that are attempts at steps.
-const STEPS: [&str; 3] = [kind::STEP, kind::TIMER, kind::ITEM];
+const STEPS: [&str; 4] = [kind::STEP, kind::BEGIN, kind::TIMER, kind::ITEM];
 
 /// Loads what claimed jobs need, set-based; gives them back with the error
 /// when it cannot.
@@ -238,13 +242,16 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
         .into_iter()
         .map(|job| {
             let work = match job.kind.as_str() {
-                kind::STEP | kind::TIMER | kind::ITEM => works.remove(&job.lease.job).unwrap_or(Work::Stale),
+                kind::STEP | kind::BEGIN | kind::TIMER | kind::ITEM => {
+                    works.remove(&job.lease.job).unwrap_or(Work::Stale)
+                }
                 kind::GATE_TIMEOUT => Work::GateTimeout,
                 kind::PROVISION => Work::Provision,
                 kind::HEARTBEAT => Work::Heartbeat,
                 kind::SIGNAL => Work::Signal,
                 kind::SCHEDULE => Work::Schedule,
                 kind::PURGE => Work::Purge,
+                kind::SLOT => Work::Slot,
                 kind::NOOP => Work::Noop,
                 _ => Work::Unknown,
             };

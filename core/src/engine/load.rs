@@ -42,6 +42,7 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
         halted.into_iter().map(|run| (run.run.0, run.company_status == "stopped")).collect();
     let wanted: Vec<(Uuid, Uuid)> = runs.iter().map(|run| (run.company.0, run.version)).collect();
     let plans = engine.plans.get(&engine.pool, &wanted).await?;
+    let queued: HashSet<Uuid> = runs.iter().filter(|run| run.queued).map(|run| run.run.0).collect();
     let (mut run_jobs, mut suspended) = (HashMap::new(), HashSet::new());
     let mut contexts: HashMap<Uuid, RunContext> = runs
         .into_iter()
@@ -56,6 +57,7 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
                 // What we have written ourselves.
                 ending: run.ending.and_then(|ending| serde_json::from_value(ending).ok()),
                 closings: u32::try_from(run.closings).unwrap_or(0),
+                called: run.called,
                 ..RunContext::new(run.company, PlaybookId(run.playbook), run.run, playbook, inputs)
             };
             Some((run.run.0, context))
@@ -81,6 +83,9 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
             let run = job.ref_id?;
             if let Some(stopped) = halted.get(&run) {
                 return Some((job.lease.job, Work::Halted { stopped: *stopped }));
+            }
+            if queued.contains(&run) {
+                return Some((job.lease.job, Work::Queued));
             }
             if job.step == JUNCTION && suspended.contains(&run) {
                 // Whoever lets the run go on wakes it.

@@ -28,6 +28,7 @@ pub mod plans;
 pub mod playbooks;
 pub mod retry;
 pub mod signals;
+pub mod slots;
 pub mod start;
 pub mod sweep;
 pub mod tasks;

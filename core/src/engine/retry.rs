@@ -25,6 +25,7 @@ use crate::domain::playbook::{Playbook, Step};
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::store::jobs::kind;
 use crate::store::runs::{Retry, StepRow};
+use crate::store::slots::{self, Group};
 use crate::store::{approvals, children, events, fans, nodes, runs, tenants};
 
 /// Lets a failed run go on at its failed step, in the caller's transaction, who
@@ -51,6 +52,7 @@ pub async fn retry_run(
         .ok_or_else(|| EngineError::Conflict("the run failed at no step; replay it".into()))?;
     let plan = start::plan_of(engine, &mut *tx, company, row.version).await?;
     start::may_run(&plan)?;
+    has_slot(tx, company, run, &plan).await?;
     let planned = plan.step(usize::try_from(step).unwrap_or(usize::MAX));
     let first_closing = place_of(plan.steps.len());
     let closing = step >= first_closing;
@@ -96,6 +98,20 @@ pub async fn retry_run(
         events::append_to_run(&mut *tx, company, run, &suspended).await?;
     }
     Ok(())
+}
+
+/// A run that goes on needs a slot like one that begins.
+async fn has_slot(tx: &mut PgConnection, company: CompanyId, run: RunId, plan: &Playbook) -> Result<(), EngineError> {
+    let (Some(rule), Some((playbook, key))) = (&plan.concurrency, slots::group_of(tx, company, run).await?) else {
+        return Ok(());
+    };
+    let group = Group { company, playbook, key: &key };
+    slots::lock(tx, group).await?;
+    if slots::count(tx, group).await?.0 < u64::from(rule.limit) {
+        return Ok(());
+    }
+    let message = format!("as many runs are under way with the concurrency key `{key}` as may be; retry it after them");
+    Err(EngineError::Conflict(message))
 }
 
 /// The steps of a run go on: what has closed it will be done again. Where a step was

@@ -12,21 +12,23 @@ use uuid::Uuid;
 use super::advance::{passing, place, sleeping, told};
 use super::batch::Batcher;
 use super::gates::{approval_of, waiting_on};
+use super::slots::{self, Entry};
 use super::{Engine, EngineError, FieldProblem, Waker, repeating};
 use crate::domain::company::works;
-use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
+use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_QUEUED, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
 use crate::domain::ids::{AccountId, ApprovalId, CompanyId, PlaybookId, RunId, VersionId};
 use crate::domain::outcome::Failure;
-use crate::domain::plan::{JUNCTION, Next, RunContext};
+use crate::domain::plan::{FAN_LOOK, JUNCTION, Next, RunContext};
 use crate::domain::playbook::model::STEP_TIMEOUT;
 use crate::domain::playbook::{Playbook, inputs};
 use crate::domain::run::RunStatus;
 use crate::domain::storable;
 use crate::failpoint;
 use crate::store::jobs::kind;
-use crate::store::runs::{NewRun, StartedRun};
+use crate::store::runs::{NewRun, RunRow, StartedRun};
+use crate::store::slots::Group;
 use crate::store::steps::Passing;
-use crate::store::{StoreError, approvals, playbooks, runs, steps};
+use crate::store::{StoreError, approvals, playbooks, runs, slots as store_slots, steps};
 
 /// The largest parameters of a run, in bytes of JSON.
 pub const PARAMS_BYTES_MAX: usize = 1024 * 1024;
@@ -117,15 +119,35 @@ pub async fn decide(
     let params = checked_params(&plan, params)?;
     let new = prepare((company, playbook, version), plan, params, trigger, Beginning::default());
     let wrong = |failure: Failure| EngineError::Invalid(vec![FieldProblem::new("idempotency_key", failure.message)]);
+    let field = |failure: Failure| EngineError::Invalid(vec![FieldProblem::new("params", failure.message)]);
+    let concurrency = new.context.concurrency_key().map_err(field)?;
     let own = new.context.idempotency_key().map_err(wrong)?.map(|own| format!("key:{own}"));
-    let Some(key) = own.or_else(|| key.map(str::to_owned)) else { return Ok(Decided::New(Box::new(new))) };
-    Ok(match runs::by_key(connection, company, playbook, &key).await? {
-        Some(run) => {
-            let at = run.started_at.unwrap_or_default();
-            Decided::Known(Started { run: run.run, status: run.status, params: run.params, at })
+    let known = |run: RunRow| {
+        let at = run.started_at.unwrap_or_default();
+        Decided::Known(Started { run: run.run, status: run.status, params: run.params, at })
+    };
+    let mut new = new;
+    if let Some(key) = own.or_else(|| key.map(str::to_owned)) {
+        if let Some(run) = runs::by_key(&mut *connection, company, playbook, &key).await? {
+            return Ok(known(run));
         }
-        None => Decided::New(Box::new(new.once(key))),
-    })
+        new = new.once(key);
+    }
+    if let Some(key) = concurrency {
+        let plan = Arc::clone(&new.context.playbook);
+        let Some(rule) = &plan.concurrency else { return Ok(Decided::New(Box::new(new))) };
+        let group = Group { company, playbook, key: &key };
+        match slots::enter(engine, &mut *connection, group, rule).await? {
+            Entry::Begins => {}
+            Entry::Waits => new = new.queued(),
+            Entry::Is(run) => {
+                let run = runs::get(&mut *connection, company, run).await?.ok_or(EngineError::NotFound("run"))?;
+                return Ok(known(run));
+            }
+        }
+        new.concurrency_key = Some(key);
+    }
+    Ok(Decided::New(Box::new(new)))
 }
 
 /// Whether runs of a playbook may be started now; its current version.
@@ -231,12 +253,35 @@ pub struct Prepared {
     context: RunContext,
     passed: Passing,
     gate: Option<(ApprovalId, crate::domain::plan::Gate)>,
+    /// What it has in common with others that are not to be under way at once.
+    concurrency_key: Option<String>,
+    /// The step that it begins with.
+    begins: usize,
 }
 
 impl Prepared {
     /// Whether one statement writes it.
     fn is_plain(&self) -> bool {
-        self.gate.is_none() && self.passed.is_empty()
+        self.gate.is_none() && self.passed.is_empty() && self.concurrency_key.is_none()
+    }
+
+    /// The same, but for that it waits for its turn before it begins.
+    fn queued(mut self) -> Self {
+        let graph = self.context.playbook.graph;
+        self.gate = None;
+        self.passed = Passing::default();
+        let data = self.run.events.first().map(|event| event.data.clone()).unwrap_or_default();
+        self.run = NewRun {
+            status: RunStatus::Queued,
+            waiting_on: None,
+            first_step: if graph { JUNCTION } else { place(self.begins) },
+            job_kind: if graph { kind::STEP } else { kind::BEGIN },
+            delay: FAN_LOOK,
+            timeout: STEP_TIMEOUT,
+            events: vec![Event::new(PLAYBOOK_QUEUED, data)],
+            ..self.run
+        };
+        self
     }
 
     /// The same, once for each key.
@@ -248,7 +293,12 @@ impl Prepared {
     /// Whether it is the only one of its playbook for something, and must be
     /// written in the transaction that has looked for others.
     pub fn is_keyed(&self) -> bool {
-        self.run.dedup_key.is_some()
+        self.run.dedup_key.is_some() || self.concurrency_key.is_some()
+    }
+
+    /// The group whose runs it waits for, where it does.
+    pub(super) fn waits_for(&self) -> Option<&str> {
+        self.concurrency_key.as_deref().filter(|_| self.run.status == RunStatus::Queued)
     }
 
     /// The run's id, chosen here.
@@ -343,7 +393,7 @@ pub(super) fn prepare(
         timeout,
         events,
     };
-    Prepared { run, context, passed, gate }
+    Prepared { run, context, passed, gate, concurrency_key: None, begins: beginning.step }
 }
 
 /// How often a start is written again whose answer was lost.
@@ -409,6 +459,10 @@ async fn insert_batch(connection: &mut PgConnection, batch: &[Prepared]) -> Resu
         steps::pass(&mut *connection, prepared.run.company, prepared.run.run, &prepared.passed).await?;
         if let Some((id, gate)) = &prepared.gate {
             approvals::insert(&mut *connection, &approval_of(*id, gate, &prepared.context, row.job, None)).await?;
+        }
+        if let Some(key) = &prepared.concurrency_key {
+            let group = Group { company: prepared.run.company, playbook: prepared.run.playbook, key };
+            store_slots::join(&mut *connection, prepared.run.run, group).await?;
         }
         times.push(row.at);
     }

@@ -17,6 +17,10 @@ pub mod kind {
     pub const STEP: &str = "step";
     /// A step whose run is suspended until the job is due, or made so.
     pub const TIMER: &str = "timer";
+    /// A run that waited for its turn begins.
+    pub const BEGIN: &str = "begin";
+    /// A run has ended, and others of its kind may begin.
+    pub const SLOT: &str = "slot";
     /// The end of a gate's time.
     pub const GATE_TIMEOUT: &str = "gate_timeout";
     /// A company's agents get ready.
@@ -35,7 +39,7 @@ pub mod kind {
     pub const NOOP: &str = "noop";
 
     /// Those that are about a run.
-    pub const OF_RUNS: &[&str] = &[STEP, TIMER, GATE_TIMEOUT, ITEM];
+    pub const OF_RUNS: &[&str] = &[STEP, BEGIN, TIMER, GATE_TIMEOUT, ITEM];
 }
 
 /// The queues, as in the table.

@@ -27,6 +27,7 @@ pub mod purge;
 pub mod runs;
 pub mod sessions;
 pub mod signals;
+pub mod slots;
 pub mod steps;
 pub mod tasks;
 pub mod tenancy;

@@ -147,6 +147,8 @@ pub struct RunRow {
     pub halted_since: Option<DateTime<Utc>>,
     /// It does a step of another run.
     pub called: bool,
+    /// What it has in common with others that are not to be under way at once.
+    pub concurrency_key: Option<String>,
 }
 
 macro_rules! run_row {
@@ -169,6 +171,7 @@ macro_rules! run_row {
             duration_s: row.duration_s,
             halted_since: row.halted_since,
             called: row.called,
+            concurrency_key: row.concurrency_key,
         }
     }};
 }
@@ -181,7 +184,7 @@ pub async fn get(
 ) -> Result<Option<RunRow>, StoreError> {
     let row = sqlx::query!(
         "select r.id, r.playbook_id, r.version_id, r.status, r.replay_of, r.params, r.waiting_on, r.output, r.error, r.cost_nanos,
-                  r.started_at, r.ended_at, r.called,
+                  r.started_at, r.ended_at, r.called, r.concurrency_key,
                   extract(epoch from coalesce(r.ended_at, clock_timestamp()) - r.started_at)::bigint as duration_s,
                   case when r.ended_at is null then case c.status when 'paused' then c.paused_at when 'stopped' then c.stopped_at end end as halted_since
            from runs r join companies c on c.id = r.company_id

@@ -37,19 +37,24 @@ pub struct LoadedRun {
     pub closings: i32,
     /// Its own job.
     pub job: i64,
+    /// It does a step of another.
+    pub called: bool,
+    /// It waits for its turn.
+    pub queued: bool,
 }
 
 /// Loads the runs that are to go on; one that has ended is left out.
 pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Result<Vec<LoadedRun>, StoreError> {
     let rows = sqlx::query!(
         r#"select r.company_id, r.id, r.playbook_id, r.version_id, r.params, c.status as company_status,
-             r.status = 'suspended' as "waited!", r.ending, r.closings, r.job_id
+             r.status = 'suspended' as "waited!", r.ending, r.closings, r.job_id, r.called,
+             r.status = 'queued' as "queued!"
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          cross join lateral (
              select * from runs r where r.company_id = k.company_id and r.id = k.id offset 0
          ) r
          cross join lateral (select c.status from companies c where c.id = k.company_id offset 0) c
-         where r.status in ('running', 'suspended')"#,
+         where r.status in ('queued', 'running', 'suspended')"#,
         companies,
         runs,
     )
@@ -68,6 +73,8 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
             ending: row.ending,
             closings: row.closings,
             job: row.job_id,
+            called: row.called,
+            queued: row.queued,
         })
         .collect())
 }

@@ -149,7 +149,7 @@ pub(super) struct Run {
     /// Where it was just started, they are left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     steps: Option<Vec<RunStep>>,
-    /// What a suspended run waits for.
+    /// What a suspended or queued run waits for.
     #[serde(skip_serializing_if = "Option::is_none")]
     waiting_on: Option<Vec<Waiting>>,
     /// The run's output.
@@ -163,14 +163,23 @@ pub(super) struct Run {
 /// What a run waits for.
 #[derive(Debug, Serialize, ToSchema)]
 struct Waiting {
-    /// `approval`, `timer`, `event` or `company`.
+    /// `approval`, `timer`, `event`, `company`, or, of a queued run, `concurrency`.
     r#type: &'static str,
-    /// Of what it waits for: of a timer the step, of an event its name.
+    /// Of what it waits for: of a timer the step, of an event its name, of other runs
+    /// the concurrency key.
     id: String,
     since: Time,
     /// When the wait ends by itself.
     #[schema(required)]
     expires_at: Option<Time>,
+}
+
+impl Waiting {
+    /// Of a run that is queued behind others of its playbook.
+    fn for_its_turn(run: &RunRow, since: Time) -> Self {
+        let id = run.concurrency_key.clone().unwrap_or_default();
+        Self { r#type: "concurrency", id, since, expires_at: None }
+    }
 }
 
 /// A step of a run.
@@ -549,6 +558,9 @@ pub(super) async fn show(
     }
     let waiting_on = match shown_status(row.status, row.halted_since.is_some()) {
         RunStatus::Suspended => Some(waiting_on(&mut *tx, company, &row, &steps, &jobs).await?),
+        RunStatus::Queued => {
+            Some(row.started_at.map(|since| Waiting::for_its_turn(&row, Time(since))).into_iter().collect())
+        }
         _ => None,
     };
     let parent_run_id = match row.called {

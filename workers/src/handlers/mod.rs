@@ -13,7 +13,7 @@ use capx_core::domain::playbook::load::TOOLS;
 use capx_core::domain::playbook::model::StepKind;
 use capx_core::engine::claim::StepWork;
 use capx_core::store::agents::AgentRow;
-use capx_core::store::jobs::ClaimedJob;
+use capx_core::store::jobs::{ClaimedJob, kind};
 use serde_json::{Map, Value};
 
 use crate::adapters::{self, Providers};
@@ -68,7 +68,7 @@ impl Hands {
         }
         let index = usize::try_from(job.step).unwrap_or(usize::MAX);
         // Between its steps there is nothing to do but to decide.
-        if job.step == JUNCTION || work.context.is_past_all(index) {
+        if job.step == JUNCTION || job.kind == kind::BEGIN || work.context.is_past_all(index) {
             return Outcome::done(Value::Null);
         }
         let Some(step) = work.context.playbook.step(index) else {

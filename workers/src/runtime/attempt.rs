@@ -13,7 +13,7 @@ use capx_core::domain::playbook::model::StepKind;
 use capx_core::engine::advance::{self, Finished};
 use capx_core::engine::calls::Called;
 use capx_core::engine::claim::{Claimed, StepWork, Work};
-use capx_core::engine::{agents, calls, cancel, gates, signals, tenants, triggers};
+use capx_core::engine::{agents, calls, cancel, gates, signals, slots, tenants, triggers};
 use capx_core::failpoint;
 use capx_core::store;
 use capx_core::store::jobs::{self, ClaimedJob};
@@ -70,6 +70,8 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
         Work::Halted { stopped: true } => {
             shared.watchdog.answer("the end of a run", Box::pin(end_stopped(shared, &job))).await
         }
+        Work::Queued => shared.watchdog.answer("an admission", Box::pin(admit(shared, &job, FAN_LOOK))).await,
+        Work::Slot => shared.watchdog.answer("an admission", Box::pin(admit(shared, &job, Duration::ZERO))).await,
         Work::Heartbeat => shared.watchdog.answer("a beat", Box::pin(heartbeat(shared, &job))).await,
         Work::Schedule => shared.watchdog.answer("a fire", Box::pin(fire(shared, &job))).await,
         Work::Signal => shared.watchdog.answer("an event", Box::pin(signal(shared, &job))).await,
@@ -225,6 +227,21 @@ async fn end_stopped(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
         Ok(()) => PlainOutcome::Nothing,
         Err(error) => {
             tracing::warn!(%error, run.id = %RunId(run), "the end of a stopped company's run waits");
+            PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
+        }
+    }
+}
+
+/// Lets those begin that there are slots for. A run that waits looks again after a
+/// while, should it have been forgotten.
+async fn admit(shared: &Shared, job: &ClaimedJob, again: Duration) -> PlainOutcome {
+    let Some(run) = job.ref_id else { return PlainOutcome::Done };
+    match slots::admit(&shared.engine, job.company, RunId(run)).await {
+        Ok(()) if again.is_zero() => PlainOutcome::Done,
+        // If it begins, its job is somebody else's.
+        Ok(()) => PlainOutcome::Again { delay: again, charged: false },
+        Err(error) => {
+            tracing::warn!(%error, run.id = %RunId(run), "an admission waits");
             PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
         }
     }

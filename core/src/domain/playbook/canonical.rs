@@ -21,6 +21,15 @@ pub fn canonical(root: &Node) -> Node {
     if let Some(inputs) = value_mut(&mut top, "inputs") {
         each_entry(inputs, input);
     }
+    if let Some(rule) = value_mut(&mut top, "concurrency") {
+        match rule.kind {
+            Kind::Int(_) => written_out(rule, "limit"),
+            _ => written_out(rule, "key"),
+        }
+        let mut inner = entries(rule);
+        order(&mut inner, keys::CONCURRENCY);
+        rule.kind = Kind::Map(inner);
+    }
     let mut taken = HashSet::new();
     for list in ["steps", "finally"] {
         if let Some(Node { kind: Kind::Seq(items), .. }) = value_mut(&mut top, list) {

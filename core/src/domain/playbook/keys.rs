@@ -53,6 +53,11 @@ pub const TOP: &[Key] = &[
     ),
     key("idempotency_key", "Of all runs one has what this comes to, such as `invoice-${inputs.number}`.", TEXT),
     key(
+        "concurrency",
+        "How many runs may be under way at once, of all or with the same key.",
+        r##"{"anyOf": [{"type": "integer", "minimum": 1, "maximum": 10000}, {"type": "string"}, {"$ref": "#/$defs/concurrency"}]}"##,
+    ),
+    key(
         "steps",
         "What is done, in this order.",
         r##"{"type": "array", "minItems": 1, "maxItems": 1000, "items": {"$ref": "#/$defs/step"}}"##,
@@ -190,6 +195,18 @@ pub const RETRY: &[Key] = &[
         "on",
         "Which errors are worth another try.",
         r#"{"type": "array", "items": {"enum": ["transient", "rate_limited", "timeout", "invalid", "governance"]}}"#,
+    ),
+];
+
+/// Of `concurrency`.
+pub const CONCURRENCY: &[Key] = &[
+    key("key", "What the runs have in common, such as `${inputs.customer}`; all are one group without.", TEXT),
+    key("limit", "So many at once; 1 without.", r#"{"type": "integer", "minimum": 1, "maximum": 10000}"#),
+    key(
+        "on_conflict",
+        "What becomes of one more: it waits, is refused, cancels the oldest, takes the place of those that wait, or is \
+         the last that is there. `queue` without.",
+        r#"{"enum": ["queue", "reject", "cancel_running", "replace_pending", "coalesce"]}"#,
     ),
 ];
 

@@ -17,6 +17,7 @@ use super::{INPUTS_MAX, STEPS_MAX};
 
 mod check;
 mod closing;
+mod concurrency;
 mod fan;
 mod fields;
 mod flow;
@@ -29,7 +30,7 @@ pub(super) use step::free_id;
 
 /// Keys of the language that this version does not carry out yet; refused, so
 /// that nobody believes in a guard that is not there.
-const TOP_KEYS_LATER: &[&str] = &["execution", "concurrency", "secrets", "budget", "role"];
+const TOP_KEYS_LATER: &[&str] = &["execution", "secrets", "budget", "role"];
 
 /// The tools that run without an agent's model.
 pub const TOOLS: &[&str] = &["http.request", "file.read", "file.write", "transform"];
@@ -128,6 +129,7 @@ impl Loader {
             self.place = Place::End;
             Some(template)
         });
+        let concurrency = fields.get("concurrency").and_then(|node| concurrency::concurrency(self, node));
         let mut taken = HashSet::new();
         let steps = self.steps(root, fields.get("steps"), &mut taken);
         let finally = closing::finally(self, fields.get("finally"), &mut taken);
@@ -149,6 +151,7 @@ impl Loader {
             trigger: trigger?,
             inputs,
             idempotency_key,
+            concurrency,
             steps: with_uses(steps, output.as_ref()),
             graph,
             closing,

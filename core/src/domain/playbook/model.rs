@@ -24,6 +24,8 @@ pub struct Playbook {
     pub inputs: Vec<InputSpec>,
     /// Of all its runs one has what this comes to.
     pub idempotency_key: Option<Template>,
+    /// How many of its runs may be under way at once.
+    pub concurrency: Option<Concurrency>,
     /// In the order they run, unless they form a graph.
     pub steps: Vec<Step>,
     /// Each step runs when those are over that it needs.
@@ -261,6 +263,47 @@ pub enum Pause {
     Computed(Template),
 }
 
+/// How many runs with the same key may be under way at once.
+#[derive(Debug, Clone)]
+pub struct Concurrency {
+    /// What they have in common; nothing, where it is all of the playbook's.
+    pub key: Option<Template>,
+    /// So many.
+    pub limit: u32,
+    /// What becomes of one more.
+    pub on_conflict: OnConflict,
+}
+
+/// The most runs at once that a playbook may ask for.
+pub const CONCURRENCY_MAX: u32 = 10_000;
+
+/// What becomes of a run when as many are under way as may be.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnConflict {
+    /// It waits for its turn.
+    #[default]
+    Queue,
+    /// It is refused.
+    Reject,
+    /// The oldest are cancelled for it.
+    CancelRunning,
+    /// It waits instead of those that have waited.
+    ReplacePending,
+    /// It is the last one that waits or is under way.
+    Coalesce,
+}
+
+impl OnConflict {
+    /// Name and rule.
+    pub const NAMES: &'static [(&'static str, Self)] = &[
+        ("queue", Self::Queue),
+        ("reject", Self::Reject),
+        ("cancel_running", Self::CancelRunning),
+        ("replace_pending", Self::ReplacePending),
+        ("coalesce", Self::Coalesce),
+    ];
+}
+
 /// What becomes of a run when a step of it gives up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum OnFailure {
@@ -371,6 +414,7 @@ impl Playbook {
             trigger: Trigger::Manual,
             inputs: Vec::new(),
             idempotency_key: None,
+            concurrency: None,
             steps: Vec::new(),
             graph: false,
             closing: Vec::new(),

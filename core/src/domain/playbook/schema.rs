@@ -39,6 +39,7 @@ pub fn schema() -> Value {
         "step": of(keys::STEP),
         "retry": of(keys::RETRY),
         "compensate": of(keys::COMPENSATE),
+        "concurrency": of(keys::CONCURRENCY),
         "approval": of(keys::APPROVAL),
         "wait_for": of(keys::WAIT_FOR),
     });
@@ -76,6 +77,7 @@ mod tests {
             keys::APPROVAL,
             keys::WAIT_FOR,
             keys::COMPENSATE,
+            keys::CONCURRENCY,
         ];
         for key in tables.into_iter().flatten() {
             serde_json::from_str::<Value>(key.shape).unwrap_or_else(|error| panic!("{}: {error}", key.name));
