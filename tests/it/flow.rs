@@ -420,3 +420,30 @@ async fn a_failed_round_is_retried_and_replayed() {
     assert_eq!(row.output, Some(json!(3)), "it begins with the count of the old run");
     db.assert_nothing_stranded().await;
 }
+
+/// What a step says is held to what it declares, each item of a list by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_does_not_say_what_it_declares_fails() {
+    let db = Db::new().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let yaml = "name: x
+inputs: {n: {min: 0, max: 9}, list: {default: [1, 2]}}
+steps:
+  - {id: one, action: transform, params: {n: '${inputs.n}'}, output: {n: {type: integer, max: 5, required: true}}}
+  - {id: each, for_each: '${inputs.list}', action: transform, params: {v: '${item}'}, output: {v: integer}}
+output: ${steps.one.n}
+";
+    let playbook = db.playbook(company, yaml).await;
+    let run = db.start(company, playbook, json!({"n": 3})).await;
+    assert_eq!(db.until(company, run, RunStatus::Completed).await.output, Some(json!(3)));
+    for (params, said) in [
+        (json!({"n": 7}), "`n` must be at most 5"),
+        (json!({"n": "x"}), "`n` must be of type integer"),
+        (json!({"n": 1, "list": [1, "two"]}), "`v` must be of type integer"),
+    ] {
+        let run = db.start(company, playbook, params).await;
+        let error = db.until(company, run, RunStatus::Failed).await.error.unwrap();
+        assert!(error["message"].as_str().unwrap().contains(said), "{error}");
+    }
+}

@@ -28,6 +28,7 @@ use crate::domain::plan::{
 };
 use crate::domain::playbook::Step;
 use crate::domain::playbook::model::{OnFailure, STEP_TIMEOUT, StepKind};
+use crate::domain::playbook::shape::Shape;
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::domain::storable::{self, OUTPUT_BYTES_MAX};
 use crate::failpoint;
@@ -483,7 +484,10 @@ impl Decided {
 /// jitter.
 pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
     let Finished { job, mut work, outcome, took } = finished;
-    let (outcome, output) = storable_outcome(outcome);
+    let declared = usize::try_from(job.step).ok().and_then(|at| work.context.playbook.step(at));
+    // Of a list, each item was held to it.
+    let declared = declared.filter(|step| step.fan.is_none()).and_then(|step| step.output.as_ref());
+    let (outcome, output) = storable_outcome(outcome, declared);
     let step = usize::try_from(job.step).unwrap_or(usize::MAX);
     let attempt = u32::try_from(job.attempt).unwrap_or(0);
     let decision = match &outcome {
@@ -513,9 +517,15 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
     }
 }
 
-/// What cannot be stored becomes a failure with the reason (hazard H17).
-pub(super) fn storable_outcome(outcome: Outcome) -> (Outcome, Option<String>) {
+/// What cannot be stored, or is not what the step declares, becomes a failure with the
+/// reason (hazard H17).
+pub(super) fn storable_outcome(outcome: Outcome, declared: Option<&Shape>) -> (Outcome, Option<String>) {
     match outcome {
+        Outcome::Done { output, cost } if declared.is_some_and(|shape| shape.problem(&output).is_some()) => {
+            let problem = declared.and_then(|shape| shape.problem(&output)).unwrap_or_default();
+            let failure = Failure::invalid(format!("the step's output is not as declared: {problem}"));
+            (Outcome::Failed { failure, cost }, None)
+        }
         Outcome::Done { output, cost } => match storable::to_json(&output, OUTPUT_BYTES_MAX) {
             Ok(text) => (Outcome::Done { output, cost }, Some(text)),
             Err(error) => {

@@ -22,8 +22,9 @@ pub struct DecidedItem {
 /// with this worker.
 pub fn decide(finished: Finished, item: i32, stay: bool, draw: f64) -> DecidedItem {
     let Finished { job, work, outcome, took } = finished;
-    let (outcome, output) = super::advance::storable_outcome(outcome);
     let at = usize::try_from(job.step).unwrap_or(usize::MAX);
+    let declared = work.context.playbook.step(at).and_then(|step| step.output.as_ref());
+    let (outcome, output) = super::advance::storable_outcome(outcome, declared);
     let tries = u32::try_from(job.attempt).unwrap_or(0);
     let decision = match work.context.playbook.step(at) {
         Some(step) => work.context.decide_item(step, tries, &outcome, draw),

@@ -146,6 +146,13 @@ fn input(node: &mut Node) {
         Kind::Str(word) => node.kind = Kind::Map(vec![(key(at, "type"), text(at, word.trim()))]),
         Kind::Map(entries) => {
             entries.retain(|(_, node)| !matches!(node.kind, Kind::Null));
+            rename(entries, keys::INPUT);
+            if let Some(items) = value_mut(entries, "items") {
+                input(items);
+            }
+            if let Some(properties) = value_mut(entries, "properties") {
+                each_entry(properties, input);
+            }
             order(entries, keys::INPUT);
         }
         _ => {}
@@ -181,6 +188,9 @@ fn step(node: &Node, taken: &mut HashSet<String>) -> Node {
         details(&mut inner);
         order(&mut inner, keys::COMPENSATE);
         undo.kind = Kind::Map(inner);
+    }
+    if let Some(output) = value_mut(&mut step, "output") {
+        each_entry(output, input);
     }
     if let Some(needs) = value_mut(&mut step, "needs")
         && !matches!(needs.kind, Kind::Seq(_))

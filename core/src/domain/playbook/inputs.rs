@@ -28,20 +28,23 @@ pub fn resolve(playbook: &Playbook, given: Map<String, Value>) -> Result<Map<Str
                 let hint = near.map(|hint| format!("; {hint}")).unwrap_or_default();
                 Some(format!("the playbook has no input `{name}`{hint}"))
             }
-            Some(input) if !input.kind.holds(value) => Some(format!("must be of type {}", input.kind.as_str())),
-            Some(_) => None,
+            // Null is as good as nothing, where nothing is.
+            Some(input) if value.is_null() && !input.required => None,
+            Some(input) => input.shape.problem(value),
         };
         problems.extend(problem.map(|message| InputProblem { name: name.clone(), message }));
     }
     let mut resolved = Map::new();
     for input in &playbook.inputs {
-        match (given.get(&input.name), &input.default) {
+        let given =
+            given.get(&input.name).filter(|value| !value.is_null() || input.required || input.default.is_none());
+        match (given, &input.default) {
             (Some(value), _) | (None, Some(value)) => {
                 resolved.insert(input.name.clone(), value.clone());
             }
             (None, None) if input.required => problems.push(InputProblem {
                 name: input.name.clone(),
-                message: format!("is required, of type {}", input.kind.as_str()),
+                message: format!("is required, of type {}", input.shape.kind.as_str()),
             }),
             // An optional input that is not given is null, not undefined.
             (None, None) => {
@@ -76,5 +79,7 @@ mod tests {
                 "topic: is required, of type string".into(),
             ])
         );
+        let given = json!({"topic": "x", "n": null, "note": null});
+        assert_eq!(resolve_json(given), Ok(json!({"topic": "x", "n": 3, "note": null})));
     }
 }

@@ -128,6 +128,11 @@ pub const STEP: &[Key] = &[
     key("adapter", "Overrides the agent's adapter.", TEXT),
     key("model", "Overrides the agent's model.", TEXT),
     key(
+        "output",
+        "What the step says, by name; what it does not hold to fails the step.",
+        r##"{"type": "object", "maxProperties": 100, "additionalProperties": {"$ref": "#/$defs/shape"}}"##,
+    ),
+    key(
         "approval",
         "A person must say yes before the step is tried.",
         r##"{"anyOf": [{"enum": ["required", "none", true, false]}, {"$ref": "#/$defs/approval"}]}"##,
@@ -175,8 +180,39 @@ pub const TRIGGER: &[Key] = &[
 /// Of an input.
 pub const INPUT: &[Key] = &[
     key("type", "What it must be.", r##"{"$ref": "#/$defs/type"}"##),
+    key("enum", "It is one of these.", r#"{"type": "array", "minItems": 1}"#),
+    key("min", "The least number, or the least length of a text or list.", r#"{"type": "number"}"#),
+    other("minimum", "min", r#"{"type": "number"}"#),
+    key("max", "The greatest number, or the greatest length of a text or list.", r#"{"type": "number"}"#),
+    other("maximum", "max", r#"{"type": "number"}"#),
+    key("pattern", "A text matches it.", r#"{"type": "string"}"#),
+    key("items", "What each item of a list must be.", r##"{"$ref": "#/$defs/shape"}"##),
+    key(
+        "properties",
+        "What a map holds, by name.",
+        r##"{"type": "object", "maxProperties": 100, "additionalProperties": {"$ref": "#/$defs/shape"}}"##,
+    ),
     key("required", "A run needs it.", YES_NO),
     key("default", "What it is when not given.", ANY),
+    key("description", "For people.", TEXT),
+];
+
+/// Of what a value must be, inside an input or an output.
+pub const SHAPE: &[Key] = &[
+    key("type", "What it must be.", r##"{"$ref": "#/$defs/type"}"##),
+    key("enum", "It is one of these.", r#"{"type": "array", "minItems": 1}"#),
+    key("min", "The least number, or the least length of a text or list.", r#"{"type": "number"}"#),
+    other("minimum", "min", r#"{"type": "number"}"#),
+    key("max", "The greatest number, or the greatest length of a text or list.", r#"{"type": "number"}"#),
+    other("maximum", "max", r#"{"type": "number"}"#),
+    key("pattern", "A text matches it.", r#"{"type": "string"}"#),
+    key("items", "What each item of a list must be.", r##"{"$ref": "#/$defs/shape"}"##),
+    key(
+        "properties",
+        "What a map holds, by name.",
+        r##"{"type": "object", "maxProperties": 100, "additionalProperties": {"$ref": "#/$defs/shape"}}"##,
+    ),
+    key("required", "It must be there.", YES_NO),
     key("description", "For people.", TEXT),
 ];
 

@@ -10,7 +10,8 @@ use serde_json::{Map, Value};
 use super::expr::Reference;
 use super::keys;
 use super::model::{InputKind, InputSpec, Playbook, Step};
-use super::problem::{Pos, Problem, did_you_mean};
+use super::problem::{Pos, Problem};
+use super::shape::Shape;
 use super::template::{self, Template};
 use super::yaml::{self, Kind, Node};
 use super::{INPUTS_MAX, STEPS_MAX};
@@ -22,6 +23,7 @@ mod fan;
 mod fields;
 mod flow;
 mod graph;
+mod shape;
 mod step;
 mod trigger;
 
@@ -84,6 +86,8 @@ enum Place {
 /// A place where something is looked up.
 struct Use {
     place: Place,
+    /// What is not there is no error.
+    optional: bool,
     /// There is an item.
     each: bool,
     at: Pos,
@@ -184,7 +188,7 @@ impl Loader {
         match &node.kind {
             Kind::Str(_) => match template::compile(&node.to_json()) {
                 Ok(template) => {
-                    self.note_uses(template.references(), node.at, path);
+                    self.note_uses(template.uses(), node.at, path);
                     template
                 }
                 Err(message) => {
@@ -207,9 +211,10 @@ impl Loader {
     }
 
     /// Remembers what is looked up where, until all steps are known.
-    fn note_uses(&mut self, references: Vec<&Reference>, at: Pos, path: &str) {
+    fn note_uses(&mut self, references: Vec<(&Reference, bool)>, at: Pos, path: &str) {
         let (place, each, path): (_, _, Arc<str>) = (self.place, self.each, path.into());
-        let uses = references.into_iter().map(|reference| Use {
+        let uses = references.into_iter().map(|(reference, optional)| Use {
+            optional,
             place,
             each,
             at,
@@ -236,56 +241,28 @@ impl Loader {
         let path = format!("inputs.{name}");
         let mut input = InputSpec {
             name: name.to_owned(),
-            kind: InputKind::Any,
+            shape: Shape::of(InputKind::Any),
             required: false,
             default: None,
             description: None,
         };
-        match &node.kind {
+        if let Kind::Map(_) = &node.kind {
+            let fields = Fields::open(self, node, &path, keys::INPUT, &[])?;
+            input.shape = shape::details(self, &fields, &path)?;
+            input.required = shape::flag(self, &fields, &path);
+            input.default = fields.get("default").map(Node::to_json);
+            input.description = fields.get("description").and_then(|n| self.text(n, &path));
+        } else {
             // `topic: string` for short, `topic:` for anything.
-            Kind::Null => return Some(input),
-            Kind::Str(_) => input.kind = self.input_kind(node, &path)?,
-            Kind::Map(_) => {
-                let fields = Fields::open(self, node, &path, keys::INPUT, &["enum", "min", "max", "pattern"])?;
-                if let Some(kind) = fields.get("type") {
-                    input.kind = self.input_kind(kind, &path)?;
-                }
-                match fields.get("required").map(|n| &n.kind) {
-                    None => {}
-                    Some(Kind::Bool(required)) => input.required = *required,
-                    Some(_) => self.error(node.at, format!("{path}.required"), "expected true or false"),
-                }
-                input.default = fields.get("default").map(Node::to_json);
-                input.description = fields.get("description").and_then(|n| self.text(n, &path));
-            }
-            _ => {
-                let found = node.describe();
-                self.error(node.at, path, format!("expected a type or a map, found {found}"));
-                return None;
-            }
+            input.shape = shape::read(self, node, &path)?.0;
         }
         if let Some(default) = &input.default
-            && !input.kind.holds(default)
+            && let Some(problem) = input.shape.problem(default)
         {
-            self.error(node.at, path, format!("the default is no {}", input.kind.as_str()));
+            let at = node.get("default").map_or(node.at, |default| default.at);
+            self.error(at, format!("{path}.default"), format!("the default {problem}"));
         }
         Some(input)
-    }
-
-    fn input_kind(&mut self, node: &Node, path: &str) -> Option<InputKind> {
-        let word = self.text(node, path)?;
-        let found = InputKind::NAMES.iter().find(|(name, _)| *name == word).map(|(_, kind)| *kind);
-        if found.is_none() {
-            let names = InputKind::NAMES.iter().map(|(name, _)| *name);
-            self.suggest(
-                node.at,
-                path,
-                format!("unknown type `{word}`"),
-                did_you_mean(&word, names)
-                    .or_else(|| Some("use string, number, integer, boolean, array, object or any".into())),
-            );
-        }
-        found
     }
 
     fn steps(&mut self, root: &Node, node: Option<&Node>, taken: &mut HashSet<String>) -> Vec<step::Read> {

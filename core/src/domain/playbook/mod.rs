@@ -20,6 +20,7 @@ pub mod load;
 pub mod model;
 pub mod problem;
 pub mod schema;
+pub mod shape;
 pub mod template;
 pub mod yaml;
 

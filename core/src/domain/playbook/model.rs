@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use super::expr::{Expr, Reference};
+use super::shape::Shape;
 use super::template::Template;
 use crate::domain::backoff::Backoff;
 use crate::domain::outcome::ErrorClass;
@@ -78,7 +79,7 @@ pub struct InputSpec {
     /// Its name.
     pub name: String,
     /// What it must be.
-    pub kind: InputKind,
+    pub shape: Shape,
     /// Whether a run needs it.
     pub required: bool,
     /// What it is when not given.
@@ -168,6 +169,8 @@ pub struct Step {
     pub adapter: Option<String>,
     /// Overrides the agent's model.
     pub model: Option<String>,
+    /// What it must say, each item of a list by itself.
+    pub output: Option<Shape>,
     /// The steps that must be over, in a graph.
     pub needs: Vec<usize>,
     /// The step that it undoes, where it does.

@@ -36,6 +36,7 @@ pub fn schema() -> Value {
             of(keys::TRIGGER),
         ]},
         "input": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/type"}, of(keys::INPUT)]},
+        "shape": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/type"}, of(keys::SHAPE)]},
         "step": of(keys::STEP),
         "retry": of(keys::RETRY),
         "compensate": of(keys::COMPENSATE),
@@ -78,6 +79,7 @@ mod tests {
             keys::WAIT_FOR,
             keys::COMPENSATE,
             keys::CONCURRENCY,
+            keys::SHAPE,
         ];
         for key in tables.into_iter().flatten() {
             serde_json::from_str::<Value>(key.shape).unwrap_or_else(|error| panic!("{}: {error}", key.name));

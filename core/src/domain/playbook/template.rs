@@ -126,17 +126,22 @@ impl Template {
 
     /// Every reference inside.
     pub fn references(&self) -> Vec<&Reference> {
+        self.uses().into_iter().map(|(reference, _)| reference).collect()
+    }
+
+    /// The same, and whether each may be of what is not there.
+    pub fn uses(&self) -> Vec<(&Reference, bool)> {
         let mut found = Vec::new();
         self.collect(&mut found);
         found
     }
 
-    fn collect<'a>(&'a self, found: &mut Vec<&'a Reference>) {
+    fn collect<'a>(&'a self, found: &mut Vec<(&'a Reference, bool)>) {
         match self {
             Self::Plain(_) => {}
-            Self::Expr(expr) => found.extend(expr.references()),
+            Self::Expr(expr) => found.extend(expr.uses()),
             Self::Text(parts) => found.extend(parts.iter().flat_map(|part| match part {
-                Part::Expr(expr) => expr.references(),
+                Part::Expr(expr) => expr.uses(),
                 Part::Text(_) => Vec::new(),
             })),
             Self::List(items) => items.iter().for_each(|item| item.collect(found)),

@@ -202,20 +202,32 @@ impl Expr {
 
     /// Every path inside.
     pub fn references(&self) -> Vec<&Reference> {
+        self.uses().into_iter().map(|(reference, _)| reference).collect()
+    }
+
+    /// The same, and whether each may be of what is not there.
+    pub fn uses(&self) -> Vec<(&Reference, bool)> {
         let mut found = Vec::new();
-        self.collect(&mut found);
+        self.collect(false, &mut found);
         found
     }
 
-    fn collect<'a>(&'a self, found: &mut Vec<&'a Reference>) {
+    fn collect<'a>(&'a self, optional: bool, found: &mut Vec<(&'a Reference, bool)>) {
         match self {
             Self::Literal(_) => {}
-            Self::Path(reference) => found.push(reference),
-            Self::List(items) | Self::Call(_, items) => items.iter().for_each(|item| item.collect(found)),
-            Self::Not(inner) | Self::Negative(inner) => inner.collect(found),
+            Self::Path(reference) => found.push((reference, optional)),
+            Self::Call(functions::Function::Defined | functions::Function::Default, items) => {
+                items.iter().for_each(|item| item.collect(true, found));
+            }
+            Self::List(items) | Self::Call(_, items) => items.iter().for_each(|item| item.collect(optional, found)),
+            Self::Not(inner) | Self::Negative(inner) => inner.collect(optional, found),
+            Self::Binary(Op::Else, a, b) => {
+                a.collect(true, found);
+                b.collect(optional, found);
+            }
             Self::Index(a, b) | Self::Binary(_, a, b) => {
-                a.collect(found);
-                b.collect(found);
+                a.collect(optional, found);
+                b.collect(optional, found);
             }
         }
     }

@@ -3,7 +3,7 @@
 use super::step::Read;
 use super::{Loader, Place, Use, graph};
 use crate::domain::playbook::expr::Reference;
-use crate::domain::playbook::model::{InputSpec, StepKind, Trigger};
+use crate::domain::playbook::model::{InputSpec, Step, StepKind, Trigger};
 use crate::domain::playbook::problem::{Pos, Problem, did_you_mean, nearest};
 
 /// What each item of a `for_each` has.
@@ -18,7 +18,7 @@ pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], 
     let loops: Vec<(usize, usize)> =
         steps.iter().enumerate().filter_map(|(at, read)| read.step.jumps_back_from(at)).collect();
     let graph = graph::is_graph(steps).then(|| graph::before(steps));
-    for Use { place, each, at, path, reference } in std::mem::take(&mut loader.uses) {
+    for Use { place, optional, each, at, path, reference } in std::mem::take(&mut loader.uses) {
         if OF_AN_ITEM.contains(&reference.name(0).unwrap_or_default()) {
             if !each {
                 let hint = Some("only the `params` of a step with `for_each` have it".to_owned());
@@ -48,6 +48,7 @@ pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], 
         let sees = Sees {
             before: steps.iter().enumerate().filter(|(index, _)| known(*index)).map(|(_, read)| read).collect(),
             graph: graph.is_some(),
+            optional,
             finally,
             all: steps,
             inputs,
@@ -61,6 +62,8 @@ pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], 
 struct Sees<'a> {
     before: Vec<&'a Read>,
     graph: bool,
+    /// What is not there is no error.
+    optional: bool,
     finally: &'a [Read],
     all: &'a [Read],
     inputs: &'a [InputSpec],
@@ -100,6 +103,15 @@ fn check(loader: &mut Loader, reference: &Reference, at: Pos, path: &str, sees: 
                     (false, _) => (format!("`${{{reference}}}`: there is no step `{name}`"), did_you_mean(name, ids)),
                 };
                 loader.suggest(at, path, message, hint);
+            } else if let Some((field, fields)) = before()
+                .find(|read| read.step.id == name && !sees.optional)
+                .and_then(|read| Some((reference, says(&read.step)?)))
+                .and_then(|(reference, fields)| Some((undeclared(reference, &fields)?, fields)))
+            {
+                let near = did_you_mean(field, fields.iter().map(String::as_str));
+                let hint =
+                    near.or_else(|| Some(format!("it says {}", fields.join(", "))).filter(|_| !fields.is_empty()));
+                loader.suggest(at, path, format!("`${{{reference}}}`: the step `{name}` says no `{field}`"), hint);
             } else if let Some(field) = reference.name(2)
                 // A field of the output may be called so, and be meant.
                 && field != "outputs"
@@ -138,6 +150,38 @@ fn check(loader: &mut Loader, reference: &Reference, at: Pos, path: &str, sees: 
             did_you_mean(other, ROOTS.iter().copied()).or_else(|| Some("begin with `inputs` or `steps`".into())),
         ),
     }
+}
+
+/// What the output of a step holds, where that is known: what it declares, or what its
+/// tool gives. Of a list it is a list.
+fn says(step: &Step) -> Option<Vec<String>> {
+    let names = |names: &[&str]| Some(names.iter().map(|name| (*name).to_owned()).collect());
+    if step.fan.is_some() || !matches!(step.kind, StepKind::Work | StepKind::Playbook(_)) {
+        return None;
+    }
+    if let Some(fields) = step.output.as_ref().and_then(|shape| shape.fields.as_ref()) {
+        return Some(fields.iter().map(|(name, ..)| name.clone()).collect());
+    }
+    match step.action.as_str() {
+        "http.request" => names(&["status", "headers", "body"]),
+        "file.read" => names(&["path", "content", "bytes"]),
+        "file.write" => names(&["path", "bytes", "sha256"]),
+        "transform" => Some(step.params.keys().cloned().collect()),
+        _ => None,
+    }
+}
+
+/// The field of a step's output that a reference looks up, where it is none of these.
+fn undeclared<'a>(reference: &'a Reference, fields: &[String]) -> Option<&'a str> {
+    let field = match reference.name(2)? {
+        // What is known of any step.
+        "error" | "score" => return None,
+        "output" => reference.name(3)?,
+        field => field,
+    };
+    // A slip in `output` itself is told as such.
+    let slip = reference.name(2) != Some("output") && nearest(field, ["output"]).is_some();
+    (!slip && !fields.iter().any(|known| known == field)).then_some(field)
 }
 
 /// A playbook that calls itself in any case never ends.

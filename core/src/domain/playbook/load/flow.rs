@@ -117,6 +117,7 @@ const OF_WORK: &[&str] = &[
     "adapter",
     "model",
     "compensate",
+    "output",
     "rubric",
 ];
 
@@ -185,7 +186,7 @@ pub(super) fn condition(loader: &mut Loader, fields: &Fields<'_>, path: &str) ->
             None
         }
         Ok(expr) => {
-            loader.note_uses(expr.references(), node.at, &path);
+            loader.note_uses(expr.uses(), node.at, &path);
             Some(expr)
         }
         Err(message) => {

@@ -8,20 +8,21 @@ use serde_json::{Map, Value};
 use super::closing;
 use super::fan::fan;
 use super::flow::{self, Flow};
-use super::graph;
 use super::{Fields, Loader, TOOLS, params};
+use super::{graph, shape};
 use crate::domain::backoff::Backoff;
 use crate::domain::duration;
 use crate::domain::outcome::ErrorClass;
 use crate::domain::playbook::keys;
 use crate::domain::playbook::model::{
-    Approval, MAX_ATTEMPTS_MAX, OnFailure, OnTimeout, Retry, STEP_TIMEOUT, Step, StepKind,
+    Approval, InputKind, MAX_ATTEMPTS_MAX, OnFailure, OnTimeout, Retry, STEP_TIMEOUT, Step, StepKind,
 };
 use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
+use crate::domain::playbook::shape::Shape;
 use crate::domain::playbook::template::Template;
 use crate::domain::playbook::yaml::{Kind, Node};
 
-const KEYS_LATER: &[&str] = &["output", "concurrency", "on_unknown", "prompt"];
+const KEYS_LATER: &[&str] = &["concurrency", "on_unknown", "prompt"];
 
 /// A step that has been read, and where it points to by name.
 pub(super) struct Read {
@@ -76,10 +77,14 @@ pub(super) fn step(loader: &mut Loader, node: &Node, path: &str, taken: &mut Has
         None => free_id(action.as_deref().unwrap_or("step"), taken),
     };
     taken.insert(id.clone());
+    let output = fields.get("output").map(|n| Shape {
+        fields: Some(shape::properties(loader, n, &format!("{path}.output"))),
+        ..Shape::of(InputKind::Object)
+    });
     let undo = fields.get("compensate").and_then(|n| closing::compensate(loader, n, path, &id, role.as_deref()));
     let once = Retry { max_attempts: 1, ..Retry::default() };
     let retry = how.retry.clone().unwrap_or_else(|| if works { Retry::default() } else { once });
-    let step = Step { kind, condition, fan, on_failure, retry, approval, ..how.step(id, role, action?) };
+    let step = Step { kind, condition, fan, on_failure, retry, approval, output, ..how.step(id, role, action?) };
     Some(Read { step, undo, at: node.at, flow })
 }
 
@@ -135,6 +140,7 @@ impl How {
             approval: None,
             adapter: self.adapter,
             model: self.model,
+            output: None,
             needs: Vec::new(),
             undoes: None,
             last_use: None,
