@@ -21,6 +21,7 @@ mod hostile;
 mod lists;
 mod ops;
 mod outage;
+mod playbooks;
 mod process;
 mod proxy;
 mod queue;
