@@ -314,3 +314,21 @@ async fn a_lead_is_checked_at_the_door() {
     let (output, steps) = stage.completes(run).await;
     assert_eq!((&output["points"], status(&steps, "offer")), (&json!(80), "completed"));
 }
+
+/// What the guide prints can be copied.
+#[test]
+fn every_playbook_of_the_guide_is_in_order() {
+    let mut found = 0;
+    for entry in std::fs::read_dir("docs/guide").unwrap() {
+        let path = entry.unwrap().path();
+        let page = std::fs::read_to_string(&path).unwrap();
+        for block in page.split("```yaml\n").skip(1) {
+            let (text, _) = block.split_once("```").unwrap();
+            let loaded = capx_core::domain::playbook::read(text);
+            let (_, warnings) = loaded.unwrap_or_else(|problems| panic!("{}: {problems:?}", path.display()));
+            assert_eq!(warnings, [], "{}", path.display());
+            found += 1;
+        }
+    }
+    assert!(found >= 14, "{found}");
+}

@@ -273,3 +273,30 @@ steps: [{id: a, action: transform}]
     assert_eq!((status, &body["error"]["fields"][0]["field"]), (400, &json!("idempotency_key")), "{body}");
     assert_eq!(db.count("select count(*) from runs").await, 2);
 }
+
+/// Only what holds all that a trigger asks for starts a run.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_starts_what_it_matches() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let yaml = "name: x
+trigger: {type: event, event: order.paid, match: {status: open, lines: [{sku: a}]}}
+steps: [{id: s, action: transform}]
+output: ${inputs.event.n}
+";
+    db.playbook(company, yaml).await;
+    let _worker = db.worker(SHORT_LEASE);
+    let send = async |data: Value| {
+        let path = format!("/v1/companies/{company}/events");
+        let (status, body) = api.post(&path, json!({"name": "order.paid", "data": data})).await;
+        assert!(status < 300, "{body}");
+    };
+    send(json!({"n": 1, "status": "open"})).await;
+    send(json!({"n": 2, "status": "closed", "lines": [{"sku": "a"}]})).await;
+    send(json!({"n": 3, "status": "open", "lines": [{"sku": "b"}, {"sku": "a", "count": 2}]})).await;
+    eventually("a run", || async { db.count("select count(*) from runs where status = 'completed'").await == 1 }).await;
+    eventually("every job to be done", || async { db.count("select count(*) from jobs").await == 0 }).await;
+    let outputs: Vec<Value> = sqlx::query_scalar("select output from runs").fetch_all(&db.pool).await.unwrap();
+    assert_eq!(outputs, [json!(3)]);
+}

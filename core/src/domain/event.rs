@@ -134,6 +134,24 @@ pub fn pattern_problem(pattern: &str) -> Option<String> {
     ))
 }
 
+/// Whether data holds all that is asked for, as `@>` of Postgres has it: a map its
+/// entries, a list something for each item, else the same; null asks for nothing.
+pub fn holds(data: &Value, asked: &Value) -> bool {
+    fn within(data: &Value, asked: &Value) -> bool {
+        match (data, asked) {
+            (Value::Object(data), Value::Object(asked)) => {
+                asked.iter().all(|(name, asked)| data.get(name).is_some_and(|data| within(data, asked)))
+            }
+            (Value::Array(data), Value::Array(asked)) => {
+                asked.iter().all(|asked| data.iter().any(|data| within(data, asked)))
+            }
+            (Value::Number(data), Value::Number(asked)) => data == asked || data.as_f64() == asked.as_f64(),
+            (data, asked) => data == asked,
+        }
+    }
+    asked.is_null() || within(data, asked)
+}
+
 /// Whether a client may call an event so: 1 to 200 letters, digits and `._-:/`.
 pub fn is_event_name(name: &str) -> bool {
     let fits = |c: char| c.is_alphanumeric() || matches!(c, '.' | '_' | '-' | ':' | '/');

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::start::{self, Decided};
 use super::{Engine, EngineError};
 use crate::domain::company::works;
-use crate::domain::event::{Event, PLAYBOOK_SKIPPED};
+use crate::domain::event::{self, Event, PLAYBOOK_SKIPPED};
 use crate::domain::ids::{CompanyId, PlaybookId, SignalId, VersionId};
 use crate::domain::playbook::{self, Playbook, Trigger};
 use crate::domain::schedule::{Schedule, ScheduleSpec};
@@ -42,7 +42,7 @@ pub async fn sync(tx: &mut PgConnection, company: CompanyId, playbook: PlaybookI
         Some(Trigger::Schedule(spec)) => {
             schedule(tx, company, playbook, &spec, &current.status, instant(current.now)).await?;
         }
-        Some(Trigger::Event { event }) => {
+        Some(Trigger::Event { event, .. }) => {
             triggers::rest(tx, company, playbook).await?;
             triggers::set_event(tx, company, playbook, "event", &event).await?;
         }
@@ -213,6 +213,11 @@ async fn start_by(
     data: Value,
 ) -> Result<(), EngineError> {
     let plan = start::plan_of(engine, &engine.pool, company, version).await?;
+    if let Trigger::Event { matching, .. } = &plan.trigger
+        && !event::holds(&data, matching)
+    {
+        return Ok(());
+    }
     let key = format!("event:{}", signal.0);
     let mut tx = engine.pool.begin().await?;
     start_once(engine, &mut tx, (company, playbook), params_of(&plan, data), "event", &key).await?;

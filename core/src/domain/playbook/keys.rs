@@ -175,6 +175,7 @@ pub const TRIGGER: &[Key] = &[
     key("catch_up", "What was missed: `none`, `latest`, or `all(10)`. `latest` without.", TEXT),
     key("jitter", "Each run is late by a part of this, always the same.", DURATION),
     key("event", "The event's name.", TEXT),
+    key("match", "What the event's data must hold.", MAP),
 ];
 
 /// Of an input.

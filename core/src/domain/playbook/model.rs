@@ -58,6 +58,8 @@ pub enum Trigger {
     Event {
         /// Its name.
         event: String,
+        /// What its data must hold; null for anything.
+        matching: Value,
     },
 }
 
@@ -68,7 +70,8 @@ impl Trigger {
             Self::Manual => Value::Null,
             Self::Schedule(spec) => spec.to_json(),
             Self::Webhook { event } => serde_json::json!({"type": "webhook", "event": event}),
-            Self::Event { event } => serde_json::json!({"type": "event", "event": event}),
+            Self::Event { event, matching: Value::Null } => serde_json::json!({"type": "event", "event": event}),
+            Self::Event { event, matching } => serde_json::json!({"type": "event", "event": event, "match": matching}),
         }
     }
 }

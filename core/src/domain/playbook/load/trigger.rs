@@ -28,7 +28,7 @@ pub(super) fn trigger(loader: &mut Loader, top: &Fields<'_>) -> Option<Trigger> 
     match &node.kind {
         Kind::Str(word) => of_word(loader, word, node, top, catch_up),
         Kind::Map(_) => {
-            let fields = Fields::open(loader, node, "trigger", keys::TRIGGER, &["match"])?;
+            let fields = Fields::open(loader, node, "trigger", keys::TRIGGER, &[])?;
             let catch_up = fields.get("catch_up").or(catch_up);
             match fields.get("type").map(|n| &n.kind) {
                 Some(Kind::Str(word)) => of_word(loader, word, node, &fields, catch_up),
@@ -53,6 +53,28 @@ fn without_schedule(loader: &mut Loader, catch_up: Option<&Node>) {
     }
 }
 
+fn without_match(loader: &mut Loader, fields: &Fields<'_>) {
+    if let Some(node) = fields.get("match") {
+        loader.error(node.at, "trigger.match", "belongs to a trigger of type `event`");
+    }
+}
+
+/// What the event's data must hold. Nothing is known yet that could be put in.
+fn matching(loader: &mut Loader, fields: &Fields<'_>) -> serde_json::Value {
+    let Some(node) = fields.get("match") else { return serde_json::Value::Null };
+    if !matches!(node.kind, Kind::Map(_)) {
+        let found = node.describe();
+        let message = format!("expected a map of what the event's data holds, found {found}");
+        loader.error(node.at, "trigger.match", message);
+    }
+    if loader.template(node, "trigger.match").uses().is_empty() {
+        return node.to_json();
+    }
+    let hint = Some("write the value itself, or `if` on the first step".to_owned());
+    loader.suggest(node.at, "trigger.match", "nothing can be put in before a run begins".into(), hint);
+    serde_json::Value::Null
+}
+
 fn of_word(
     loader: &mut Loader,
     word: &str,
@@ -62,6 +84,9 @@ fn of_word(
 ) -> Option<Trigger> {
     if !["schedule", "scheduled"].contains(&word) {
         without_schedule(loader, catch_up);
+    }
+    if !["event", "event-driven", "webhook"].contains(&word) {
+        without_match(loader, fields);
     }
     match word {
         "manual" => Some(Trigger::Manual),
@@ -85,7 +110,11 @@ fn of_word(
                 loader.suggest(at.at, "trigger.event", message, hint);
                 return None;
             }
-            Some(if word == "webhook" { Trigger::Webhook { event } } else { Trigger::Event { event } })
+            if word == "webhook" {
+                without_match(loader, fields);
+                return Some(Trigger::Webhook { event });
+            }
+            Some(Trigger::Event { event, matching: matching(loader, fields) })
         }
         other => {
             let near = did_you_mean(other, WORDS.iter().copied());
