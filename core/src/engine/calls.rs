@@ -81,8 +81,8 @@ async fn call_once(
         item: job.item.unwrap_or(-1),
         round: i32::try_from(work.context.round()).unwrap_or(i32::MAX),
     };
-    let (child, over) = match go_on(engine, &mut tx, job, call).await? {
-        Some(child) => (child, false),
+    let child = match go_on(engine, &mut tx, job, call).await? {
+        Some(child) => child,
         None => {
             let id = children::playbook(&mut tx, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
             match start::decide(engine, &mut tx, None, (company, id), params, "playbook", None).await? {
@@ -95,14 +95,13 @@ async fn call_once(
                             "a run of `{playbook}` would wait for one that waits for it; see its `concurrency`"
                         ))));
                     }
-                    (start::start_in(&mut tx, *new).await?.run, false)
+                    start::start_in(&mut tx, *new).await?.run
                 }
-                Decided::Known(known) => (known.run, known.status.is_terminal()),
+                Decided::Known(known) => known.run,
             }
         }
     };
-    children::link(&mut tx, company, call, (job.lease.job, job.attempt), child, depth).await?;
-    if over {
+    if !children::link(&mut tx, company, call, (job.lease.job, job.attempt), child, depth).await? {
         children::unpark(&mut tx, job.lease.job).await?;
     }
     if job.item.is_none() {

@@ -110,7 +110,9 @@ pub async fn failed(tx: &mut PgConnection, company: CompanyId, call: Call) -> Re
 }
 
 /// A run does a step from now on, at an attempt whose job waits for it; its depth is
-/// one more than that of whom it works for, or more.
+/// one more than that of whom it works for, or more. False when it is over already, and
+/// so wakes nobody any more: its row is locked, so that whoever ends it comes before or
+/// after this.
 pub async fn link(
     tx: &mut PgConnection,
     company: CompanyId,
@@ -118,7 +120,7 @@ pub async fn link(
     (job, attempt): (i64, i32),
     child: RunId,
     depth: i16,
-) -> Result<(), StoreError> {
+) -> Result<bool, StoreError> {
     sqlx::query!(
         "insert into run_children (company_id, run_id, step, item, round, attempt, job_id, child_id)
          values ($1, $2, $3, $4, $5, $6, $7, $8)
@@ -135,7 +137,7 @@ pub async fn link(
     )
     .execute(&mut *tx)
     .await?;
-    sqlx::query!(
+    let open = sqlx::query!(
         "update runs set called = true, depth = greatest(depth, $3)
          where company_id = $1 and id = $2 and status in ('queued', 'running', 'suspended')",
         company.0,
@@ -144,7 +146,7 @@ pub async fn link(
     )
     .execute(tx)
     .await?;
-    Ok(())
+    Ok(open.rows_affected() == 1)
 }
 
 /// A step is under way, by another run.
