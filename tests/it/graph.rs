@@ -120,7 +120,7 @@ async fn a_failure_lets_others_end_and_begins_no_more() {
     let witness = Witness::start(&[]).await;
     witness.hold(true);
     let yaml = format!(
-        "name: x\nsteps:\n{}  - {{id: bad, needs: [], action: transform, params: {{x: '${{inputs.none}}'}}}}\n{}  - {{id: gate, needs: [], action: transform, approval: required}}\n  - {{id: nap, needs: [], wait_for: never}}\nfinally:\n  - {{id: told, action: transform, params: {{why: '${{run.error.step}}'}}}}\n",
+        "name: x\nsteps:\n{}  - {{id: bad, needs: [], action: transform, params: {{x: '${{inputs.none}}'}}}}\n{}  - {{id: gate, needs: [], action: transform, approval: required, on_failure: continue}}\n  - {{id: nap, needs: [], wait_for: never}}\nfinally:\n  - {{id: told, action: transform, params: {{why: '${{run.error.step}}'}}}}\n",
         call("slow", &witness, "/slow", ", needs: []"),
         call("later", &witness, "/later", ", needs: [slow]"),
     );
@@ -148,6 +148,11 @@ async fn a_failure_lets_others_end_and_begins_no_more() {
     assert_eq!(api.post(&format!("{path}/retry"), json!({})).await.0, 200);
     let again = db.until(company, run, RunStatus::Failed).await.error.unwrap();
     assert_eq!(again["step"], json!("bad"));
+    assert_eq!(
+        db.count("select count(*) from approvals where status = 'cancelled'").await,
+        2,
+        "it was asked for again"
+    );
     assert_eq!(witness.calls().values().sum::<u32>(), 1 + u32::from(witness.paths().len() > 1));
     until_idle(&db).await;
 }

@@ -276,8 +276,8 @@ pub async fn drop_all(tx: &mut PgConnection, company: CompanyId, run: RunId) -> 
     Ok(())
 }
 
-/// The steps of a failed run that take it with them, or were not let end, are as if
-/// they had not begun; which those are.
+/// Of a failed run, what was withdrawn, and those of some steps that have failed, are as
+/// if they had not begun; which those are.
 pub async fn reset(
     tx: &mut PgConnection,
     company: CompanyId,
@@ -286,7 +286,8 @@ pub async fn reset(
 ) -> Result<Vec<i32>, StoreError> {
     Ok(sqlx::query_scalar!(
         "update run_steps set status = 'pending', job_id = null, ended_at = null
-         where company_id = $1 and run_id = $2 and step = any ($3) and status in ('failed', 'cancelled')
+         where company_id = $1 and run_id = $2
+             and (status = 'cancelled' or (status = 'failed' and step = any ($3)))
          returning step",
         company.0,
         run.0,
