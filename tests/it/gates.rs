@@ -10,7 +10,7 @@ use capx_core::store::approvals;
 use capx_core::store::{events, runs};
 use serde_json::json;
 
-use crate::harness::{Db, SHORT_LEASE};
+use crate::harness::{Db, SHORT_LEASE, eventually};
 
 fn gated(approval: &str) -> String {
     format!(
@@ -137,4 +137,64 @@ async fn of_many_words_at_once_one_counts_and_all_are_told_which() {
         assert_eq!(resolved.iter().filter(|e| e.event == "approval.resolved").count(), 1);
     }
     db.assert_nothing_stranded().await;
+}
+
+/// Who is named decides; when nobody did in time, anybody may, for as long again.
+#[tokio::test(flavor = "multi_thread")]
+async fn reviewers_decide_and_a_gate_that_they_leave_is_escalated() {
+    let db = Db::new().await;
+    let mut api = db.api().await;
+    let owner = api.key.clone();
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let _worker = db.worker(SHORT_LEASE);
+    let clerk = db.key(&["approvals:write", "approvals:read"]).await;
+    let anna = db.key_named("anna", &["approvals:write"]).await;
+    let gate = "{reviewers: [founder, anna], timeout: 1h, on_timeout: escalate}";
+    let playbook = db.playbook(company, &gated(gate)).await;
+    let path = |id: ApprovalId| format!("/v1/approvals/{id}/approve");
+
+    let waiting = async || {
+        let run = db.start(company, playbook, json!({})).await;
+        db.until(company, run, RunStatus::Suspended).await;
+        (run, pending(&db, company, run).await)
+    };
+    for (key, status) in [(&clerk, 422), (&anna, 200)] {
+        let (run, id) = waiting().await;
+        api.key.clone_from(key);
+        let (told, body) = api.post(&path(id), json!({})).await;
+        assert_eq!(told, status, "{body}");
+        if status == 200 {
+            db.until(company, run, RunStatus::Completed).await;
+            continue;
+        }
+        assert_eq!(body["error"]["message"], "only founder, anna may decide about this approval", "{body}");
+        // Its time is over.
+        let over = "update jobs set due_at = now() where kind = 'gate_timeout'";
+        sqlx::query(over).execute(&db.pool).await.unwrap();
+        eventually("the gate to be escalated", || async {
+            db.count("select count(*) from events where event = 'approval.escalated'").await == 1
+        })
+        .await;
+        let (told, shown) = api.get(&format!("/v1/approvals/{id}")).await;
+        assert_eq!((told, &shown["data"]["status"]), (200, &json!("pending")), "{shown}");
+        assert!(shown["data"]["escalated_at"].is_string(), "{shown}");
+        assert_eq!(api.post(&path(id), json!({})).await.0, 200);
+        db.until(company, run, RunStatus::Completed).await;
+    }
+    // Whoever may do everything is not locked out by a file.
+    let (run, id) = waiting().await;
+    api.key.clone_from(&owner);
+    assert_eq!(api.post(&path(id), json!({})).await.0, 200);
+    db.until(company, run, RunStatus::Completed).await;
+    // A second time it ends as a gate does.
+    let (run, _) = waiting().await;
+    for _ in 0..2 {
+        let times = db.count("select count(*) from events where event like 'approval.%'").await;
+        sqlx::query("update jobs set due_at = now() where kind = 'gate_timeout'").execute(&db.pool).await.unwrap();
+        eventually("the gate to go on", || async {
+            db.count("select count(*) from events where event like 'approval.%'").await > times
+        })
+        .await;
+    }
+    db.until(company, run, RunStatus::Failed).await;
 }

@@ -241,8 +241,12 @@ impl Db {
     }
 
     pub async fn key(&self, scopes: &[&str]) -> String {
+        self.key_named("test", scopes).await
+    }
+
+    pub async fn key_named(&self, name: &str, scopes: &[&str]) -> String {
         let scopes: Vec<String> = scopes.iter().map(|s| (*s).to_owned()).collect();
-        keys::make(&self.pool, self.account, None, "test", true, &scopes).await.unwrap().key
+        keys::make(&self.pool, self.account, None, name, true, &scopes).await.unwrap().key
     }
 }
 

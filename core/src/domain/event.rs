@@ -74,6 +74,8 @@ pub const TASK_RETRIED: &str = "task.retried";
 pub const EVENT_RECEIVED: &str = "playbook.event_received";
 /// A gate waits for a person.
 pub const APPROVAL_REQUESTED: &str = "approval.requested";
+/// Nobody has decided about a gate in time, and anybody may now.
+pub const APPROVAL_ESCALATED: &str = "approval.escalated";
 /// A gate was decided or ran out.
 pub const APPROVAL_RESOLVED: &str = "approval.resolved";
 
@@ -104,6 +106,7 @@ pub const NAMES: &[&str] = &[
     TASK_RETRIED,
     EVENT_RECEIVED,
     APPROVAL_REQUESTED,
+    APPROVAL_ESCALATED,
     APPROVAL_RESOLVED,
 ];
 

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use sqlx::PgConnection;
 
 use super::{Engine, EngineError, repeating};
-use crate::domain::event::{APPROVAL_RESOLVED, Event, PLAYBOOK_FAILED, PLAYBOOK_RESUMED};
+use crate::domain::event::{APPROVAL_ESCALATED, APPROVAL_RESOLVED, Event, PLAYBOOK_FAILED, PLAYBOOK_RESUMED};
 use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, RunId};
 use crate::domain::plan::{Gate, RunContext};
 use crate::domain::playbook::model::{OnTimeout, STEP_TIMEOUT, Step};
@@ -80,6 +80,7 @@ pub(crate) fn approval_of(
         context: gate.context.clone(),
         digest: gate.digest,
         timeout: gate.approval.timeout,
+        reviewers: gate.approval.reviewers.clone(),
     }
 }
 
@@ -201,6 +202,25 @@ pub async fn expire(
     Ok(done)
 }
 
+/// Nobody has decided in time: anybody may now.
+async fn escalate(
+    engine: &Engine,
+    gate: &ApprovalRow,
+    lease: Lease,
+    timeout: std::time::Duration,
+) -> Result<bool, EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    if !approvals::lock_gate_job(&mut tx, gate.job, Some(lease)).await?
+        || !approvals::escalate(&mut tx, gate.company, gate.approval, lease, timeout).await?
+    {
+        return Ok(false);
+    }
+    let told = json!({"approval_id": gate.approval, "reviewers": gate.reviewers});
+    events::append_to_run(&mut *tx, gate.company, gate.run, &Event::new(APPROVAL_ESCALATED, told)).await?;
+    tx.commit().await?;
+    Ok(true)
+}
+
 async fn expire_once(
     engine: &Engine,
     lease: Lease,
@@ -214,7 +234,11 @@ async fn expire_once(
     let gate = find(&mut connection, account, Some(company), id).await?;
     let (step, goes_on) = step_of(engine, &mut connection, company, run, step).await?;
     drop(connection);
-    let on_timeout = step.as_ref().and_then(|step| step.approval.as_ref()).map(|approval| approval.on_timeout);
+    let rule = step.as_ref().and_then(|step| step.approval.as_ref());
+    let on_timeout = rule.map(|approval| approval.on_timeout);
+    if let (Some(rule), Some(OnTimeout::Escalate), None) = (rule, on_timeout, gate.escalated_at) {
+        return escalate(engine, &gate, lease, rule.timeout).await;
+    }
     let (status, words) = match on_timeout {
         Some(OnTimeout::Approve) => ("approved", "nobody decided in time; the step is approved by its own rule"),
         _ => ("expired", "nobody decided in time"),

@@ -39,6 +39,8 @@ pub struct NewApproval {
     pub digest: [u8; 32],
     /// When it decides itself.
     pub timeout: std::time::Duration,
+    /// Who may decide; empty for anybody.
+    pub reviewers: Vec<String>,
 }
 
 /// Stores a gate.
@@ -52,9 +54,9 @@ pub async fn insert(executor: impl Executor<'_, Database = Postgres>, new: &NewA
              set status = excluded.status, agent_id = excluded.agent_id, ended_at = null
          )
          insert into approvals (id, company_id, run_id, step, job_id, status, agent_id, role, action, playbook,
-                                step_name, context, digest, expires_at)
+                                step_name, context, digest, expires_at, reviewers)
          values ($1, $2, $3, $4, $5, 'pending', $6, $7, $8, $9, $10, $11, $12,
-                 now() + $13::bigint * interval '1 millisecond')",
+                 now() + $13::bigint * interval '1 millisecond', nullif($14::text[], '{}'))",
         new.approval.0,
         new.company.0,
         new.run.0,
@@ -68,6 +70,7 @@ pub async fn insert(executor: impl Executor<'_, Database = Postgres>, new: &NewA
         new.context,
         &new.digest[..],
         millis(new.timeout),
+        &new.reviewers,
     )
     .execute(executor)
     .await?;
@@ -111,6 +114,10 @@ pub struct ApprovalRow {
     pub decided_by: Option<String>,
     /// What was said with it.
     pub note: Option<String>,
+    /// Who may decide, where not anybody may.
+    pub reviewers: Option<Vec<String>>,
+    /// Since when anybody may, since nobody did.
+    pub escalated_at: Option<DateTime<Utc>>,
 }
 
 macro_rules! approval_row {
@@ -134,6 +141,8 @@ macro_rules! approval_row {
             decided_at: row.decided_at,
             decided_by: row.decided_by,
             note: row.note,
+            reviewers: row.reviewers,
+            escalated_at: row.escalated_at,
         }
     }};
 }
@@ -148,7 +157,7 @@ pub async fn get(
 ) -> Result<Option<ApprovalRow>, StoreError> {
     let row = sqlx::query!(
         "select a.id, a.company_id, a.run_id, a.step, a.job_id, a.status, a.agent_id, a.role, a.action, a.playbook,
-                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note
+                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note, a.reviewers, a.escalated_at
          from (select * from approvals where id = $1 offset 0) a
          join companies c on c.id = a.company_id
          where c.account_id = $2 and a.company_id = coalesce($3, a.company_id)",
@@ -224,7 +233,7 @@ pub async fn some(
 ) -> Result<Vec<ApprovalRow>, StoreError> {
     let rows = sqlx::query!(
         "select a.id, a.company_id, a.run_id, a.step, a.job_id, a.status, a.agent_id, a.role, a.action, a.playbook,
-                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note
+                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note, a.reviewers, a.escalated_at
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          join approvals a on a.company_id = k.company_id and a.id = k.id",
         &approvals.iter().map(|(company, _)| company.0).collect::<Vec<_>>(),
@@ -326,9 +335,9 @@ pub async fn ask_again(
 ) -> Result<Option<Value>, StoreError> {
     Ok(sqlx::query_scalar!(
         "insert into approvals (id, company_id, run_id, step, job_id, status, agent_id, role, action, playbook,
-                                step_name, context, digest, expires_at)
+                                step_name, context, digest, expires_at, reviewers)
          select $3, company_id, run_id, step, $4, 'pending', agent_id, role, action, playbook, step_name, context, digest,
-             now() + $5::bigint * interval '1 millisecond'
+             now() + $5::bigint * interval '1 millisecond', reviewers
          from approvals where company_id = $1 and id = $2
          returning context",
         company.0,
@@ -362,6 +371,38 @@ pub async fn decide(
         status,
         by,
         note,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Anybody may decide from now on, within as much time again: the gate's timer starts
+/// anew. False when it has done so before, or somebody was quicker.
+pub async fn escalate(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    approval: ApprovalId,
+    lease: Lease,
+    timeout: std::time::Duration,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "with gate as (
+             update approvals
+             set escalated_at = clock_timestamp(), expires_at = clock_timestamp() + $6::bigint * interval '1 millisecond'
+             where company_id = $1 and id = $2 and status = 'pending' and escalated_at is null
+             returning job_id
+         )
+         update jobs
+         set state = 'scheduled', due_at = now() + $6 * interval '1 millisecond', lease_epoch = lease_epoch + 1,
+             attempt = 0, session_id = null, deadline_at = null
+         where id = (select job_id from gate) and id = $3 and lease_epoch = $4 and session_id = $5",
+        company.0,
+        approval.0,
+        lease.job,
+        lease.epoch,
+        lease.session,
+        millis(timeout),
     )
     .execute(tx)
     .await?;

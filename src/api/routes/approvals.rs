@@ -6,14 +6,14 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use capx_core::domain::address::Rules;
-use capx_core::domain::ids::{AgentId, CompanyId, RunId, TaskId};
+use capx_core::domain::ids::{AgentId, ApprovalId, CompanyId, RunId, TaskId};
 use capx_core::domain::task::Change;
 use capx_core::engine::FieldProblem;
 use capx_core::engine::gates::{Verdict, decide};
 use capx_core::engine::tasks as engine_tasks;
 use capx_core::store::approvals::{self, ApprovalRow, Asked, Filter};
 use capx_core::store::tasks::TaskRow;
-use capx_core::store::{agents, tasks};
+use capx_core::store::{agents, tasks, tenants};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::{IntoParams, ToSchema};
@@ -23,6 +23,7 @@ use uuid::Uuid;
 use super::Routes;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Check, Path, Query, limit, one_of};
+use crate::api::command::Command;
 use crate::api::reply::{Many, One, Page, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, ApiState, Shared, openapi};
 
@@ -91,6 +92,12 @@ struct Approval {
     /// What was said with it.
     #[schema(required)]
     note: Option<String>,
+    /// Who may decide, by the names or ids of keys; anybody with the scope without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reviewers: Option<Vec<String>>,
+    /// Since when anybody may, since nobody had in time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    escalated_at: Option<Time>,
 }
 
 /// Who asks.
@@ -124,6 +131,8 @@ impl Approval {
             decided_at: row.decided_at.map(Time),
             decided_by: row.decided_by,
             note: row.note,
+            reviewers: row.reviewers,
+            escalated_at: row.escalated_at.map(Time),
         }
     }
 
@@ -152,6 +161,8 @@ impl Approval {
             decided_at: decided_at.map(Time),
             decided_by: None,
             note: row.feedback,
+            reviewers: None,
+            escalated_at: None,
             status: row.approval.unwrap_or_default(),
         }
     }
@@ -326,6 +337,21 @@ fn too_long(field: &str, words: &str) -> Option<FieldProblem> {
     long.then(|| FieldProblem::new(field, format!("must be at most {WORDS_CHARS_MAX} characters")))
 }
 
+/// Where a gate names its reviewers, one of them decides, or a key with the scope `*`:
+/// whoever may do everything is not locked out by a name in a file.
+async fn may_review(command: &mut Command<'_>, caller: &Caller, id: ApprovalId) -> Result<(), ApiError> {
+    let gate = approvals::get(command.tx(), caller.account, caller.company, id).await?;
+    let Some(names) = gate.filter(|gate| gate.escalated_at.is_none()).and_then(|gate| gate.reviewers) else {
+        return Ok(());
+    };
+    let Some(key) = tenants::grant_of(command.tx(), caller.key).await? else { return Ok(()) };
+    let id = caller.key.to_string();
+    if key.scopes.iter().any(|scope| scope == "*") || names.iter().any(|name| *name == key.name || *name == id) {
+        return Ok(());
+    }
+    Err(ApiError::Governance(format!("only {} may decide about this approval", names.join(", "))))
+}
+
 async fn decided(
     state: &ApiState,
     caller: &Caller,
@@ -337,6 +363,7 @@ async fn decided(
     let mut command = caller.command(state, digest).await?;
     let shown = match asked {
         Asked::Gate(id) => {
+            may_review(&mut command, caller, id).await?;
             let by = caller.key.to_string();
             let row = decide(&state.engine, command.tx(), caller.account, caller.company, id, &by, verdict).await?;
             Approval::of_gate(row)

@@ -317,7 +317,7 @@ struct Job {
     /// The run that it moves on.
     #[schema(required, value_type = Option<String>)]
     run_id: Option<RunId>,
-    /// The step's place, from 0.
+    /// The step's place, from 0; -1 where a run is between its steps.
     step_index: i32,
     /// `ready`, `scheduled` or `running`.
     status: String,

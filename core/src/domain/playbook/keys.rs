@@ -269,7 +269,16 @@ pub const COMPENSATE: &[Key] = &[
 pub const APPROVAL: &[Key] = &[
     key("required", "Always true.", YES_NO),
     key("timeout", "When it is decided by itself; 24h without.", DURATION),
-    key("on_timeout", "What is decided then; `reject` without.", r#"{"enum": ["reject", "approve"]}"#),
+    key(
+        "reviewers",
+        "Who may decide: names or ids of keys. Whoever holds the scope without.",
+        r#"{"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "maxItems": 50, "items": {"type": "string"}}]}"#,
+    ),
+    key(
+        "on_timeout",
+        "What is decided then; `reject` without. `escalate` lets anybody decide, within as much time again.",
+        r#"{"enum": ["reject", "approve", "escalate"]}"#,
+    ),
     key("message", "What the approver reads.", TEXT),
 ];
 

@@ -376,6 +376,8 @@ pub enum OnTimeout {
     Reject,
     /// The step runs.
     Approve,
+    /// Anybody may decide then, within as much time again; then it is rejected.
+    Escalate,
 }
 
 impl Default for Approval {

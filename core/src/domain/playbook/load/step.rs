@@ -278,6 +278,30 @@ fn classes(loader: &mut Loader, node: &Node, path: &str) -> Option<Vec<ErrorClas
         .collect()
 }
 
+/// How many reviewers a gate may name.
+const REVIEWERS_MAX: usize = 50;
+
+/// `reviewers: [founder, admin]`, or one.
+fn reviewers(loader: &mut Loader, node: &Node, path: &str) -> Vec<String> {
+    let path = format!("{path}.reviewers");
+    let names: Vec<String> = match &node.kind {
+        Kind::Seq(items) => items.iter().filter_map(|item| loader.text(item, &path)).collect(),
+        Kind::Str(_) => loader.text(node, &path).into_iter().collect(),
+        _ => {
+            let found = node.describe();
+            loader.error(node.at, &path, format!("expected a list of names of keys, found {found}"));
+            return Vec::new();
+        }
+    };
+    if names.is_empty() {
+        loader.error(node.at, &path, "a gate that nobody may open; name somebody, or leave it out");
+    }
+    if names.len() > REVIEWERS_MAX {
+        loader.error(node.at, &path, format!("over the limit of {REVIEWERS_MAX} names"));
+    }
+    names
+}
+
 /// `approval: required`, or a map.
 fn approval(loader: &mut Loader, node: &Node, path: &str) -> Option<Approval> {
     match &node.kind {
@@ -297,7 +321,7 @@ fn approval(loader: &mut Loader, node: &Node, path: &str) -> Option<Approval> {
         }
         _ => {}
     }
-    let fields = Fields::open(loader, node, path, keys::APPROVAL, &["reviewers"])?;
+    let fields = Fields::open(loader, node, path, keys::APPROVAL, &[])?;
     let mut approval = Approval::default();
     if let Some(n) = fields.get("timeout") {
         approval.timeout = duration_of(loader, n, &format!("{path}.timeout"))?;
@@ -306,8 +330,10 @@ fn approval(loader: &mut Loader, node: &Node, path: &str) -> Option<Approval> {
         None => {}
         Some((Kind::Str(word), _)) if word == "reject" => {}
         Some((Kind::Str(word), _)) if word == "approve" => approval.on_timeout = OnTimeout::Approve,
-        Some((_, at)) => loader.error(at, format!("{path}.on_timeout"), "expected `reject` or `approve`"),
+        Some((Kind::Str(word), _)) if word == "escalate" => approval.on_timeout = OnTimeout::Escalate,
+        Some((_, at)) => loader.error(at, format!("{path}.on_timeout"), "expected `reject`, `approve` or `escalate`"),
     }
+    approval.reviewers = fields.get("reviewers").map(|n| reviewers(loader, n, path)).unwrap_or_default();
     approval.message = fields.get("message").and_then(|n| loader.text(n, &format!("{path}.message")));
     Some(approval)
 }

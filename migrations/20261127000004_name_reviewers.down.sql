@@ -1,0 +1,2 @@
+alter table approvals drop column escalated_at;
+alter table approvals drop column reviewers;
