@@ -176,7 +176,17 @@ async fn walk(construct: &Construct, fault: Option<(&str, &str, u32)>) -> (Walke
         survivor = Some(db.worker(SHORT_LEASE));
     }
     db.until(company, run, construct.ends).await;
-    eventually("every job to be done", || async { db.count("select count(*) from jobs").await == 0 }).await;
+    // It may die over the last commit, and leave behind what else it had in hand.
+    let idle = async || db.count("select count(*) from jobs").await == 0;
+    eventually("every job to be done, or its worker", || {
+        let died = survivor.is_none() && worker.child.try_wait().unwrap().is_some();
+        async move { died || idle().await }
+    })
+    .await;
+    if !idle().await && survivor.is_none() {
+        survivor = Some(db.worker(SHORT_LEASE));
+    }
+    eventually("every job to be done", idle).await;
     db.assert_nothing_stranded().await;
     drop(survivor);
     let ends = db.count("select count(*) from events where event in ('step.completed', 'step.failed')").await;
