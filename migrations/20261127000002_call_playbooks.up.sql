@@ -33,7 +33,9 @@ create function wake_caller() returns trigger language plpgsql as $$
 begin
     update jobs j
     set state = 'ready', due_at = now(), lease_epoch = j.lease_epoch + 1, session_id = null, deadline_at = null,
-        attempt = case when j.state = 'running' then greatest(j.attempt - 1, 0) else j.attempt end
+        attempt = case when j.state = 'running' then greatest(j.attempt - 1, 0) else j.attempt end,
+        -- What a suspect was charged with before it began is taken back.
+        crash_count = least(j.crash_count, 2)
     from run_children c
     where c.child_id = new.id and j.id = c.job_id and j.ref_id = c.run_id and j.step = c.step
         and coalesce(j.item, -1) = c.item;

@@ -875,7 +875,9 @@ impl Facts {
     /// last one, and looks by itself should it be forgotten.
     fn fan_out(self, fanning: Fanning) -> Decided {
         let at = usize::try_from(self.job.step).ok();
-        let job = self.next_job(false, kind::STEP, at, FAN_LOOK, (self.job.attempt - 1).max(0));
+        // With all items done before the run was retried, nobody is left to wake it.
+        let delay = if fanning.is_empty() { Duration::ZERO } else { FAN_LOOK };
+        let job = self.next_job(false, kind::STEP, at, delay, (self.job.attempt - 1).max(0));
         let fan = NewFan {
             company: self.job.company,
             run: self.work.context.run,

@@ -111,6 +111,10 @@ async fn call_once(
         let started = Event::new(STEP_STARTED, told);
         children::mark(&mut tx, (company, run, job.step, job.attempt), job.lease.job, &started).await?;
     }
+    // A lane outlives its run: one that was cancelled calls nobody any more.
+    if job.item.is_some() && !children::goes_on(&mut tx, company, run).await? {
+        return Ok(Called::Refused(Failure::invalid("the run has ended")));
+    }
     if failpoint::reach("call.before_commit").await {
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }

@@ -149,6 +149,21 @@ pub async fn link(
     Ok(open.rows_affected() == 1)
 }
 
+/// Whether a run goes on, and is not being closed; whoever ends it waits for the caller's
+/// transaction.
+pub async fn goes_on(tx: &mut PgConnection, company: CompanyId, run: RunId) -> Result<bool, StoreError> {
+    let found = sqlx::query_scalar!(
+        "select id from runs
+         where company_id = $1 and id = $2 and status in ('running', 'suspended') and ending is null
+         for share",
+        company.0,
+        run.0,
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(found.is_some())
+}
+
 /// A step is under way, by another run.
 pub async fn mark(
     tx: &mut PgConnection,

@@ -103,7 +103,7 @@ pub async fn hold(
         sqlx::query!(
             "update jobs
              set state = 'ready', due_at = now(), lease_epoch = lease_epoch + 1, session_id = null, deadline_at = null,
-                 attempt = 0
+                 attempt = 0, crash_count = least(crash_count, 2)
              where id = $1 and step = -1",
             run_job,
         )

@@ -109,7 +109,9 @@ pub async fn resume(
                insert into events (company_id, id, run_id, seq, event, data)
                select company_id, event_id, run_id, event_seq, 'playbook.resumed', data from run
            )
-           select run_id as "run_id!" from run"#,
+           -- The job's lease decides, and not who lets the run go on: of a graph, others may
+           -- have done so meanwhile.
+           select run_id as "run_id!" from held"#,
         &jobs.iter().map(|(lease, ..)| lease.job).collect::<Vec<_>>(),
         &jobs.iter().map(|(lease, ..)| lease.epoch).collect::<Vec<_>>(),
         &jobs.iter().map(|(lease, ..)| lease.session).collect::<Vec<_>>(),

@@ -105,7 +105,7 @@ impl RunContext {
         };
         let items = u32::try_from(list.len()).unwrap_or(u32::MAX);
         let all = 0..i32::try_from(items).unwrap_or(i32::MAX);
-        let todo = (!done.is_empty()).then(|| all.filter(|item| !done.contains(item)).collect());
+        let todo = (!done.is_empty()).then(|| all.filter(|item| done.binary_search(item).is_err()).collect());
         let failures_max = if fan.goes_on { items } else { fan.may_fail(items) };
         Outcome::Fans(Fanning { items, todo, parallel: fan.parallel, failures_max })
     }

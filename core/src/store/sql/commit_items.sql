@@ -31,6 +31,8 @@ again as (
         due_at = now() + d.delay_ms * interval '1 millisecond',
         lease_epoch = j.lease_epoch + 1,
         attempt = d.again_attempt,
+        -- What a suspect was charged with before it began is taken back.
+        crash_count = least(j.crash_count, 2),
         session_id = null,
         deadline_at = null
     from held d
@@ -137,7 +139,7 @@ gone as (
 woken as (
     update jobs j
     set state = 'ready', due_at = now(), lease_epoch = j.lease_epoch + 1, session_id = null, deadline_at = null,
-        attempt = 0
+        attempt = 0, crash_count = least(j.crash_count, 2)
     from moved m
     where j.id = any (array[m.job_id]) and m.lanes = 0
     returning j.id
