@@ -355,3 +355,55 @@ output: ${steps.each.output}
     assert!(row.error.unwrap()["message"].as_str().unwrap().contains("for_each: must be a list, not"));
     until_idle(&db).await;
 }
+
+/// Does by hand what no part of the program does.
+async fn tamper(db: &Db, sql: &str) {
+    sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&db.pool).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lanes_from_before_a_retry_do_not_count_for_the_new_ones() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let witness = Witness::start(&[]).await;
+    witness.hold(true);
+    let _worker = db.worker(SHORT_LEASE);
+    let playbook = db.playbook(company, &calling(&witness, "    max_parallel: 2")).await;
+    let run = db.start(company, playbook, numbers(6)).await;
+    eventually("two calls", || async { witness.held_calls() == 2 }).await;
+    // The run fails while lanes are at work.
+    tamper(&db, "delete from jobs where item is null and kind = 'step'").await;
+    tamper(&db, "update run_steps set status = 'failed' where step = 1").await;
+    tamper(&db, "update runs set status = 'failed', ended_at = now(), error = '{\"index\": 1}'").await;
+    let retry = format!("/v1/companies/{company}/playbooks/{playbook}/runs/{run}/retry");
+    let (status, body) = api.post(&retry, json!({})).await;
+    assert_eq!(status, 200, "{body}");
+    eventually("two calls of the new lanes", || async { witness.held_calls() == 4 }).await;
+    witness.hold(false);
+    let row = db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(row.output.unwrap()["all"], json!(6));
+    assert_eq!(db.count("select completed::bigint from run_fans").await, 6, "each item counts once");
+    assert_eq!((witness.calls().len(), witness.calls().values().sum::<u32>()), (6, 8), "one key an item");
+    until_idle(&db).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn items_of_lanes_that_were_lost_are_done_by_others() {
+    let db = Db::new().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let witness = Witness::start(&[]).await;
+    let playbook = db.playbook(company, &calling(&witness, "    max_parallel: 2")).await;
+    let run = db.start(company, playbook, numbers(5)).await;
+    // Of the two lanes one has done an item.
+    Process::worker(&db, "commit.after=kill@3").dies_at("commit.after").await;
+    let done = db.count("select count(*) from run_items").await;
+    assert!((1..5).contains(&done), "{done}");
+    tamper(&db, "delete from jobs where kind = 'item'").await;
+    tamper(&db, "update jobs set due_at = now() where kind = 'step'").await;
+    let _worker = db.worker(SHORT_LEASE);
+    let row = db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(row.output.unwrap()["all"], json!(5));
+    assert_eq!(witness.calls().len(), 5, "one key an item");
+    until_idle(&db).await;
+}

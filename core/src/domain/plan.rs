@@ -24,7 +24,7 @@ mod fan;
 mod graph;
 pub use call::{Child, DEPTH_MAX};
 pub use closing::{Ending, Letter};
-pub use fan::{FAN_LOOK, Fanned, Item, ItemDecision};
+pub use fan::{FAILURES_TOLD, FAN_LOOK, Fanned, Item, ItemDecision};
 pub use graph::{Node, Then, Turn};
 
 /// The place of a run's job that is about no step: the run looks at all that is

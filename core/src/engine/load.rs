@@ -331,7 +331,7 @@ async fn load_fans(
     for row in fans::load(&engine.pool, &fans).await? {
         open.insert((row.run, row.step), row);
     }
-    let at_work = |(_, run, step): &(CompanyId, RunId, i32)| open.get(&(run.0, *step)).is_some_and(|fan| fan.lanes > 0);
+    let at_work = |(_, run, step): &(CompanyId, RunId, i32)| open.get(&(run.0, *step)).is_some_and(|fan| fan.live > 0);
     let idle: Vec<_> = fans.iter().copied().filter(|fan| !at_work(fan)).collect();
     let items = fans::load_items(&engine.pool, &idle, OUTPUT_BYTES_MAX).await?;
     let mut by_step: HashMap<(Uuid, i32), Vec<ItemRow>> = HashMap::new();
@@ -344,22 +344,28 @@ async fn load_fans(
         let mut items = by_step.remove(&place).unwrap_or_default();
         items.retain(|item| item.round == round);
         let stands = match open.get(&place).filter(|fan| fan.round == round) {
-            Some(fan) if fan.lanes > 0 => Fanned::Open,
-            Some(fan) => fanned(fan.items, items),
+            Some(fan) if fan.live > 0 => Fanned::Open,
+            Some(fan) if fan.lanes == 0 => fanned(fan.items, items),
+            // Lanes were lost: others do what is left.
+            Some(_) => begun(&items),
             None if items.is_empty() => return None,
-            None => Fanned::Begun(items.iter().filter(|i| i.error.is_none()).map(|i| i.item).collect()),
+            None => begun(&items),
         };
         Some((place, stands))
     });
     Ok(stand.collect())
 }
 
+fn begun(items: &[ItemRow]) -> Fanned {
+    Fanned::Begun(items.iter().filter(|item| item.done).map(|item| item.item).collect())
+}
+
 fn fanned(count: i32, items: Vec<ItemRow>) -> Fanned {
     let (mut outputs, mut failures) = (Vec::new(), Vec::new());
     for item in items {
-        match item.error {
-            Some(error) => failures.push((item.item, error)),
-            None => outputs.push((item.item, item.output)),
+        match item.done {
+            true => outputs.push((item.item, item.output)),
+            false => failures.push((item.item, item.error.unwrap_or_default())),
         }
     }
     Fanned::Over { items: u32::try_from(count).unwrap_or(0), outputs, failures }

@@ -11,6 +11,7 @@ use super::jobs::{DEADLINE_GRACE, Lease, kind, millis, queue};
 use crate::domain::ids::{AgentId, CompanyId, RunId};
 use crate::domain::money::Nanos;
 use crate::domain::outcome::Fanning;
+use crate::domain::plan::FAILURES_TOLD;
 
 /// A fan to be opened, by the job that waits for it.
 #[derive(Debug, Clone)]
@@ -67,9 +68,16 @@ pub async fn open(tx: &mut PgConnection, fan: &NewFan) -> Result<(), StoreError>
     .execute(&mut *tx)
     .await?;
     sqlx::query!(
-        "insert into jobs (queue, kind, company_id, ref_id, step, item, state, timeout_ms)
-         select $1, $2, $3, $4, $5, coalesce(($6::integer[])[n], n - 1), 'ready', $7
-         from generate_series(1, $8::integer) n",
+        "with lane as (
+             insert into jobs (queue, kind, company_id, ref_id, step, item, state, timeout_ms)
+             select $1, $2, $3, $4, $5, coalesce(($6::integer[])[n], n - 1), 'ready', $7
+             from generate_series(1, $8::integer) n
+             returning id
+         )
+         update run_fans
+         set first_lane = coalesce((select min(id) from lane), 0),
+             last_lane = coalesce((select max(id) from lane), 0)
+         where company_id = $3 and run_id = $4 and step = $5",
         queue::STEPS,
         kind::ITEM,
         fan.company.0,
@@ -85,7 +93,7 @@ pub async fn open(tx: &mut PgConnection, fan: &NewFan) -> Result<(), StoreError>
 }
 
 /// The fan of a step is forgotten, what its items have done is not: a retry opens
-/// another for the rest.
+/// another for the rest. Lanes of this one go when they are next looked at.
 pub async fn forget(tx: &mut PgConnection, company: CompanyId, run: RunId, step: i32) -> Result<(), StoreError> {
     sqlx::query!("delete from run_fans where company_id = $1 and run_id = $2 and step = $3", company.0, run.0, step,)
         .execute(tx)
@@ -106,13 +114,18 @@ pub struct FanRow {
     pub items: i32,
     /// Lanes at work.
     pub lanes: i32,
+    /// Lanes that have a job; fewer only if one was lost.
+    pub live: i64,
 }
 
 /// The fans of some steps.
 pub async fn load(pool: &PgPool, steps: &[(CompanyId, RunId, i32)]) -> Result<Vec<FanRow>, StoreError> {
     Ok(sqlx::query_as!(
         FanRow,
-        r#"select f.run_id as run, f.step, f.round, f.items, f.lanes
+        r#"select f.run_id as run, f.step, f.round, f.items, f.lanes,
+             (select count(*) from jobs j
+              where j.id between f.first_lane and f.last_lane and j.ref_id = f.run_id and j.step = f.step
+                  and j.item is not null) as "live!"
            from unnest($1::uuid[], $2::uuid[], $3::integer[]) as k (company_id, run_id, step)
            cross join lateral (
                select * from run_fans f
@@ -137,14 +150,17 @@ pub struct ItemRow {
     pub item: i32,
     /// Of which round.
     pub round: i32,
-    /// Its output, when it is done.
+    /// It is done.
+    pub done: bool,
+    /// Its output.
     pub output: Option<Value>,
-    /// Why it failed, when it did.
+    /// Why it failed, of the first that did.
     pub error: Option<Value>,
 }
 
 /// What became of the items of some steps, in order; without their outputs from
-/// where those of a step are over `bytes` together.
+/// where those of a step are over `bytes` together, and with the errors of the first
+/// that failed, so that what is loaded is small whatever the list.
 pub async fn load_items(
     pool: &PgPool,
     steps: &[(CompanyId, RunId, i32)],
@@ -152,11 +168,13 @@ pub async fn load_items(
 ) -> Result<Vec<ItemRow>, StoreError> {
     Ok(sqlx::query_as!(
         ItemRow,
-        r#"select i.run_id as run, i.step, i.item, i.round, i.error,
-             case when i.total <= $4 then i.output end as output
+        r#"select i.run_id as run, i.step, i.item, i.round, i.status = 'completed' as "done!",
+             case when i.total <= $4 then i.output end as output,
+             case when i.failures <= $5 then i.error end as error
            from unnest($1::uuid[], $2::uuid[], $3::integer[]) as k (company_id, run_id, step)
            cross join lateral (
-               select i.*, sum(coalesce(octet_length(i.output::text), 0)) over (order by i.item) as total
+               select i.*, count(i.error) over (order by i.item) as failures,
+                   sum(coalesce(i.bytes, octet_length(i.output::text), 0)) over (order by i.item) as total
                from run_items i
                where i.company_id = k.company_id and i.run_id = k.run_id and i.step = k.step
                order by i.item offset 0
@@ -165,6 +183,7 @@ pub async fn load_items(
         &steps.iter().map(|(_, run, _)| run.0).collect::<Vec<_>>(),
         &steps.iter().map(|(.., step)| *step).collect::<Vec<_>>(),
         i64::try_from(bytes).unwrap_or(i64::MAX),
+        i64::try_from(FAILURES_TOLD).unwrap_or(i64::MAX),
     )
     .fetch_all(pool)
     .await?)

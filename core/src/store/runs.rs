@@ -573,7 +573,8 @@ pub async fn steps(
 ) -> Result<Vec<StepRow>, StoreError> {
     let rows = sqlx::query!(
         r#"select s.step, s.status, s.agent_id, s.attempt, s.cost_nanos, s.output, s.error, s.started_at, s.ended_at,
-             f.items as "items?", f.items - f.size + f.completed as completed, f.failed as "failed?", f.lanes as "lanes?"
+             f.items as "items?", f.items - f.size + f.completed as completed, f.failed as "failed?",
+             case when s.status = 'running' then f.lanes else 0 end as lanes
            from run_steps s
            left join run_fans f on f.company_id = s.company_id and f.run_id = s.run_id and f.step = s.step
            where s.company_id = $1 and s.run_id = $2 order by s.step"#,

@@ -19,7 +19,7 @@ use crate::domain::storable::OUTPUT_BYTES_MAX;
 /// It is woken when they are done.
 pub const FAN_LOOK: Duration = Duration::from_secs(3600);
 /// So many failures of items are told.
-const FAILURES_TOLD: usize = 5;
+pub const FAILURES_TOLD: usize = 5;
 
 /// The item that an attempt is about.
 #[derive(Debug, Clone)]
@@ -53,7 +53,7 @@ pub enum Fanned {
         /// What was done, by place; without the outputs, where they are too large
         /// to be kept together.
         outputs: Vec<(i32, Option<Value>)>,
-        /// What failed, by place.
+        /// What failed, by place, with the reasons of the first few.
         failures: Vec<(i32, Value)>,
     },
 }

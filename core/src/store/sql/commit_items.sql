@@ -3,7 +3,8 @@
 -- batch, or goes where there is none; the last one of a fan wakes the run's job,
 -- and whoever has that in hand loses it. Locks go lane, fan, run's job, run.
 --
--- A lane whose run has ended or is being closed, or whose fan is gone, goes and writes nothing.
+-- A lane whose run has ended or is being closed, or whose fan is gone, goes and writes
+-- nothing; where a retry has opened another fan, the lanes of the old one do the same.
 with d as materialized (
     select *
     from unnest(
@@ -17,13 +18,19 @@ with d as materialized (
     )
 ),
 held as materialized (
-    select d.*
+    select d.*, f.first_lane
     from d
     cross join lateral (
         select from jobs j
         where j.id = any (array[d.job_id]) and j.lease_epoch = d.epoch and j.session_id = $17 and j.state = 'running'
         for update
     ) j
+    left join lateral (
+        select f.first_lane
+        from run_fans f
+        where f.company_id = any (array[d.company_id]) and f.run_id = any (array[d.run_id]) and f.step = d.step
+            and d.job_id between f.first_lane and f.last_lane
+    ) f on true
 ),
 again as (
     update jobs j
@@ -41,16 +48,19 @@ again as (
 -- Each with the number of its fan, and its own within that.
 ended as materialized (
     select h.*,
-        (dense_rank() over (order by h.company_id, h.run_id, h.step))::integer as fan,
-        (row_number() over (partition by h.company_id, h.run_id, h.step order by h.place))::integer as nth,
-        (count(*) filter (where h.status = 'completed') over (partition by h.company_id, h.run_id, h.step))::integer as completed,
-        (count(*) over (partition by h.company_id, h.run_id, h.step))::integer as over
+        (dense_rank() over (order by h.company_id, h.run_id, h.step, h.first_lane))::integer as fan,
+        (row_number() over (its order by h.place))::integer as nth,
+        (count(*) filter (where h.status = 'completed') over its)::integer as completed,
+        (count(*) over its)::integer as over
     from held h
     where h.delay_ms is null
+    window its as (partition by h.company_id, h.run_id, h.step, h.first_lane)
 ),
 fan as materialized (
     select e.company_id, e.run_id, e.step, e.fan, e.over, e.completed, f.begun, f.round, f.todo is not null as has_todo,
         case
+            -- To `least` null is nothing.
+            when f.begun is null then null
             when f.failed + e.over - e.completed > f.failures_max then 0
             else least(e.over, f.size - f.begun)
         end as handed
@@ -59,6 +69,7 @@ fan as materialized (
         select f.*
         from run_fans f
         where f.company_id = any (array[e.company_id]) and f.run_id = any (array[e.run_id]) and f.step = e.step
+            and f.first_lane = e.first_lane
             and exists (
                 select from runs r
                 where r.id = any (array[e.run_id]) and r.company_id is not distinct from e.company_id
@@ -101,10 +112,11 @@ lane as materialized (
 ),
 item as (
     insert into run_items as i (
-        company_id, run_id, step, item, round, status, agent_id, attempt, cost_nanos, output, error, duration_ms, ended_at
+        company_id, run_id, step, item, round, status, agent_id, attempt, cost_nanos, output, bytes, error, duration_ms,
+        ended_at
     )
-    select company_id, run_id, step, item, round, status, agent_id, attempt, cost_nanos, output::jsonb, error::jsonb,
-        duration_ms, clock_timestamp()
+    select company_id, run_id, step, item, round, status, agent_id, attempt, cost_nanos, output::jsonb,
+        octet_length(output), error::jsonb, duration_ms, clock_timestamp()
     from lane
     where round is not null
     on conflict (company_id, run_id, step, item) do update
@@ -114,6 +126,7 @@ item as (
         attempt = excluded.attempt,
         cost_nanos = i.cost_nanos + excluded.cost_nanos,
         output = excluded.output,
+        bytes = excluded.bytes,
         error = excluded.error,
         duration_ms = excluded.duration_ms,
         ended_at = excluded.ended_at
@@ -163,12 +176,16 @@ run_paid as (
     update runs r set cost_nanos = r.cost_nanos + p.nanos
     from (select company_id, run_id, sum(nanos)::bigint as nanos from paid group by company_id, run_id) p
     where r.id = any (array[p.run_id]) and r.company_id is not distinct from p.company_id and r.status = 'running'
+        -- The run's job is locked before the run.
+        and (select count(*) from woken) >= 0
+    returning r.id
 ),
 step_paid as (
     update run_steps s set cost_nanos = s.cost_nanos + p.nanos
     from paid p
     where s.company_id = any (array[p.company_id]) and s.run_id = any (array[p.run_id]) and s.step = p.step
+        and (select count(*) from run_paid) >= 0
 )
-select place as "place!", next_item, exists (select from woken) as "woken!" from lane
+select place as "place!", next_item, (select count(*) from woken) > 0 as "woken!" from lane
 union all
 select place, null, false from held where delay_ms is not null
