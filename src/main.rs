@@ -2,10 +2,14 @@
 
 use std::process::ExitCode;
 
+use capx::cli::approval::ApprovalCommand;
+use capx::cli::client::{Client, ServerArgs};
+use capx::cli::exit::{self, Exit};
 use capx::cli::playbook::PlaybookCommand;
+use capx::cli::run::RunCommand;
 use capx::keys::KeysCommand;
 use capx::serve::{self, DatabaseArgs, WorkerArgs};
-use capx::{bench, dev, keys, telemetry};
+use capx::{bench, cli, dev, keys, telemetry};
 use capx_core::store::{self, PoolKind};
 use clap::{Parser, Subcommand};
 
@@ -13,7 +17,7 @@ use clap::{Parser, Subcommand};
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[derive(Debug, Parser)]
-#[command(name = "capx", version, about, propagate_version = true)]
+#[command(name = "capx", version, about, propagate_version = true, after_help = exit::HELP)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -55,10 +59,38 @@ enum Command {
         #[command(subcommand)]
         command: KeysCommand,
     },
-    /// Check playbooks.
+    /// Write, store, compare and run playbooks.
+    #[command(after_help = exit::HELP)]
     Playbook {
+        #[command(flatten)]
+        server: ServerArgs,
         #[command(subcommand)]
         command: PlaybookCommand,
+    },
+    /// Look at runs, follow them, cancel them, let them go on.
+    #[command(after_help = exit::HELP)]
+    Run {
+        #[command(flatten)]
+        server: ServerArgs,
+        #[command(subcommand)]
+        command: RunCommand,
+    },
+    /// Decide what waits for a person.
+    #[command(after_help = exit::HELP)]
+    Approval {
+        #[command(flatten)]
+        server: ServerArgs,
+        #[command(subcommand)]
+        command: ApprovalCommand,
+    },
+    /// Show what there is, what is under way, and what stands still and why.
+    #[command(after_help = exit::HELP)]
+    Status {
+        #[command(flatten)]
+        server: ServerArgs,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
     },
     /// Measure this machine: jobs, steps, enqueues, latencies, idle cost, the API.
     Bench(bench::BenchArgs),
@@ -77,7 +109,11 @@ fn main() -> ExitCode {
         Err(error) => {
             complain(&error);
             // As a shell tells a Ctrl-C.
-            if error.is::<dev::Interrupted>() { ExitCode::from(130) } else { ExitCode::FAILURE }
+            match error.downcast_ref::<Exit>() {
+                Some(exit) => ExitCode::from(exit.code),
+                None if error.is::<dev::Interrupted>() => ExitCode::from(130),
+                None => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -128,10 +164,23 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             let pool = store::pool(&database.url()?, PoolKind::Owner, 1)?;
             keys::run(&pool, command).await
         }
-        Command::Playbook { command } => capx::cli::playbook::run(command),
+        Command::Playbook { server, command } => cli::playbook::run(server, command).await,
+        Command::Run { server, command } => cli::run::run(&Client::new(server)?, command).await,
+        Command::Approval { server, command } => cli::approval::run(&Client::new(server)?, command).await,
+        Command::Status { server, json } => cli::status::run(&Client::new(server)?, json).await,
         Command::Bench(args) => {
             telemetry::start("warn");
             bench::run(args).await
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        super::Cli::command().debug_assert();
     }
 }

@@ -1,15 +1,15 @@
 //! `capx playbook …`
 
-use std::fmt::Write as _;
-use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, bail};
-use capx_core::domain::playbook::{self, Problem, YAML_BYTES_MAX};
+use capx_core::domain::playbook;
 use clap::Subcommand;
 use owo_colors::{OwoColorize, Stream};
 use serde_json::{Value, json};
 
+use super::client::{Client, ServerArgs, part, path_of};
+use super::run::{ParamArgs, begun, ended};
+use super::{offline, show};
 use crate::out;
 
 /// `capx playbook …`
@@ -40,152 +40,225 @@ pub enum PlaybookCommand {
     },
     /// Print the JSON Schema of playbooks for editors; needs no server.
     Schema,
+    /// Store a playbook; one whose name is known gets another version.
+    Create {
+        /// The file; `-` for standard input.
+        #[arg(long, short)]
+        file: PathBuf,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the playbooks, newest first.
+    List {
+        /// active, paused or archived.
+        #[arg(long)]
+        status: Option<String>,
+        /// One JSON array.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a playbook.
+    Get {
+        /// Its name or id.
+        playbook: String,
+        /// Its text, as it was stored.
+        #[arg(long, conflicts_with = "json")]
+        yaml: bool,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Compare two versions by what they mean.
+    Diff {
+        /// Its name or id.
+        playbook: String,
+        /// The earlier version; by default the one before the later.
+        #[arg(long)]
+        from: Option<u32>,
+        /// The later version; by default the current one.
+        #[arg(long)]
+        to: Option<u32>,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make an earlier version the current one again.
+    Rollback {
+        /// Its name or id.
+        playbook: String,
+        /// The number of the version.
+        #[arg(value_name = "VERSION")]
+        number: u32,
+    },
+    /// Run a playbook.
+    Run {
+        /// Its name or id.
+        playbook: String,
+        /// Its parameters.
+        #[command(flatten)]
+        params: ParamArgs,
+        /// Follow the run until it ends.
+        #[arg(long)]
+        wait: bool,
+        /// One JSON object: the run, with `--wait` when it has ended.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Runs a command.
-pub fn run(command: PlaybookCommand) -> anyhow::Result<()> {
+pub async fn run(server: ServerArgs, command: PlaybookCommand) -> anyhow::Result<()> {
+    let client = || Client::new(server);
     match command {
-        PlaybookCommand::Check { files, json } => check(&files, json),
-        PlaybookCommand::Fmt { files, check } => fmt(&files, check),
+        PlaybookCommand::Check { files, json } => offline::check(&files, json),
+        PlaybookCommand::Fmt { files, check } => offline::fmt(&files, check),
         PlaybookCommand::Schema => {
-            out::line(serde_json::to_string_pretty(&playbook::schema::schema())?);
+            show::json(&playbook::schema::schema());
             Ok(())
         }
+        PlaybookCommand::Create { file, json } => create(&client()?, &file, json).await,
+        PlaybookCommand::List { status, json } => list(&client()?, status.as_deref(), json).await,
+        PlaybookCommand::Get { playbook, yaml, json } => {
+            let playbook = client()?.playbook(&playbook).await?;
+            match (yaml, json) {
+                (true, _) => out::print(playbook["yaml"].as_str().unwrap_or_default()),
+                (_, true) => show::json(&playbook),
+                _ => get(&playbook),
+            }
+            Ok(())
+        }
+        PlaybookCommand::Diff { playbook, from, to, json } => diff(&client()?, &playbook, (from, to), json).await,
+        PlaybookCommand::Rollback { playbook, number } => {
+            let client = client()?;
+            let path = path_of(&client.playbook(&playbook).await?);
+            let now = client.post(&format!("{path}/rollback"), json!({"version": number})).await?;
+            out::line(format_args!("{} is at version {}", show::text(&now["data"], "name"), now["data"]["version"]));
+            Ok(())
+        }
+        PlaybookCommand::Run { playbook, params, wait, json } => {
+            let client = client()?;
+            let path = path_of(&client.playbook(&playbook).await?);
+            let run = client.post(&format!("{path}/run"), json!({"params": params.to_object()})).await?;
+            match (json, wait) {
+                (true, true) => ended(&client, &run["data"]).await,
+                (true, false) => {
+                    show::json(&run["data"]);
+                    Ok(())
+                }
+                (false, _) => begun(&client, &run["data"], wait).await,
+            }
+        }
     }
 }
 
-/// A file that was looked at.
-struct Checked {
-    name: String,
-    text: String,
-    /// Its name, how many steps it has and what it is warned of, or what is wrong.
-    found: Result<(String, usize, Vec<Problem>), Vec<Problem>>,
-}
-
-fn check(files: &[PathBuf], as_json: bool) -> anyhow::Result<()> {
-    let mut checked = Vec::with_capacity(files.len());
-    for file in files {
-        let text = read(file)?;
-        let found = playbook::read(&text).map(|(playbook, warnings)| (playbook.name, playbook.steps.len(), warnings));
-        checked.push(Checked { name: name_of(file), text, found });
+async fn create(client: &Client, file: &std::path::Path, as_json: bool) -> anyhow::Result<()> {
+    let text = offline::read(file)?;
+    // What is wrong is told with its place in the file, as `check` does.
+    offline::refuse_broken(file, &text)?;
+    let made = client.post(&format!("{}/playbooks", client.company().await?), json!({"yaml": text})).await?;
+    let made = &made["data"];
+    for warning in made["warnings"].as_array().into_iter().flatten() {
+        let word = "warning".if_supports_color(Stream::Stderr, |t| t.yellow()).to_string();
+        out::aside(format_args!("{word}: {}\n", warning.as_str().unwrap_or_default()));
     }
     if as_json {
-        out::line(Value::Array(checked.iter().map(Checked::to_json).collect()));
+        show::json(made);
     } else {
-        checked.iter().for_each(|checked| out::print(checked.told()));
+        out::line(format_args!("{}  {} version {}", show::text(made, "id"), show::text(made, "name"), made["version"]));
     }
-    match checked.iter().filter(|checked| checked.found.is_err()).count() {
-        0 => Ok(()),
-        wrong if checked.len() == 1 => bail!("{} is not in order", checked[wrong - 1].name),
-        wrong => bail!("{wrong} of {} playbooks are not in order", checked.len()),
-    }
+    Ok(())
 }
 
-fn fmt(files: &[PathBuf], check: bool) -> anyhow::Result<()> {
-    let (mut broken, mut differ) = (0, 0);
-    for file in files {
-        let text = read(file)?;
-        let formatted = match playbook::format::format(&text) {
-            Ok(formatted) => formatted,
-            Err(problems) => {
-                broken += 1;
-                let checked = Checked { name: name_of(file), text, found: Err(problems) };
-                out::aside(checked.told());
-                continue;
-            }
-        };
-        if file == Path::new("-") && !check {
-            out::print(formatted);
-        } else if formatted != text {
-            differ += 1;
-            if !check {
-                replace(file, &formatted)?;
-            }
-            out::print(format!("{} {}\n", if check { "differs" } else { "formatted" }, name_of(file)));
+async fn list(client: &Client, status: Option<&str>, as_json: bool) -> anyhow::Result<()> {
+    let company = client.named_company().map(|company| format!("/companies/{}", part(company))).unwrap_or_default();
+    let status = status.map(|status| format!("&status={}", part(status))).unwrap_or_default();
+    let mut all = Vec::new();
+    let mut cursor = String::new();
+    // Page by page, to the end.
+    loop {
+        let mut page = client.get(&format!("/v1{company}/playbooks?limit=100{status}{cursor}")).await?;
+        all.extend(page["data"].as_array_mut().map(std::mem::take).unwrap_or_default());
+        match page["meta"]["cursor"].as_str() {
+            Some(next) => cursor = format!("&cursor={}", part(next)),
+            None => break,
         }
     }
-    match (broken, differ) {
-        (0, 0) => Ok(()),
-        (0, _) if !check => Ok(()),
-        (0, differ) => bail!("{differ} of {} playbooks are not in the canonical form", files.len()),
-        (broken, _) => bail!("{broken} of {} playbooks are not in order and stay as they are", files.len()),
+    if as_json {
+        show::json(&Value::Array(all));
+        return Ok(());
     }
+    let rows = all.iter().map(|playbook| {
+        ["id", "name", "status", "version", "step_count", "run_count", "last_run_at"]
+            .map(|key| show::text(playbook, key))
+    });
+    let heads = ["ID", "NAME", "STATUS", "VERSION", "STEPS", "RUNS", "LAST RUN"];
+    show::table(heads, rows.collect(), "no playbooks; store one with: capx playbook create --file FILE");
+    Ok(())
 }
 
-/// Puts a text in a file's place: all of it, or nothing.
-fn replace(file: &Path, text: &str) -> anyhow::Result<()> {
-    let told = || format!("{} cannot be written", file.display());
-    // Behind a symbolic link, the file itself.
-    let file = std::fs::canonicalize(file).with_context(told)?;
-    let beside = file.with_extension(format!("capx-{}", std::process::id()));
-    let written = std::fs::write(&beside, text)
-        .and_then(|()| std::fs::set_permissions(&beside, std::fs::metadata(&file)?.permissions()))
-        .and_then(|()| std::fs::rename(&beside, &file));
-    if written.is_err() {
-        let _ = std::fs::remove_file(&beside);
+fn get(playbook: &Value) {
+    let text = |key: &str| show::text(playbook, key);
+    out::line(format_args!(
+        "{}  {}  {}  version {}",
+        text("id"),
+        text("name"),
+        show::status(&text("status")),
+        text("version")
+    ));
+    if playbook["description"].is_string() {
+        out::line(format_args!("  {}", show::visible(&text("description"))));
     }
-    written.with_context(told)
-}
-
-fn name_of(file: &Path) -> String {
-    if file == Path::new("-") { "stdin".to_owned() } else { file.display().to_string() }
-}
-
-/// A file's text; one that is too large is read as far as it takes to say so.
-fn read(file: &Path) -> anyhow::Result<String> {
-    let limit = YAML_BYTES_MAX as u64 + 1;
-    let mut bytes = Vec::new();
-    if file == Path::new("-") {
-        std::io::stdin().take(limit).read_to_end(&mut bytes).context("standard input cannot be read")?;
-    } else {
-        let opened = std::fs::File::open(file).with_context(|| format!("{} cannot be read", file.display()))?;
-        opened.take(limit).read_to_end(&mut bytes).with_context(|| format!("{} cannot be read", file.display()))?;
+    let took = show::seconds(&playbook["avg_run_duration"]);
+    let each = match playbook["run_count"].as_i64() {
+        Some(0) | None => "no runs yet".to_owned(),
+        Some(1) => format!("1 run, {} and {took}", show::usd(&playbook["avg_run_cost"])),
+        Some(n) => format!("{n} runs, {} and {took} each", show::usd(&playbook["avg_run_cost"])),
+    };
+    out::line(format_args!("  {each}"));
+    if playbook["next_run_at"].is_string() {
+        out::line(format_args!("  next at {}", text("next_run_at")));
     }
-    String::from_utf8(bytes).with_context(|| format!("{} is no text in UTF-8", file.display()))
+    out::line("");
+    let steps = playbook["steps"].as_array().map_or(&[][..], Vec::as_slice);
+    let rows = steps.iter().map(|step| [show::text(step, "id"), show::text(step, "role"), show::text(step, "action")]);
+    show::table(["STEP", "ROLE", "ACTION"], rows.collect(), "no steps");
 }
 
-impl Checked {
-    fn to_json(&self) -> Value {
-        match &self.found {
-            Ok((name, steps, warnings)) => {
-                json!({"file": self.name, "valid": true, "name": name, "step_count": steps, "warnings": warnings})
+async fn diff(
+    client: &Client,
+    playbook: &str,
+    (from, to): (Option<u32>, Option<u32>),
+    as_json: bool,
+) -> anyhow::Result<()> {
+    let path = path_of(&client.playbook(playbook).await?);
+    let query: Vec<String> = [("from", from), ("to", to)]
+        .into_iter()
+        .filter_map(|(key, number)| Some(format!("{key}={}", number?)))
+        .collect();
+    let body = client.get(&format!("{path}/diff?{}", query.join("&"))).await?;
+    let told = &body["data"];
+    if as_json {
+        show::json(told);
+        return Ok(());
+    }
+    out::line(format_args!("version {} to {}", told["from"], told["to"]));
+    let changes = told["changes"].as_array().map_or(&[][..], Vec::as_slice);
+    for change in changes {
+        let path = show::text(change, "path");
+        match change["kind"].as_str().unwrap_or_default() {
+            "added" => {
+                out::line(format!("+ {path}: {}", change["to"]).if_supports_color(Stream::Stdout, |t| t.green()))
             }
-            Err(problems) => json!({"file": self.name, "valid": false, "problems": problems}),
+            "removed" => {
+                out::line(format!("- {path}: {}", change["from"]).if_supports_color(Stream::Stdout, |t| t.red()))
+            }
+            "moved" => out::line(format_args!("~ {path}: behind {} instead of {}", change["to"], change["from"])),
+            _ => out::line(format_args!("~ {path}: {} -> {}", change["from"], change["to"])),
         }
     }
-
-    fn told(&self) -> String {
-        match &self.found {
-            Ok((name, steps, warnings)) => {
-                let steps = if *steps == 1 { "1 step".to_owned() } else { format!("{steps} steps") };
-                let good = "ok".if_supports_color(Stream::Stdout, |t| t.green()).to_string();
-                format!("{}{good} {}: {name}, {steps}\n", self.tell(warnings), self.name)
-            }
-            Err(problems) => self.tell(problems),
-        }
+    if changes.is_empty() {
+        out::line("they mean the same");
     }
-
-    fn tell(&self, problems: &[Problem]) -> String {
-        let mut told = String::new();
-        for problem in problems {
-            let word = match problem.warning {
-                true => "warning".if_supports_color(Stream::Stdout, |t| t.yellow()).to_string(),
-                false => "error".if_supports_color(Stream::Stdout, |t| t.red()).to_string(),
-            };
-            let path = if problem.path.is_empty() { String::new() } else { format!("{}: ", problem.path) };
-            let _ = writeln!(told, "{word}: {path}{}", problem.message);
-            let _ = writeln!(told, "  --> {}:{}:{}", self.name, problem.at.line, problem.at.column);
-            if let Some(excerpt) = problem.excerpt(&self.text) {
-                for line in excerpt.lines() {
-                    let _ = writeln!(told, "  {}", line.if_supports_color(Stream::Stdout, |t| t.dimmed()));
-                }
-            }
-            if let Some(suggestion) = &problem.suggestion {
-                let help = "help".if_supports_color(Stream::Stdout, |t| t.cyan()).to_string();
-                let _ = writeln!(told, "  {help}: {suggestion}");
-            }
-            told.push('\n');
-        }
-        told
-    }
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use capx_core::domain::ids::{AccountId, AgentId, CompanyId, PlaybookId, RunId};
+use capx_core::domain::ids::{AccountId, AgentId, CompanyId, PlaybookId};
 use capx_core::domain::playbook::load;
 use capx_core::domain::run::RunStatus;
 use capx_core::engine::playbooks::CreatePlaybook;
@@ -101,7 +101,7 @@ async fn create(engine: &Engine, account: AccountId) -> anyhow::Result<CompanyId
 }
 
 /// Runs the first playbook and shows what happens until it ends.
-pub(super) async fn run(engine: &Engine, demo: &Demo, show: &Show, stop: &CancellationToken) -> anyhow::Result<RunId> {
+pub(super) async fn run(engine: &Engine, demo: &Demo, show: &Show, stop: &CancellationToken) -> anyhow::Result<()> {
     let started = start::start_run(engine, demo.company, demo.hello, Map::new(), "manual")
         .await
         .map_err(|error| anyhow::anyhow!("the demo does not start: {error:?}"))?;
@@ -116,7 +116,7 @@ pub(super) async fn run(engine: &Engine, demo: &Demo, show: &Show, stop: &Cancel
             show.event(&event);
         }
         match row.status {
-            RunStatus::Completed => return Ok(started.run),
+            RunStatus::Completed => return Ok(()),
             status if status.is_terminal() => bail!("the demo's run {status:?}: {}", row.error.unwrap_or_default()),
             _ if tokio::time::Instant::now() > until => {
                 bail!(

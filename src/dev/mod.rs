@@ -228,10 +228,10 @@ async fn after_start(
     if !args.no_demo && args.workers > 0 {
         let demo = demo::prepare(engine, pool).await?;
         match demo::run(engine, &demo, show, stop).await {
-            Ok(run) => {
+            Ok(()) => {
                 let took = ready.began.elapsed().as_secs_f64();
                 show.line(&format!("first run completed {took:.1} s after the start"));
-                example = Some((demo, run));
+                example = Some(demo);
             }
             // What was here before may be in the way of it, and must not end.
             Err(error) if !args.once && !error.is::<Interrupted>() => show.line(&format!("{error:#}")),
@@ -242,7 +242,7 @@ async fn after_start(
         &ready.base_url,
         &ready.key,
         &args.data_dir.join("dev.json"),
-        example.as_ref().map(|(demo, run)| (demo.company, demo.hello, *run)),
+        example.as_ref().map(|demo| (demo.company, demo.hello)),
     );
     Ok(())
 }

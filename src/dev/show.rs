@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use capx_core::domain::ids::{CompanyId, PlaybookId, RunId};
+use capx_core::domain::ids::{CompanyId, PlaybookId};
 use capx_core::store::events::EventRow;
 use owo_colors::{OwoColorize, Stream};
 
@@ -45,13 +45,7 @@ impl Show {
 
     /// Where to go on.
     #[expect(clippy::print_stdout, reason = "the address and the key are the command's output")]
-    pub(super) fn ready(
-        &self,
-        base_url: &str,
-        key: &str,
-        file: &Path,
-        example: Option<(CompanyId, PlaybookId, RunId)>,
-    ) {
+    pub(super) fn ready(&self, base_url: &str, key: &str, file: &Path, example: Option<(CompanyId, PlaybookId)>) {
         let bold = |text: &str| text.if_supports_color(Stream::Stdout, |t| t.bold()).to_string();
         println!();
         println!("  {}  {base_url}", bold("API"));
@@ -59,10 +53,13 @@ impl Show {
         println!("  both stand in {}, too; stop with Ctrl-C", file.display());
         println!();
         println!("  export CAPX_API_URL={base_url} CAPX_API_KEY={key}");
+        // As it was called: it may not stand in the path.
+        let program = std::env::args().next().unwrap_or_else(|| "capx".to_owned());
         match example {
-            Some((company, playbook, run)) => {
+            Some((company, playbook)) => {
+                println!("  {program} status");
+                println!("  {program} playbook run hello -p topic=tides --wait");
                 let path = format!("$CAPX_API_URL/v1/companies/{company}/playbooks/{playbook}");
-                println!("  curl -H \"Authorization: Bearer $CAPX_API_KEY\" {path}/runs/{run}");
                 println!(
                     "  curl -H \"Authorization: Bearer $CAPX_API_KEY\" -H 'Content-Type: application/json' \\\n       -d '{{\"params\": {{\"topic\": \"tides\"}}}}' \"{path}/run?wait=10\""
                 );

@@ -6,6 +6,7 @@
 mod api;
 mod calls;
 mod cli;
+mod client;
 mod closing;
 mod concurrency;
 mod contract;

@@ -11,7 +11,7 @@ use super::StoreError;
 use super::jobs::millis;
 use super::steps::event_columns;
 use crate::domain::event::Event;
-use crate::domain::ids::{AgentId, CompanyId, PlaybookId, RunId, VersionId};
+use crate::domain::ids::{AccountId, AgentId, CompanyId, PlaybookId, RunId, VersionId};
 use crate::domain::money::Nanos;
 use crate::domain::run::RunStatus;
 
@@ -195,6 +195,24 @@ pub async fn get(
     .fetch_optional(executor)
     .await?;
     row.map(|row| Ok(run_row!(row))).transpose()
+}
+
+/// Where a run of an account belongs.
+pub async fn locate(
+    executor: impl Executor<'_, Database = Postgres>,
+    account: AccountId,
+    run: RunId,
+) -> Result<Option<(CompanyId, PlaybookId)>, StoreError> {
+    let row = sqlx::query!(
+        "select r.company_id, r.playbook_id
+         from runs r join companies c on c.id = r.company_id
+         where r.id = $1 and c.account_id = $2",
+        run.0,
+        account.0,
+    )
+    .fetch_optional(executor)
+    .await?;
+    Ok(row.map(|row| (CompanyId(row.company_id), PlaybookId(row.playbook_id))))
 }
 
 /// The run of a playbook that was started under a key, if there is one. Whoever

@@ -44,6 +44,7 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::PlaybooksRead, 1, routes!(list_of_account))
         .with(Scope::PlaybooksRead, 1, routes!(validate))
         .with(Scope::PlaybooksRead, 1, routes!(one))
+        .with(Scope::PlaybooksRead, 1, routes!(one_of_account))
         .with(Scope::PlaybooksWrite, 2, routes!(update))
         .with(Scope::PlaybooksWrite, 1, routes!(delete))
         .with(Scope::PlaybooksWrite, 2, routes!(pause))
@@ -329,6 +330,9 @@ async fn validate(caller: Caller, Body { body, .. }: Body<ValidateBody>) -> Resu
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct ListQuery {
+    /// The one of this name.
+    #[param(min_length = 1)]
+    name: Option<String>,
     /// `active`, `paused` or `archived`.
     #[param(schema_with = statuses, required = false)]
     status: Option<String>,
@@ -354,6 +358,7 @@ async fn listed(
     let filter = Filter {
         account: Some(caller.account),
         company,
+        name: query.name.as_deref(),
         status: one_of("status", query.status.as_deref(), STATUSES)?,
         tags: &tags,
         before: cursor(query.cursor.as_deref())?,
@@ -426,6 +431,28 @@ async fn one(
     let mut rows = [find(&mut tx, company, &playbook).await?];
     usage::add_run_totals(&mut tx, &mut rows).await?;
     let [row] = rows;
+    let next = next_run(&mut tx, &row).await?;
+    caller.one(&Playbook::new(row, next))
+}
+
+/// Get any playbook
+///
+/// The same by the playbook's id alone.
+#[utoipa::path(get, path = "/playbooks/{playbook}", tag = "Playbooks",
+    params(("playbook" = String, Path, description = "`pb_…`")),
+    responses((status = 200, description = "The playbook.", body = One<Playbook>), (status = 304, description = "Not changed.")))]
+async fn one_of_account(
+    State(state): Shared,
+    caller: Caller,
+    Path(playbook): Path<String>,
+) -> Result<Response, ApiError> {
+    let playbook: PlaybookId = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
+    let mut tx = caller.read(&state).await?;
+    let account = Some(caller.account);
+    let filter = Filter { account, company: caller.company, playbook: Some(playbook), ..Filter::default() };
+    let mut rows = playbooks::list(&mut *tx, &filter, 1).await?;
+    usage::add_run_totals(&mut tx, &mut rows).await?;
+    let row = rows.pop().ok_or(ApiError::NotFound("playbook"))?;
     let next = next_run(&mut tx, &row).await?;
     caller.one(&Playbook::new(row, next))
 }

@@ -44,6 +44,7 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::PlaybooksRead, 1, routes!(list))
         .with(Scope::PlaybooksRead, 1, routes!(list_of_account))
         .with(Scope::PlaybooksRead, 1, routes!(one))
+        .with(Scope::PlaybooksRead, 1, routes!(one_of_account))
         .with(Scope::PlaybooksRead, 1, routes!(stream))
 }
 
@@ -135,6 +136,8 @@ struct RunItem {
 pub(super) struct Run {
     #[serde(flatten)]
     item: RunItem,
+    #[schema(value_type = String)]
+    company_id: CompanyId,
     /// The run that this one plays again.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
@@ -266,7 +269,7 @@ fn shown_status(status: RunStatus, halted: bool) -> RunStatus {
 }
 
 /// What was started, whatever it has come to in the meantime.
-fn brief(playbook: PlaybookId, started: Started) -> Run {
+fn brief((company, playbook): (CompanyId, PlaybookId), started: Started) -> Run {
     let item = RunItem {
         run_id: started.run,
         playbook_id: playbook,
@@ -279,6 +282,7 @@ fn brief(playbook: PlaybookId, started: Started) -> Run {
     };
     Run {
         item,
+        company_id: company,
         replay_of: None,
         parent_run_id: None,
         params: started.params,
@@ -327,14 +331,14 @@ async fn started(
         start::decide(&state.engine, command.tx(), account, (company, playbook), params, "manual", None).await?;
     let (run, status, answer) = match decided {
         Decided::Known(run) => {
-            let answer = command.finish(StatusCode::OK, brief(playbook, run.clone())).await?;
+            let answer = command.finish(StatusCode::OK, brief((company, playbook), run.clone())).await?;
             (run, StatusCode::OK, Some(answer))
         }
         Decided::New(new) if caller.is_idempotent() || new.is_keyed() => {
             // The start, and beside it the answer: a repeat is told of this run.
             let run = start::start_in(command.tx(), *new).await?;
             command.wake();
-            let answer = command.finish(StatusCode::CREATED, brief(playbook, run.clone())).await?;
+            let answer = command.finish(StatusCode::CREATED, brief((company, playbook), run.clone())).await?;
             (run, StatusCode::CREATED, Some(answer))
         }
         Decided::New(new) => {
@@ -345,12 +349,12 @@ async fn started(
     };
     let charged = answer.is_some();
     if patience.is_zero() {
-        return answer.map_or_else(|| caller.created(brief(playbook, run)), Ok);
+        return answer.map_or_else(|| caller.created(brief((company, playbook), run)), Ok);
     }
     // The run is committed: an error now would make the client start another.
     let answer = match shown(state, caller, (company, playbook, run.run), patience).await {
         Ok(shown) => shown,
-        Err(_) => brief(playbook, run),
+        Err(_) => brief((company, playbook), run),
     };
     if charged { caller.again(status, answer) } else { caller.created(answer) }
 }
@@ -507,6 +511,27 @@ async fn one(
     caller.one(&shown(&state, &caller, ids, wait.patience()?).await?)
 }
 
+/// Get any run
+///
+/// The same by the run's id alone.
+#[utoipa::path(get, path = "/runs/{run}", tag = "Runs",
+    params(("run" = String, Path, description = "`run_…`"), WaitQuery),
+    responses((status = 200, description = "The run.", body = One<Run>), (status = 304, description = "Not changed.")))]
+async fn one_of_account(
+    State(state): Shared,
+    caller: Caller,
+    Path(run): Path<String>,
+    Query(wait): Query<WaitQuery>,
+) -> Result<Response, ApiError> {
+    let patience = wait.patience()?;
+    let run: RunId = run.parse().map_err(|_| ApiError::NotFound("run"))?;
+    let mut tx = caller.look_up(&state).await?;
+    let found = runs::locate(&mut *tx, caller.account, run).await?;
+    drop(tx);
+    let (company, playbook) = found.ok_or(ApiError::NotFound("run"))?;
+    caller.one(&shown(&state, &caller, (company, playbook, run), patience).await?)
+}
+
 pub(super) type Ids = (CompanyId, PlaybookId, RunId);
 
 pub(super) fn ids(company: &str, playbook: &str, run: &str) -> Result<Ids, ApiError> {
@@ -579,6 +604,7 @@ pub(super) async fn show(
     let item = RunItem::new(&row.item(), row.halted_since.is_some());
     Ok(Run {
         item,
+        company_id: company,
         replay_of: row.replay_of,
         parent_run_id,
         params: row.params,
