@@ -24,10 +24,12 @@ use sqlx::PgPool;
 use tokio_util::sync::CancellationToken;
 
 use crate::dev::postgres::{Binaries, Options, Server};
+use crate::out;
 
 mod api;
 mod backlog;
 mod enqueue;
+mod hostile;
 mod idle;
 mod items;
 mod jobs;
@@ -120,6 +122,10 @@ impl Drop for Scratch {
 
 /// Runs the benchmarks and prints what they measured.
 pub async fn run(args: BenchArgs) -> anyhow::Result<()> {
+    if let Some(input) = hostile::asked() {
+        out::line(hostile::one(input)?);
+        return Ok(());
+    }
     let bench = Bench::prepare(&args).await?;
     let mut report = Report::new(&bench).await?;
     for _ in 0..args.passes {
@@ -136,6 +142,7 @@ async fn pass(bench: &Bench, report: &mut Report, what: What) -> anyhow::Result<
     }
     if wants(What::Language) {
         language::run(bench, report)?;
+        hostile::run(report).await?;
     }
     if wants(What::Steps) {
         steps::run(bench, report).await?;

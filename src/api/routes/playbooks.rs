@@ -331,7 +331,6 @@ async fn validate(caller: Caller, Body { body, .. }: Body<ValidateBody>) -> Resu
 #[into_params(parameter_in = Query)]
 struct ListQuery {
     /// The one of this name.
-    #[param(min_length = 1)]
     name: Option<String>,
     /// `active`, `paused` or `archived`.
     #[param(schema_with = statuses, required = false)]

@@ -48,7 +48,7 @@ pub fn load(text: &str) -> Result<Playbook, Vec<Problem>> {
 /// The same, with the warnings of what loads.
 pub fn read(text: &str) -> Result<(Playbook, Vec<Problem>), Vec<Problem>> {
     let root = yaml::read(text).map_err(|problem| vec![problem])?;
-    let mut loader = Loader { problems: Vec::new(), uses: Vec::new(), place: Place::End, each: false };
+    let mut loader = Loader { problems: Vec::new(), uses: Vec::new(), place: Place::End, each: false, partial: false };
     let playbook = loader.playbook(&root);
     let mut problems = loader.problems;
     problems.sort_by_key(|p| (p.at.line, p.at.column));
@@ -66,6 +66,8 @@ pub(crate) struct Loader {
     place: Place,
     /// What is read is done for each item of a list.
     each: bool,
+    /// A step could not be read, so that it is not known what comes before what.
+    partial: bool,
 }
 
 /// A part of a playbook, by what it can look up there.
@@ -113,7 +115,8 @@ impl Loader {
     fn playbook(&mut self, root: &Node) -> Option<Playbook> {
         let fields = Fields::open(self, root, "", keys::TOP, TOP_KEYS_LATER)?;
         let name = fields.one_of(self, &["name", "playbook"]).and_then(|node| self.text(node, "name"));
-        if name.is_none() && !fields.has("name") && !fields.has("playbook") {
+        // What is written and is no name was told already, but for nothing at all.
+        if name.is_none() && !self.problems.iter().any(|problem| problem.path == "name") {
             self.error(root.at, "name", "a playbook needs a `name`");
         }
         let description = fields.get("description").and_then(|n| self.text(n, "description"));
@@ -294,7 +297,8 @@ impl Loader {
         }
         self.place = Place::End;
         // A step that could not be read would shift the places of the others.
-        if steps.len() == items.len() {
+        self.partial = steps.len() < items.len();
+        if !self.partial {
             flow::resolve(self, &mut steps);
             graph::resolve(self, &mut steps);
         }

@@ -206,6 +206,13 @@ pub fn read(text: &str) -> Result<Node, Problem> {
         let at = Pos { line: line as u64 + 1, column: 1 };
         return Err(Problem::error(at, "", "the text holds a NUL character"));
     }
+    // To YAML the end of a line, to nothing else any more: all that counts lines would
+    // count others. `lines` has taken those before a line feed away.
+    if let Some(line) = text.lines().position(|line| line.contains('\r')) {
+        let at = Pos { line: line as u64 + 1, column: 1 };
+        let hint = Some("end lines with a line feed; in a quoted text, write `\\r`".to_owned());
+        return Err(Problem::error(at, "", "a carriage return stands alone").suggest(hint));
+    }
     serde_saphyr::from_str_with_options::<Spanned<Kind>>(text, options())
         .map(|node| Node { at: pos(node.referenced), kind: node.value })
         .map_err(|error| {

@@ -17,13 +17,16 @@ const RUN_FIELDS_AT_LAST: &[&str] = &["status", "error"];
 pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], inputs: &[InputSpec]) {
     let loops: Vec<(usize, usize)> =
         steps.iter().enumerate().filter_map(|(at, read)| read.step.jumps_back_from(at)).collect();
-    let graph = graph::is_graph(steps).then(|| graph::before(steps));
+    let graph = (graph::is_graph(steps) && !loader.partial).then(|| graph::before(steps));
     for Use { place, optional, each, at, path, reference } in std::mem::take(&mut loader.uses) {
         if OF_AN_ITEM.contains(&reference.name(0).unwrap_or_default()) {
             if !each {
                 let hint = Some("only the `params` of a step with `for_each` have it".to_owned());
                 loader.suggest(at, &path, format!("`${{{reference}}}`: there is no item here"), hint);
             }
+            continue;
+        }
+        if loader.partial && reference.name(0) == Some("steps") {
             continue;
         }
         let before = match place {
