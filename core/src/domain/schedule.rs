@@ -118,6 +118,11 @@ impl Schedule {
         if !text.starts_with('@') && words != 5 {
             return Err(format!("`{text}` is no cron expression: five fields, found {words}"));
         }
+        // The parser takes it for a set of nothing, whose next time is looked for minute by
+        // minute to the end of all years.
+        if text.split_whitespace().any(|field| field.split(',').any(str::is_empty)) {
+            return Err(format!("`{text}` is no cron expression: nothing stands beside a comma"));
+        }
         let cron: Cron = text.parse().map_err(|error| format!("`{text}` is no cron expression: {error}"))?;
         let zone = spec.timezone.as_deref().unwrap_or("UTC");
         let zone = TimeZone::get(zone).map_err(|_| format!("there is no time zone `{zone}`"))?;
@@ -360,6 +365,7 @@ mod tests {
         }
         for (cron, zone, said) in [
             ("* * * *", "UTC", "five fields, found 4"),
+            (", * * * *", "UTC", "nothing stands beside a comma"),
             ("0 0 31 2 *", "UTC", "never fires"),
             ("@sometimes", "UTC", "is no cron expression"),
             ("0 0 * * *", "Europe/Berln", "there is no time zone `Europe/Berln`"),
