@@ -1,9 +1,9 @@
 //! `capx approval …`
 
 use clap::Subcommand;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::client::{Client, part};
+use super::client::{Client, list, part};
 use super::show;
 use crate::out;
 
@@ -47,14 +47,12 @@ pub async fn run(client: &Client, command: ApprovalCommand) -> anyhow::Result<()
     let path = |approval: &str| format!("/v1/approvals/{}", part(approval));
     match command {
         ApprovalCommand::List { status, json } => {
-            let company = client.named_company().map(|company| format!("/companies/{}", part(company)));
-            let company = company.unwrap_or_default();
-            let body = client.get(&format!("/v1{company}/approvals?limit=100&status={}", part(&status))).await?;
+            let asked = client.all("approvals", &format!("&status={}", part(&status))).await?;
             if json {
-                show::json(&body["data"]);
+                show::json(&asked);
                 return Ok(());
             }
-            let rows = body["data"].as_array().into_iter().flatten().map(|asked| {
+            let rows = list(&asked).iter().map(|asked| {
                 [
                     show::text(asked, "id"),
                     show::text(asked, "playbook"),
@@ -69,21 +67,17 @@ pub async fn run(client: &Client, command: ApprovalCommand) -> anyhow::Result<()
         }
         ApprovalCommand::Get { approval } => show::json(&client.get(&path(&approval)).await?["data"]),
         ApprovalCommand::Approve { approval, note } => {
-            let decided = client.post(&format!("{}/approve", path(&approval)), json!({"note": note})).await?;
-            out::line(format_args!(
-                "{} {}",
-                show::text(&decided["data"], "status"),
-                show::text(&decided["data"], "id")
-            ));
+            decide(client, &format!("{}/approve", path(&approval)), json!({"note": note})).await?;
         }
         ApprovalCommand::Reject { approval, feedback } => {
-            let decided = client.post(&format!("{}/reject", path(&approval)), json!({"feedback": feedback})).await?;
-            out::line(format_args!(
-                "{} {}",
-                show::text(&decided["data"], "status"),
-                show::text(&decided["data"], "id")
-            ));
+            decide(client, &format!("{}/reject", path(&approval)), json!({"feedback": feedback})).await?;
         }
     }
+    Ok(())
+}
+
+async fn decide(client: &Client, path: &str, word: Value) -> anyhow::Result<()> {
+    let decided = &client.post(path, word).await?["data"];
+    out::line(format_args!("{} {}", show::text(decided, "status"), show::text(decided, "id")));
     Ok(())
 }

@@ -147,29 +147,40 @@ impl Client {
             return Ok(format!("/v1/companies/{}", part(company)));
         }
         let body = self.get("/v1/companies?limit=2").await?;
-        match body["data"].as_array().map_or(&[][..], Vec::as_slice) {
+        match list(&body["data"]) {
             [only] => Ok(format!("/v1/companies/{}", only["id"].as_str().unwrap_or_default())),
             [] => bail!(Exit::with(REFUSED, "there is no company yet")),
             _ => bail!(Exit::with(REFUSED, "the key may see several companies: say which with --company co_…")),
         }
     }
 
-    /// The company that was named, if one was.
-    pub fn named_company(&self) -> Option<&str> {
-        self.company.as_deref()
+    /// Where lists begin: at the company that was named, or at all that the key sees.
+    fn scope(&self) -> String {
+        self.company.as_deref().map_or_else(|| "/v1".to_owned(), |company| format!("/v1/companies/{}", part(company)))
     }
 
-    /// A playbook, by its id or its name.
+    /// All that a list holds, page by page, of the company that was named or of all;
+    /// `query` is what it is asked with.
+    pub async fn all(&self, what: &str, query: &str) -> anyhow::Result<Value> {
+        let (mut all, mut cursor) = (Vec::new(), String::new());
+        loop {
+            let mut page = self.get(&format!("{}/{what}?limit=100{query}{cursor}", self.scope())).await?;
+            all.extend(page["data"].as_array_mut().map(std::mem::take).unwrap_or_default());
+            match page["meta"]["cursor"].as_str() {
+                Some(next) => cursor = format!("&cursor={}", part(next)),
+                None => return Ok(Value::Array(all)),
+            }
+        }
+    }
+
+    /// A playbook by its id or its name, as lists show it, or whole.
     pub async fn playbook(&self, playbook: &str) -> anyhow::Result<Value> {
         if playbook.starts_with("pb_") {
             return Ok(self.get(&format!("/v1/playbooks/{}", part(playbook))).await?["data"].clone());
         }
-        let company = self.company.as_deref().map(|company| format!("/companies/{}", part(company)));
-        let company = company.unwrap_or_default();
-        let mut found = self.get(&format!("/v1{company}/playbooks?limit=2&name={}", part(playbook))).await?;
-        let found = found["data"].as_array_mut().map(std::mem::take).unwrap_or_default();
-        match found.as_slice() {
-            [one] => Ok(self.get(&path_of(one)).await?["data"].clone()),
+        let found = self.get(&format!("{}/playbooks?limit=2&name={}", self.scope(), part(playbook))).await?;
+        match list(&found["data"]) {
+            [one] => Ok(one.clone()),
             [] => bail!(Exit::with(
                 REFUSED,
                 format!("there is no playbook `{playbook}`; `capx playbook list` shows those there are")
@@ -185,6 +196,11 @@ impl Client {
     pub async fn run(&self, run: &str) -> anyhow::Result<Value> {
         Ok(self.get(&format!("/v1/runs/{}", part(run))).await?["data"].clone())
     }
+}
+
+/// What a list holds; nothing where there is none.
+pub fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
 }
 
 /// The path of a playbook.
@@ -214,8 +230,7 @@ fn passes(status: StatusCode) -> bool {
 fn told(body: &Value) -> String {
     let error = &body["error"];
     let mut told = error["message"].as_str().unwrap_or("refused").to_owned();
-    let fields = error["fields"].as_array().map_or(&[][..], Vec::as_slice);
-    for field in fields {
+    for field in list(&error["fields"]) {
         let text = |key: &str| field[key].as_str().unwrap_or_default();
         let line = format!("{}: {}", text("field"), text("message"));
         // Of several the message names one or none.

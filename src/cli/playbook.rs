@@ -7,7 +7,7 @@ use clap::Subcommand;
 use owo_colors::{OwoColorize, Stream};
 use serde_json::{Value, json};
 
-use super::client::{Client, ServerArgs, part, path_of};
+use super::client::{Client, ServerArgs, list, part, path_of};
 use super::run::{ParamArgs, begun, ended};
 use super::{offline, show};
 use crate::out;
@@ -118,9 +118,11 @@ pub async fn run(server: ServerArgs, command: PlaybookCommand) -> anyhow::Result
             Ok(())
         }
         PlaybookCommand::Create { file, json } => create(&client()?, &file, json).await,
-        PlaybookCommand::List { status, json } => list(&client()?, status.as_deref(), json).await,
+        PlaybookCommand::List { status, json } => list_all(&client()?, status.as_deref(), json).await,
         PlaybookCommand::Get { playbook, yaml, json } => {
-            let playbook = client()?.playbook(&playbook).await?;
+            let client = client()?;
+            let path = path_of(&client.playbook(&playbook).await?);
+            let playbook = client.get(&path).await?["data"].take();
             match (yaml, json) {
                 (true, _) => out::print(playbook["yaml"].as_str().unwrap_or_default()),
                 (_, true) => show::json(&playbook),
@@ -158,7 +160,7 @@ async fn create(client: &Client, file: &std::path::Path, as_json: bool) -> anyho
     offline::refuse_broken(file, &text)?;
     let made = client.post(&format!("{}/playbooks", client.company().await?), json!({"yaml": text})).await?;
     let made = &made["data"];
-    for warning in made["warnings"].as_array().into_iter().flatten() {
+    for warning in list(&made["warnings"]) {
         let word = "warning".if_supports_color(Stream::Stderr, |t| t.yellow()).to_string();
         out::aside(format_args!("{word}: {}\n", warning.as_str().unwrap_or_default()));
     }
@@ -170,25 +172,14 @@ async fn create(client: &Client, file: &std::path::Path, as_json: bool) -> anyho
     Ok(())
 }
 
-async fn list(client: &Client, status: Option<&str>, as_json: bool) -> anyhow::Result<()> {
-    let company = client.named_company().map(|company| format!("/companies/{}", part(company))).unwrap_or_default();
+async fn list_all(client: &Client, status: Option<&str>, as_json: bool) -> anyhow::Result<()> {
     let status = status.map(|status| format!("&status={}", part(status))).unwrap_or_default();
-    let mut all = Vec::new();
-    let mut cursor = String::new();
-    // Page by page, to the end.
-    loop {
-        let mut page = client.get(&format!("/v1{company}/playbooks?limit=100{status}{cursor}")).await?;
-        all.extend(page["data"].as_array_mut().map(std::mem::take).unwrap_or_default());
-        match page["meta"]["cursor"].as_str() {
-            Some(next) => cursor = format!("&cursor={}", part(next)),
-            None => break,
-        }
-    }
+    let all = client.all("playbooks", &status).await?;
     if as_json {
-        show::json(&Value::Array(all));
+        show::json(&all);
         return Ok(());
     }
-    let rows = all.iter().map(|playbook| {
+    let rows = list(&all).iter().map(|playbook| {
         ["id", "name", "status", "version", "step_count", "run_count", "last_run_at"]
             .map(|key| show::text(playbook, key))
     });
@@ -220,8 +211,9 @@ fn get(playbook: &Value) {
         out::line(format_args!("  next at {}", text("next_run_at")));
     }
     out::line("");
-    let steps = playbook["steps"].as_array().map_or(&[][..], Vec::as_slice);
-    let rows = steps.iter().map(|step| [show::text(step, "id"), show::text(step, "role"), show::text(step, "action")]);
+    let rows = list(&playbook["steps"])
+        .iter()
+        .map(|step| [show::text(step, "id"), show::text(step, "role"), show::text(step, "action")]);
     show::table(["STEP", "ROLE", "ACTION"], rows.collect(), "no steps");
 }
 
@@ -243,7 +235,7 @@ async fn diff(
         return Ok(());
     }
     out::line(format_args!("version {} to {}", told["from"], told["to"]));
-    let changes = told["changes"].as_array().map_or(&[][..], Vec::as_slice);
+    let changes = list(&told["changes"]);
     for change in changes {
         let path = show::text(change, "path");
         match change["kind"].as_str().unwrap_or_default() {

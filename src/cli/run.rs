@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use owo_colors::{OwoColorize, Stream};
 use serde_json::{Map, Value, json};
 
-use super::client::{Client, path_of, path_of_run};
+use super::client::{self, Client, part, path_of, path_of_run};
 use super::exit::{Exit, FAILED};
 use super::show;
 use super::stream::Events;
@@ -180,13 +180,13 @@ fn outcome(run: &Value) -> Option<anyhow::Result<()>> {
 
 async fn list(client: &Client, playbook: &str, status: Option<&str>, limit: u32, json: bool) -> anyhow::Result<()> {
     let playbook = client.playbook(playbook).await?;
-    let status = status.map(|status| format!("&status={}", super::client::part(status))).unwrap_or_default();
+    let status = status.map(|status| format!("&status={}", part(status))).unwrap_or_default();
     let body = client.get(&format!("{}/runs?limit={limit}{status}", path_of(&playbook))).await?;
     if json {
         show::json(&body["data"]);
         return Ok(());
     }
-    let rows = body["data"].as_array().into_iter().flatten().map(|run| {
+    let rows = client::list(&body["data"]).iter().map(|run| {
         [
             show::text(run, "run_id"),
             show::text(run, "status"),

@@ -4,6 +4,7 @@ use comfy_table::Table;
 use owo_colors::{OwoColorize, Stream};
 use serde_json::Value;
 
+use super::client::list;
 use crate::out;
 
 /// A table without lines, or that there is nothing.
@@ -57,8 +58,8 @@ pub fn seconds(value: &Value) -> String {
     }
 }
 
-/// A status in the colour of its kind. In a table the colour comes by itself to no
-/// column, so this is for lines.
+/// A status in the colour of its kind; for lines, since a table counts what colours
+/// take as width.
 pub fn status(status: &str) -> String {
     let last = status.rsplit('.').next().unwrap_or(status);
     match last {
@@ -94,8 +95,7 @@ pub fn waits(run: &Value) -> Vec<String> {
             other => format!("{other} {id}{until}"),
         }
     };
-    let waits = run["waiting_on"].as_array().map_or(&[][..], Vec::as_slice);
-    waits.iter().map(|wait| visible(&told(wait))).collect()
+    list(&run["waiting_on"]).iter().map(|wait| visible(&told(wait))).collect()
 }
 
 /// A run with its steps.
@@ -110,7 +110,7 @@ pub fn run(run: &Value) {
         let told = message.if_supports_color(Stream::Stdout, |t| t.red()).to_string();
         out::line(format_args!("  {}", told.replace('\n', "\n  ")));
     }
-    let steps = run["steps"].as_array().map_or(&[][..], Vec::as_slice);
+    let steps = list(&run["steps"]);
     let rows = steps.iter().map(|step| {
         let items = match step["items"].is_object() {
             true => format!("{}/{} items", step["items"]["completed"], step["items"]["total"]),

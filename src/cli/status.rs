@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::client::Client;
+use super::client::{Client, list};
 use super::exit::{AWAY, Exit};
 use super::show;
 use crate::out;
@@ -10,10 +10,10 @@ use crate::out;
 /// What there is, what is under way, and what stands still and why.
 pub async fn run(client: &Client, as_json: bool) -> anyhow::Result<()> {
     let companies = client.get("/v1/companies?limit=100").await?["data"].take();
-    let pending = part(client.get("/v1/approvals?limit=100&status=pending").await)?;
+    let pending = seen(client.get("/v1/approvals?limit=100&status=pending").await)?;
     // Only operators see the fleet.
-    let workers = part(client.get("/v1/workers?limit=200").await)?;
-    let queues = part(client.get("/v1/queues").await)?;
+    let workers = seen(client.get("/v1/workers?limit=200").await)?;
+    let queues = seen(client.get("/v1/queues").await)?;
     if as_json {
         show::json(&json!({"companies": companies, "approvals": pending, "workers": workers, "queues": queues}));
         return Ok(());
@@ -72,12 +72,8 @@ fn standing(companies: &Value, pending: &Value, workers: &Value, queues: &Value)
     told
 }
 
-fn list(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
-}
-
 /// A part of the answer; null where the key may not see it.
-fn part(answer: anyhow::Result<Value>) -> anyhow::Result<Value> {
+fn seen(answer: anyhow::Result<Value>) -> anyhow::Result<Value> {
     match answer {
         Ok(mut body) => Ok(body["data"].take()),
         Err(error) if error.downcast_ref::<Exit>().is_some_and(|exit| exit.code != AWAY) => Ok(Value::Null),

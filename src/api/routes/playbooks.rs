@@ -416,6 +416,15 @@ async fn next_run(tx: &mut PgConnection, row: &PlaybookRow) -> Result<Option<Dat
     Ok(triggers::next_at(tx, row.company, row.playbook).await?)
 }
 
+/// A playbook with what its runs came to, and when it is planned to start.
+async fn shown(tx: &mut PgConnection, row: PlaybookRow) -> Result<Playbook, ApiError> {
+    let mut rows = [row];
+    usage::add_run_totals(&mut *tx, &mut rows).await?;
+    let [row] = rows;
+    let next = next_run(tx, &row).await?;
+    Ok(Playbook::new(row, next))
+}
+
 /// Get a playbook
 #[utoipa::path(get, path = "/companies/{company}/playbooks/{playbook}", tag = "Playbooks",
     params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
@@ -427,11 +436,8 @@ async fn one(
 ) -> Result<Response, ApiError> {
     let mut tx = caller.read(&state).await?;
     let company = caller.company_id(&mut tx, &company).await?;
-    let mut rows = [find(&mut tx, company, &playbook).await?];
-    usage::add_run_totals(&mut tx, &mut rows).await?;
-    let [row] = rows;
-    let next = next_run(&mut tx, &row).await?;
-    caller.one(&Playbook::new(row, next))
+    let row = find(&mut tx, company, &playbook).await?;
+    caller.one(&shown(&mut tx, row).await?)
 }
 
 /// Get any playbook
@@ -449,11 +455,8 @@ async fn one_of_account(
     let mut tx = caller.read(&state).await?;
     let account = Some(caller.account);
     let filter = Filter { account, company: caller.company, playbook: Some(playbook), ..Filter::default() };
-    let mut rows = playbooks::list(&mut *tx, &filter, 1).await?;
-    usage::add_run_totals(&mut tx, &mut rows).await?;
-    let row = rows.pop().ok_or(ApiError::NotFound("playbook"))?;
-    let next = next_run(&mut tx, &row).await?;
-    caller.one(&Playbook::new(row, next))
+    let row = playbooks::list(&mut *tx, &filter, 1).await?.pop().ok_or(ApiError::NotFound("playbook"))?;
+    caller.one(&shown(&mut tx, row).await?)
 }
 
 /// Update a playbook
@@ -488,11 +491,9 @@ async fn changed(
     changes: &engine::UpdatePlaybook,
 ) -> Result<Response, ApiError> {
     engine::update(command.tx(), company, playbook, changes).await?;
-    let mut rows = [find(command.tx(), company, &playbook.to_string()).await?];
-    usage::add_run_totals(command.tx(), &mut rows).await?;
-    let [row] = rows;
-    let next = next_run(command.tx(), &row).await?;
-    command.finish(StatusCode::OK, Playbook::new(row, next)).await
+    let row = find(command.tx(), company, &playbook.to_string()).await?;
+    let shown = shown(command.tx(), row).await?;
+    command.finish(StatusCode::OK, shown).await
 }
 
 /// Roll a playbook back
