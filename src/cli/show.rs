@@ -117,6 +117,7 @@ pub fn run(run: &Value) {
             false => String::new(),
         };
         let more = [&step["error"]["message"], &step["child_run_id"]].iter().find_map(|v| v.as_str());
+        let more = more.map(str::to_owned).or_else(|| Some(format!("score {}", step["score"].as_f64()?)));
         [
             text(step, "id"),
             text(step, "action"),
@@ -124,7 +125,7 @@ pub fn run(run: &Value) {
             text(step, "attempts"),
             usd(&step["cost"]),
             seconds(&step["duration"]),
-            if items.is_empty() { short(more.unwrap_or_default()) } else { items },
+            if items.is_empty() { short(&more.unwrap_or_default()) } else { items },
         ]
     });
     if !steps.is_empty() {

@@ -28,6 +28,7 @@ mod proxy;
 mod queue;
 mod retries;
 mod rooms;
+mod rubric;
 mod runs;
 mod schedules;
 mod seeds;

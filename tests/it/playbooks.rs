@@ -96,6 +96,7 @@ const TESTED: &[&str] = &[
     "invoice-run",
     "lead-intake",
     "nightly-sync",
+    "product-post",
     "quarterly-report",
     "release-train",
     "report-section",
@@ -331,4 +332,27 @@ fn every_playbook_of_the_guide_is_in_order() {
         }
     }
     assert!(found >= 14, "{found}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_post_goes_out_when_it_is_good_enough_or_a_person_says_so() {
+    let scores = |voice: f64, accuracy: f64| {
+        let scores = json!({"quality": 0.9, "brand_voice": voice, "originality": 0.8, "accuracy": accuracy});
+        json!({"write_post": {"title": "Tides", "text": "They come and go."}, "rubric.grade": {"scores": scores}})
+    };
+    let stage = Stage::new(scores(0.95, 1.0)).await;
+    let run = stage.start("product-post", json!({"product": "tides"})).await;
+    let (output, _) = stage.completes(run).await;
+    assert_eq!(output, json!({"path": "post.md", "score": 0.91}));
+    // Its voice is another: a person takes it.
+    let stage = Stage::new(scores(0.6, 1.0)).await;
+    let run = stage.start("product-post", json!({"product": "tides"})).await;
+    stage.approve(run).await;
+    let (output, _) = stage.completes(run).await;
+    assert_eq!(output["score"], json!(0.805));
+    // What is wrong does not go out.
+    let stage = Stage::new(scores(0.6, 0.5)).await;
+    let run = stage.start("product-post", json!({"product": "tides"})).await;
+    let (error, steps) = stage.ends(run, RunStatus::Failed).await;
+    assert_eq!((&error["code"], status(&steps, "publish")), (&json!("rubric"), "skipped"));
 }

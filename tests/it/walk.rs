@@ -104,6 +104,19 @@ output: '${steps.each.output[1].path}'
         calls: 4,
         beside: 1,
     },
+    Construct {
+        name: "rubric",
+        yaml: "
+steps:
+  - {id: good, action: http.request, params: {method: POST, url: 'URL/good'}, rubric: {tone: 0.5, is: {check: 'steps.good.output.status == 200'}, judge: a}}
+  - {id: bad, action: http.request, params: {method: POST, url: 'URL/bad'}, on_failure: continue, rubric: {max_retries: 1, never: {check: 'false'}}}
+output: {score: '${steps.good.score}', bad: '${steps.bad.error.code}'}
+rubric: {max_cost: 1}
+",
+        ends: RunStatus::Completed,
+        calls: 3,
+        beside: 0,
+    },
 ];
 
 /// When a step is handed to another run.

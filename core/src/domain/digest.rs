@@ -27,6 +27,15 @@ pub fn idempotency_key(run: super::ids::RunId, step_id: &str, round: u32, item: 
     hex(&sha256(format!("capx/effect/v1\0{run}\0{step_id}{again}{item}"))[..16])
 }
 
+/// That of another draft of a step for its rubric, and of the grading of one: `of` is
+/// the key of the step itself, `before` how many drafts there were before.
+pub fn draft_key(of: String, before: u32, grades: bool) -> String {
+    match (before, grades) {
+        (0, false) => of,
+        _ => hex(&sha256(format!("capx/draft/v1\0{of}\0{before}\0{grades}"))[..16]),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -46,6 +55,10 @@ mod tests {
         assert_ne!(item(0, 1), item(0, 2));
         assert_ne!(item(0, 1), item(1, 1));
         assert_ne!(item(0, 1), key(a, "x", 1));
+        let draft = |before, grades| draft_key(key(a, "x", 0), before, grades);
+        assert_eq!(draft(0, false), key(a, "x", 0));
+        assert!(draft(0, true) != draft(1, true) && draft(1, false) != draft(1, true));
+        assert_ne!(draft(0, true), draft(0, false));
         assert_eq!(hex(&sha256("")), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
     }
 }

@@ -72,6 +72,8 @@ pub const TASK_CANCELLED: &str = "task.cancelled";
 pub const TASK_RETRIED: &str = "task.retried";
 /// A client has sent a named event, for runs that wait for it.
 pub const EVENT_RECEIVED: &str = "playbook.event_received";
+/// The output of a step was held against its rubric, or a run against its limits.
+pub const RUBRIC_EVALUATED: &str = "rubric.evaluated";
 /// A gate waits for a person.
 pub const APPROVAL_REQUESTED: &str = "approval.requested";
 /// Nobody has decided about a gate in time, and anybody may now.
@@ -105,13 +107,14 @@ pub const NAMES: &[&str] = &[
     TASK_CANCELLED,
     TASK_RETRIED,
     EVENT_RECEIVED,
+    RUBRIC_EVALUATED,
     APPROVAL_REQUESTED,
     APPROVAL_ESCALATED,
     APPROVAL_RESOLVED,
 ];
 
 /// Names that are documented, and written by what is still to come.
-pub const NAMES_TO_COME: &[&str] = &["rubric.evaluated", "costs.threshold_reached"];
+pub const NAMES_TO_COME: &[&str] = &["costs.threshold_reached"];
 
 /// Whether a pattern (`step.failed`, `step.*`, `*`) takes a name in.
 pub fn matches(pattern: &str, name: &str) -> bool {
@@ -227,6 +230,7 @@ pub fn summary(name: &str, data: &Value) -> String {
         TASK_CANCELLED => format!("Cancelled task: {}", text("title")),
         TASK_RETRIED => format!("Retried task: {}", text("title")),
         EVENT_RECEIVED => format!("Received event: {}", text("name")),
+        RUBRIC_EVALUATED => format!("Rubric: {}", text("decision")),
         APPROVAL_REQUESTED => "Approval requested".to_owned(),
         APPROVAL_RESOLVED => format!("Approval {}", text("decision")),
         other => other.replace(['.', '_'], " "),

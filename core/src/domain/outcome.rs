@@ -22,6 +22,8 @@ pub enum ErrorClass {
     Invalid,
     /// A rule forbids it.
     Governance,
+    /// What was done does not meet its rubric.
+    Rubric,
     /// The worker died under it too often.
     Crash,
 }
@@ -35,13 +37,14 @@ impl ErrorClass {
             Self::Timeout => "timeout",
             Self::Invalid => "invalid",
             Self::Governance => "governance",
+            Self::Rubric => "rubric",
             Self::Crash => "crash",
         }
     }
 
     /// From its name.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Transient, Self::RateLimited, Self::Timeout, Self::Invalid, Self::Governance, Self::Crash]
+        [Self::Transient, Self::RateLimited, Self::Timeout, Self::Invalid, Self::Governance, Self::Rubric, Self::Crash]
             .into_iter()
             .find(|class| class.as_str() == name)
     }
@@ -179,7 +182,7 @@ mod tests {
 
     #[test]
     fn classes_have_names() {
-        for name in ["transient", "rate_limited", "timeout", "invalid", "governance", "crash"] {
+        for name in ["transient", "rate_limited", "timeout", "invalid", "governance", "rubric", "crash"] {
             assert_eq!(ErrorClass::from_name(name).map(ErrorClass::as_str), Some(name));
         }
         assert_eq!(ErrorClass::from_name("oops"), None);

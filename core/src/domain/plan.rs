@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::backoff::RETRY_AFTER_MAX;
 use super::event::is_event_name;
 use super::ids::{ApprovalId, CompanyId, PlaybookId, RunId};
+use super::money::Nanos;
 use super::outcome::{ErrorClass, Failure, Fanning, Outcome};
 use super::playbook::expr::functions::written;
 use super::playbook::expr::{self, Budget, Reference, Scope};
@@ -22,10 +23,12 @@ mod call;
 mod closing;
 mod fan;
 mod graph;
+mod rubric;
 pub use call::{Child, DEPTH_MAX};
 pub use closing::{Ending, Letter};
 pub use fan::{FAILURES_TOLD, FAN_LOOK, Fanned, Item, ItemDecision};
 pub use graph::{Node, Then, Turn};
+pub use rubric::{Draft, Graded, Hold, Stage};
 
 /// The place of a run's job that is about no step: the run looks at all that is
 /// stored of it, and decides where it goes on.
@@ -88,6 +91,14 @@ pub struct RunContext {
     pub waiting: HashMap<usize, Value>,
     /// The steps whose gates were opened before the run failed.
     pub opened: HashSet<usize>,
+    /// What the step at hand has said, where it has a rubric.
+    pub draft: Option<Draft>,
+    /// What steps came to by their rubrics.
+    pub scores: HashMap<usize, Value>,
+    /// What the run has cost so far.
+    pub spent: Nanos,
+    /// How long ago it began, as of when it was loaded.
+    pub age: Duration,
 }
 
 /// A gate that stayed shut.
@@ -264,6 +275,10 @@ impl RunContext {
             nodes: HashMap::new(),
             waiting: HashMap::new(),
             opened: HashSet::new(),
+            draft: None,
+            scores: HashMap::new(),
+            spent: Nanos::ZERO,
+            age: Duration::ZERO,
         }
     }
 }
@@ -295,6 +310,9 @@ impl RunScope<'_> {
             // Why it failed, or null: a condition may ask that of any step.
             Some("error") if output.and_then(|output| output.get("error")).is_none() => {
                 Some((self.context.failures.get(&index).unwrap_or(&Value::Null), 3))
+            }
+            Some("score") if output.is_some() && self.context.scores.contains_key(&index) => {
+                self.context.scores.get(&index).map(|score| (score, 3))
             }
             // `steps.x.name` is `steps.x.output.name` for short.
             _ => output.map(|output| (output, 2)),

@@ -18,13 +18,14 @@ use super::nodes::{self, Beginning};
 use super::{Engine, EngineError, repeating};
 use crate::domain::event::{
     APPROVAL_REQUESTED, Event, PLAYBOOK_CANCELLED, PLAYBOOK_CLOSING, PLAYBOOK_COMPLETED, PLAYBOOK_FAILED,
-    PLAYBOOK_SUSPENDED, STEP_COMPLETED, STEP_FAILED, STEP_STARTED,
+    PLAYBOOK_SUSPENDED, RUBRIC_EVALUATED, STEP_COMPLETED, STEP_FAILED, STEP_STARTED,
 };
 use crate::domain::ids::{AgentId, ApprovalId, RunId};
 use crate::domain::money::Nanos;
 use crate::domain::outcome::{Failure, Fanning, Outcome};
 use crate::domain::plan::{
-    DeadReason, Decision, Ending, FAN_LOOK, Gate, JUNCTION, Letter, Next, Passed, Refusal, RunContext, Walk,
+    DeadReason, Decision, Draft, Ending, FAN_LOOK, Gate, Graded, Hold, JUNCTION, Letter, Next, Passed, Refusal,
+    RunContext, Stage, Walk,
 };
 use crate::domain::playbook::Step;
 use crate::domain::playbook::model::{OnFailure, STEP_TIMEOUT, StepKind};
@@ -34,10 +35,11 @@ use crate::domain::storable::{self, OUTPUT_BYTES_MAX};
 use crate::failpoint;
 use crate::store::approvals::{NewApproval, NewDeadLetter};
 use crate::store::fans::{self, Lane, NewFan};
+use crate::store::grades::{self, NewGrade};
 use crate::store::jobs::{ClaimedJob, Lease, kind, queue};
 use crate::store::signals::NewWait;
 use crate::store::steps::{NextJob, Passing, RunChange, StepChange, StepCommit};
-use crate::store::{StoreError, approvals, jobs, signals, steps};
+use crate::store::{StoreError, approvals, events, jobs, signals, steps};
 
 /// So much of what a run went past is told with a step's end.
 const TOLD_MAX: usize = 50;
@@ -96,6 +98,10 @@ pub struct Decided {
     pub frees: bool,
     /// A failure of the run is not its end: something is to be done first.
     pub closes: bool,
+    /// What is kept of a draft, or of how the run has held its limits.
+    pub grade: Option<NewGrade>,
+    /// What is told behind the events of the commit.
+    pub told: Vec<Event>,
     /// What this worker goes on with, once that is written.
     pub next: Option<(ClaimedJob, Box<StepWork>)>,
 }
@@ -450,6 +456,12 @@ pub(super) async fn beside(tx: &mut PgConnection, decided: &Decided) -> Result<(
     if let Some(fan) = &decided.fan {
         fans::open(tx, fan).await?;
     }
+    if let Some(grade) = &decided.grade {
+        grades::put(tx, company, run, grade).await?;
+    }
+    for event in &decided.told {
+        events::append_to_run(&mut *tx, company, run, event).await?;
+    }
     nodes::turn(tx, decided).await?;
     Ok(())
 }
@@ -469,6 +481,8 @@ impl Decided {
             node_of: None,
             frees: false,
             closes: false,
+            grade: None,
+            told: Vec::new(),
             next: None,
         }
     }
@@ -476,7 +490,7 @@ impl Decided {
     /// One statement writes it.
     fn is_plain(&self) -> bool {
         let alone = self.passed.is_empty() && self.begin.is_empty() && self.withdraw.is_empty();
-        alone && self.approval.is_none() && self.letter.is_none() && self.fan.is_none()
+        alone && self.approval.is_none() && self.letter.is_none() && self.fan.is_none() && self.grade.is_none()
     }
 }
 
@@ -485,11 +499,28 @@ impl Decided {
 pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
     let Finished { job, mut work, outcome, took } = finished;
     let declared = usize::try_from(job.step).ok().and_then(|at| work.context.playbook.step(at));
-    // Of a list, each item was held to it.
-    let declared = declared.filter(|step| step.fan.is_none()).and_then(|step| step.output.as_ref());
+    // Of a list, each item was held to it; and what grades or settles a draft is not the
+    // step's output.
+    let says = work.context.to_grade().or_else(|| work.context.to_settle()).is_none();
+    let declared = declared.filter(|step| says && step.fan.is_none()).and_then(|step| step.output.as_ref());
     let (outcome, output) = storable_outcome(outcome, declared);
     let step = usize::try_from(job.step).unwrap_or(usize::MAX);
     let attempt = u32::try_from(job.attempt).unwrap_or(0);
+    work.context.spent.0 = work.context.spent.0.saturating_add(outcome.cost().0);
+    let agent = work.agent(step).or_else(|| work.judge(step)).map(|agent| agent.agent);
+    let (outcome, graded) = work.context.grade(step, outcome);
+    let output = match (&outcome, &graded) {
+        (Outcome::Done { output, .. }, Some(_)) => Some(output.to_string()),
+        _ => output,
+    };
+    if let Some(Graded { holds: Some(hold), .. }) = &graded {
+        let hold = hold.clone();
+        let facts = Facts { job, work, outcome, output, took, agent, refused: None, graded, stay };
+        return match hold {
+            Hold::Again => facts.again(),
+            Hold::Ask(gate) => facts.escalate(&gate),
+        };
+    }
     let decision = match &outcome {
         Outcome::Done { .. } if job.kind == kind::BEGIN => Decision::Advance(work.context.begins_at(step)),
         Outcome::Done { .. } if job.step == JUNCTION || work.context.is_past_all(step) => {
@@ -497,12 +528,11 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
         }
         _ => work.context.decide(step, attempt, &outcome, draw),
     };
-    let agent = work.agent(step).map(|agent| agent.agent);
     let turn = (job.step == JUNCTION && matches!(outcome, Outcome::Done { .. }) && work.context.takes_turns())
         .then(|| work.context.turn());
     // It was about this step and no other.
     let refused = work.context.refused.take();
-    let facts = Facts { job, work, outcome, output, took, agent, refused, stay };
+    let facts = Facts { job, work, outcome, output, took, agent, refused, graded, stay };
     if let Some(turn) = turn {
         return facts.turn(turn);
     }
@@ -545,6 +575,7 @@ pub(super) struct Facts {
     took: Duration,
     agent: Option<AgentId>,
     refused: Option<Refusal>,
+    graded: Option<Graded>,
     stay: bool,
 }
 
@@ -572,14 +603,32 @@ impl Facts {
 
     fn completed_event(&self) -> Event {
         let step = self.step();
-        Event::new(
-            STEP_COMPLETED,
-            json!({
-                "step": self.step_id(), "index": self.job.step, "agent_id": self.agent,
-                "role": step.and_then(|s| s.role.as_deref()), "action": step.map(|s| s.action.as_str()),
-                "attempt": self.job.attempt, "cost": self.cost().to_usd(), "duration_ms": jobs::millis(self.took),
-            }),
-        )
+        let mut data = json!({
+            "step": self.step_id(), "index": self.job.step, "agent_id": self.agent,
+            "role": step.and_then(|s| s.role.as_deref()), "action": step.map(|s| s.action.as_str()),
+            "attempt": self.job.attempt, "cost": self.cost().to_usd(), "duration_ms": jobs::millis(self.took),
+        });
+        if let Some(evaluation) = self.graded.as_ref().and_then(|graded| graded.draft.evaluation.as_ref()) {
+            data["score"] = evaluation["score"].clone();
+        }
+        Event::new(STEP_COMPLETED, data)
+    }
+
+    /// What the draft at hand came to, where that is news.
+    fn evaluated_event(&self) -> Option<Event> {
+        let graded = self.graded.as_ref().filter(|graded| graded.is_news)?;
+        let mut data = graded.draft.evaluation.clone()?;
+        data["step"] = self.step_id().into();
+        data["index"] = self.job.step.into();
+        data["agent_id"] = json!(self.work.judge(usize::try_from(self.job.step).ok()?).map(|agent| agent.agent));
+        Some(Event::new(RUBRIC_EVALUATED, data))
+    }
+
+    /// What is kept of the draft at hand.
+    fn grade(&self) -> Option<NewGrade> {
+        let draft = self.graded.as_ref()?.draft.clone();
+        let round = i32::try_from(self.work.context.round()).unwrap_or(i32::MAX);
+        Some(NewGrade { step: self.job.step, round, draft })
     }
 
     fn error_json(&self) -> serde_json::Value {
@@ -620,7 +669,7 @@ impl Facts {
         if let Some(told) = told(&self.work.context, passed) {
             event.data["passed"] = told;
         }
-        vec![event]
+        std::iter::once(event).chain(self.evaluated_event()).collect()
     }
 
     fn checkpoint(&self, status: StepStatus) -> Option<StepChange> {
@@ -663,7 +712,7 @@ impl Facts {
         let context = &self.work.context;
         // While it is being closed, a step that fails is not the end either.
         let closes = context.ending.is_some() || context.playbook.closes(RunStatus::Failed);
-        Decided { closes, node_of: self.work.node_of(&self.job), ..Decided::new(commit) }
+        Decided { closes, node_of: self.work.node_of(&self.job), grade: self.grade(), ..Decided::new(commit) }
     }
 
     fn jumps(&self) -> i32 {
@@ -700,13 +749,17 @@ impl Facts {
     /// of the step, and written beside it.
     fn go_on(self, walk: Walk, ended: StepStatus) -> Decided {
         let mut passed = passing(&walk.passed);
+        let limits = self.stops_for_limits(&walk.next);
         passed.received = self.waited();
-        if let Next::Sleep { step, .. } = walk.next {
+        if let Next::Sleep { step, .. } = walk.next
+            && !limits
+        {
             passed.waiting = Some(place(step));
         }
         let events = self.ended_events(ended, &walk.passed);
         let checkpoint = self.checkpoint(ended);
         let decided = match walk.next {
+            _ if limits => self.by_junction(checkpoint, events),
             Next::Step(next) => self.advance(next, checkpoint, events),
             Next::Gate(gate) => self.wait_at(&gate, checkpoint, events),
             Next::Sleep { step, delay } => self.sleep(step, delay, checkpoint, events),
@@ -719,8 +772,23 @@ impl Facts {
         Decided { passed, ..decided }
     }
 
+    /// Whether the run is to be held against its limits next, which is done at the
+    /// junction: its steps are over, or it has broken one.
+    fn stops_for_limits(&self, next: &Next) -> bool {
+        let context = &self.work.context;
+        let limited = !context.playbook.limits.is_empty() && !context.playbook.graph && context.ending.is_none();
+        limited && self.job.step != JUNCTION && (matches!(next, Next::End { .. }) || context.is_over_limit())
+    }
+
+    fn by_junction(self, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
+        let job = self.next_job(false, kind::STEP, None, Duration::ZERO, 0);
+        let commit = self.commit(Some(job), RunChange::default(), checkpoint, events);
+        self.plain(commit)
+    }
+
     /// The next step: by this worker when it may stay, else by the queue.
     fn advance(mut self, next: usize, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
+        let grade = self.grade();
         let held = self.stay && self.work.may_stay();
         let mut job = self.next_job(held, kind::STEP, next, Duration::ZERO, i32::from(held));
         // Even of a loop of one step: a checkpoint lies in between.
@@ -741,7 +809,7 @@ impl Facts {
             ..self.job
         };
         let closes = self.work.context.ending.is_some() || self.work.context.playbook.closes(RunStatus::Failed);
-        Decided { closes, next: Some((next_job, self.work)), ..Decided::new(commit) }
+        Decided { closes, grade, next: Some((next_job, self.work)), ..Decided::new(commit) }
     }
 
     /// The run holds nothing while it waits, but for the one job that ends the
@@ -766,10 +834,38 @@ impl Facts {
     fn wait_at(self, gate: &Gate, checkpoint: Option<StepChange>, mut events: Vec<Event>) -> Decided {
         let id = ApprovalId::new();
         let job = self.next_job(false, kind::GATE_TIMEOUT, gate.step, gate.approval.timeout, 0);
-        events.push(Event::new(APPROVAL_REQUESTED, json!({"approval_id": id, "context": gate.context})));
+        let requested = Event::new(APPROVAL_REQUESTED, json!({"approval_id": id, "context": gate.context}));
+        // A commit has room for the end of a step, what it came to, and where the run waits.
+        let told = if events.len() < 2 {
+            events.push(requested);
+            Vec::new()
+        } else {
+            vec![requested]
+        };
         let agent = self.work.agent(gate.step).map(|agent| agent.agent);
         let approval = approval_of(id, gate, &self.work.context, self.job.lease.job, agent);
-        Decided { approval: Some(approval), ..self.suspend(job, &waiting_on(id), checkpoint, events) }
+        Decided { approval: Some(approval), told, ..self.suspend(job, &waiting_on(id), checkpoint, events) }
+    }
+
+    /// The same step again: to grade what it has said, or to have it say something else.
+    fn again(self) -> Decided {
+        let step = usize::try_from(self.job.step).ok();
+        let mut job = self.next_job(false, kind::STEP, step, Duration::ZERO, 0);
+        // A draft is kept: what comes of it begins anew.
+        job.crash_count = 0;
+        let (events, checkpoint) = (self.evaluated_event().into_iter().collect(), self.checkpoint(StepStatus::Running));
+        let commit = self.commit(Some(job), RunChange::default(), checkpoint, events);
+        self.plain(commit)
+    }
+
+    /// A person decides about what the step has said.
+    fn escalate(self, gate: &Gate) -> Decided {
+        let (events, checkpoint) = (self.evaluated_event().into_iter().collect(), self.checkpoint(StepStatus::Running));
+        let (node, step) = (self.work.node_of(&self.job).is_some(), self.job.step);
+        let decided = self.wait_at(gate, checkpoint, events);
+        // The run of a node looks whether all that is under way waits.
+        let passed = Passing { waiting: node.then_some(step), ..decided.passed };
+        Decided { passed, ..decided }
     }
 
     /// The next step is a pause: its job is due when that is over.
@@ -779,14 +875,30 @@ impl Facts {
         self.suspend(job, &waiting, checkpoint, events)
     }
 
-    pub(super) fn complete(self, output: Option<Value>, checkpoint: Option<StepChange>, events: Vec<Event>) -> Decided {
+    pub(super) fn complete(
+        self,
+        output: Option<Value>,
+        checkpoint: Option<StepChange>,
+        mut events: Vec<Event>,
+    ) -> Decided {
+        let limits = self.work.context.limits(output.as_ref());
         // All the steps are done, so the run is not failed for an output that
         // cannot be kept; it says why there is none.
         let output = output.map(|value| match storable::to_json(&value, OUTPUT_BYTES_MAX) {
             Ok(_) => value,
             Err(error) => json!({"error": format!("the run's output {error}")}),
         });
-        self.end(Ending { output, ..Ending::of(RunStatus::Completed) }, checkpoint, events)
+        let mut ending = Ending { output, ..Ending::of(RunStatus::Completed) };
+        let Some((told, kept)) = limits else { return self.end(ending, checkpoint, events) };
+        events.push(Event::new(RUBRIC_EVALUATED, told.clone()));
+        let stage = if kept.is_ok() { Stage::Passed } else { Stage::Blocked };
+        if let Err(failure) = kept {
+            ending.status = RunStatus::Failed;
+            ending.error = Some(json!({"code": failure.class.as_str(), "message": failure.message}));
+        }
+        let draft = Draft { stage, count: 0, returns: 0, output: None, evaluation: Some(told) };
+        let grade = NewGrade { step: grades::RUN, round: 0, draft };
+        Decided { grade: Some(grade), ..self.end(ending, checkpoint, events) }
     }
 
     /// The steps are over: the run ends, or what closes it begins.
@@ -865,8 +977,8 @@ impl Facts {
             letter: self.refused.is_none().then_some(letter),
             ..Ending::of(RunStatus::Failed)
         };
-        let (checkpoint, events, received) =
-            (self.checkpoint(StepStatus::Failed), vec![self.failed_event(None)], self.waited());
+        let events = std::iter::once(self.failed_event(None)).chain(self.evaluated_event()).collect();
+        let (checkpoint, received) = (self.checkpoint(StepStatus::Failed), self.waited());
         let decided = self.end(ending, checkpoint, events);
         Decided { passed: Passing { received, ..decided.passed }, ..decided }
     }

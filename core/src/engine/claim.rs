@@ -285,4 +285,10 @@ impl StepWork {
         let role = self.context.playbook.step(step)?.role.as_deref()?;
         self.agents.get(role)
     }
+
+    /// The agent that grades a step, when there is one.
+    pub fn judge(&self, step: usize) -> Option<&AgentRow> {
+        let judge = self.context.playbook.step(step)?.rubric.as_ref()?.judge.as_deref();
+        judge.map_or_else(|| self.agent(step), |role| self.agents.get(role))
+    }
 }

@@ -17,7 +17,7 @@ use crate::domain::playbook::model::{OnTimeout, STEP_TIMEOUT, Step};
 use crate::failpoint;
 use crate::store::approvals::{ApprovalRow, NewApproval};
 use crate::store::jobs::Lease;
-use crate::store::{approvals, events, runs, tenants};
+use crate::store::{approvals, events, grades, runs, tenants};
 
 /// What a person says.
 #[derive(Debug, Clone)]
@@ -155,6 +155,9 @@ async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, E
         let resumed = Event::new(PLAYBOOK_RESUMED, json!({"approval_id": gate.approval}));
         events::append_to_run(&mut *tx, gate.company, gate.run, &resumed).await?;
         approvals::release_gate_job(tx, gate.job, timeout).await?;
+        if *status == "approved" {
+            grades::accept(tx, gate.company, gate.run, gate.step).await?;
+        }
         approvals::resume_run(tx, gate.company, gate.run, gate.step).await?;
         return Ok(true);
     }
@@ -234,8 +237,8 @@ async fn expire_once(
     let gate = find(&mut connection, account, Some(company), id).await?;
     let (step, goes_on) = step_of(engine, &mut connection, company, run, step).await?;
     drop(connection);
-    let rule = step.as_ref().and_then(|step| step.approval.as_ref());
-    let on_timeout = rule.map(|approval| approval.on_timeout);
+    let rule = step.as_ref().map(Step::gate);
+    let on_timeout = rule.as_ref().map(|approval| approval.on_timeout);
     if let (Some(rule), Some(OnTimeout::Escalate), None) = (rule, on_timeout, gate.escalated_at) {
         return escalate(engine, &gate, lease, rule.timeout).await;
     }

@@ -12,7 +12,7 @@ use super::{Engine, EngineError};
 use crate::domain::company::works as works_on;
 use crate::domain::event::{Event, PLAYBOOK_RESUMED};
 use crate::domain::ids::{ApprovalId, CompanyId, PlaybookId, RunId};
-use crate::domain::plan::{Child, Fanned, Item, JUNCTION, Node, Refusal, RunContext};
+use crate::domain::plan::{Child, Draft, Fanned, Item, JUNCTION, Node, Refusal, RunContext, Stage};
 use crate::domain::playbook::model::StepKind;
 use crate::domain::run::{RunStatus, StepStatus};
 use crate::domain::storable::OUTPUT_BYTES_MAX;
@@ -22,7 +22,7 @@ use crate::store::children::{self, Call};
 use crate::store::fans::{self, ItemRow};
 use crate::store::jobs::ClaimedJob;
 use crate::store::steps::LoadedRun;
-use crate::store::{agents, approvals, nodes, signals, steps};
+use crate::store::{agents, approvals, grades, nodes, signals, steps};
 
 /// What attempts at steps need, by their jobs; one that is not there only needs to go.
 pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<HashMap<i64, Work>, EngineError> {
@@ -58,6 +58,8 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
                 ending: run.ending.and_then(|ending| serde_json::from_value(ending).ok()),
                 closings: u32::try_from(run.closings).unwrap_or(0),
                 called: run.called,
+                spent: run.cost,
+                age: run.age,
                 ..RunContext::new(run.company, PlaybookId(run.playbook), run.run, playbook, inputs)
             };
             Some((run.run.0, context))
@@ -66,6 +68,7 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
     load_states(engine, claimed, &mut contexts).await?;
     load_outputs(engine, claimed, &mut contexts).await?;
     load_waits(engine, claimed, &mut contexts).await?;
+    let mut drafts = load_grades(engine, &mut contexts).await?;
     let mut fans = load_fans(engine, claimed, &contexts).await?;
     let mut refusals = load_refusals(engine, claimed, &contexts).await?;
     let mut children = load_children(engine, claimed, &contexts).await?;
@@ -103,6 +106,7 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
                 None => {
                     context.fanned = fans.remove(&place);
                     context.refused = refusals.remove(&place);
+                    context.draft = drafts.remove(&place);
                 }
                 Some(item) => {
                     let list = lists.get(&place).map(Arc::clone).unwrap_or_default();
@@ -276,11 +280,9 @@ async fn load_refusals(
     let gated = claimed.iter().filter_map(|job| {
         let context = contexts.get(&job.ref_id?)?;
         let at = usize::try_from(job.step).ok()?;
-        (context.playbook.step(at)?.approval.is_some() && context.playbook.takes_refusals(at)).then_some((
-            context.company,
-            context.run,
-            job.step,
-        ))
+        let step = context.playbook.step(at)?;
+        let asks = step.approval.is_some() || step.rubric.is_some();
+        (asks && context.playbook.takes_refusals(at)).then_some((context.company, context.run, job.step))
     });
     let gated: Vec<_> = gated.collect();
     if gated.is_empty() {
@@ -310,6 +312,32 @@ async fn load_waits(
         }
     }
     Ok(())
+}
+
+/// What steps with rubrics have said that are not over, by run and step, and what the
+/// others came to.
+async fn load_grades(
+    engine: &Engine,
+    contexts: &mut HashMap<Uuid, RunContext>,
+) -> Result<HashMap<(Uuid, i32), Draft>, EngineError> {
+    let graded = contexts.values().filter(|context| context.playbook.grades());
+    let runs: Vec<_> = graded.map(|context| (context.company, context.run)).collect();
+    if runs.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let mut drafts = HashMap::new();
+    for row in grades::of_runs(&engine.pool, &runs).await? {
+        let (Some(context), Ok(step)) = (contexts.get_mut(&row.run), usize::try_from(row.step)) else { continue };
+        if let Some(evaluation) = &row.draft.evaluation {
+            context.scores.insert(step, evaluation["score"].clone());
+        }
+        // In a loop, the step is done for the first time again.
+        let this_round = i32::try_from(context.round()) == Ok(row.round);
+        if this_round && row.draft.stage != Stage::Passed {
+            drafts.insert((row.run, row.step), row.draft);
+        }
+    }
+    Ok(drafts)
 }
 
 /// How the items stand of runs that wait for them, or have begun some.
@@ -414,7 +442,7 @@ async fn load_agents<'a>(
     let mut companies: Vec<Uuid> = contexts
         .filter(|context| {
             let mut steps = context.playbook.steps.iter().chain(&context.playbook.closing);
-            steps.any(|step| step.role.is_some())
+            steps.any(|step| step.role.is_some() || step.rubric.as_ref().is_some_and(|rubric| rubric.judge.is_some()))
         })
         .map(|context| context.company.0)
         .collect();

@@ -197,7 +197,10 @@ async fn role_warnings(
         .steps
         .iter()
         .chain(&playbook.closing)
-        .filter_map(|step| step.role.as_deref())
+        .flat_map(|step| {
+            let judge = step.rubric.as_ref().and_then(|rubric| rubric.judge.as_deref());
+            step.role.as_deref().into_iter().chain(judge)
+        })
         .filter(|role| !known.contains(role) && warned.insert(*role))
         .map(|role| {
             let near = playbook::problem::did_you_mean(role, known.iter().copied())

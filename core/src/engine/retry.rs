@@ -26,7 +26,7 @@ use crate::domain::run::{RunStatus, StepStatus};
 use crate::store::jobs::kind;
 use crate::store::runs::{Retry, StepRow};
 use crate::store::slots::{self, Group};
-use crate::store::{approvals, children, events, fans, nodes, runs, tenants};
+use crate::store::{approvals, children, events, fans, grades, nodes, runs, tenants};
 
 /// Lets a failed run go on at its failed step, in the caller's transaction, who
 /// wakes workers after it. A gate that was refused or ran out is asked for
@@ -66,7 +66,7 @@ pub async fn retry_run(
         false => approvals::latest_of(tx, company, run, step).await?.filter(|(_, status)| status != "approved"),
     };
     let gate = refused.map(|(old, _)| (old, ApprovalId::new()));
-    let patience = planned.and_then(|step| step.approval.as_ref()).map_or(Duration::ZERO, |gate| gate.timeout);
+    let patience = planned.map_or(Duration::ZERO, |step| step.gate().timeout);
     let waiting = gate.map(|(_, id)| waiting_on(id));
     let retry = Retry {
         failed: step,
@@ -184,10 +184,15 @@ pub async fn replay_run(
         // As they were checked then.
         params => params,
     };
-    let beginning = Beginning { step: from, outputs, failures, replay_of: Some(replay.of) };
+    let scores = grades::shown(&mut *tx, company, replay.of).await?.into_iter();
+    let scores = scores.filter_map(|(step, told)| Some((usize::try_from(step).ok()?, told["score"].clone())));
+    let beginning = Beginning { step: from, outputs, failures, scores: scores.collect(), replay_of: Some(replay.of) };
     let new: Prepared = start::prepare((company, playbook, old.version), plan, params, "replay", beginning);
     // Before the run's own rows, of which the gate's may be one.
     runs::copy_checkpoints(tx, company, replay.of, new.run(), &kept).await?;
+    if new.grades() {
+        grades::copy(tx, company, replay.of, new.run(), &kept).await?;
+    }
     start::start_in(tx, new).await
 }
 

@@ -305,6 +305,11 @@ impl Prepared {
     pub(super) fn run(&self) -> RunId {
         self.run.run
     }
+
+    /// Whether a step of it has a rubric.
+    pub(super) fn grades(&self) -> bool {
+        self.context.playbook.grades()
+    }
 }
 
 /// Where a run begins: at its first step, unless it plays another again.
@@ -315,6 +320,8 @@ pub(super) struct Beginning {
     pub outputs: HashMap<usize, Value>,
     /// Why those have failed that the old run went past.
     pub failures: HashMap<usize, Value>,
+    /// What those came to by their rubrics.
+    pub scores: HashMap<usize, Value>,
     pub replay_of: Option<RunId>,
 }
 
@@ -330,6 +337,7 @@ pub(super) fn prepare(
     let mut context = RunContext {
         outputs: Arc::new(beginning.outputs),
         failures: beginning.failures,
+        scores: beginning.scores,
         ..RunContext::new(company, playbook, RunId::new(), plan, Arc::new(params))
     };
     let walk = context.begins_at(beginning.step);

@@ -18,6 +18,7 @@ pub mod error;
 pub mod events;
 pub mod fans;
 pub mod fleet;
+pub mod grades;
 pub mod grants;
 pub mod idempotency;
 pub mod jobs;

@@ -27,6 +27,7 @@ const TABLES: &[&str] = &[
     "signals",
     "triggers",
     "run_fans",
+    "run_grades",
     "run_items",
     "run_children",
     // Last, since no index finds them by their company: work that is still

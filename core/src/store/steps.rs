@@ -41,6 +41,10 @@ pub struct LoadedRun {
     pub called: bool,
     /// It waits for its turn.
     pub queued: bool,
+    /// What it has cost so far.
+    pub cost: Nanos,
+    /// How long ago it began.
+    pub age: Duration,
 }
 
 /// Loads the runs that are to go on; one that has ended is left out.
@@ -48,7 +52,8 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
     let rows = sqlx::query!(
         r#"select r.company_id, r.id, r.playbook_id, r.version_id, r.params, c.status as company_status,
              r.status = 'suspended' as "waited!", r.ending, r.closings, r.job_id, r.called,
-             r.status = 'queued' as "queued!"
+             r.status = 'queued' as "queued!", r.cost_nanos,
+             greatest(extract(epoch from clock_timestamp() - r.started_at) * 1000, 0)::bigint as "age_ms!"
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          cross join lateral (
              select * from runs r where r.company_id = k.company_id and r.id = k.id offset 0
@@ -75,6 +80,8 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
             job: row.job_id,
             called: row.called,
             queued: row.queued,
+            cost: Nanos(row.cost_nanos),
+            age: Duration::from_millis(u64::try_from(row.age_ms).unwrap_or(0)),
         })
         .collect())
 }

@@ -13,7 +13,7 @@ use capx_core::domain::run::{RunStatus, StepStatus};
 use capx_core::engine::start::{self, Decided, Started};
 use capx_core::store::runs::{self, ItemCounts, JobRow, RunFilter, RunItemRow, RunRow, StepRow};
 use capx_core::store::tenants::CompanyRow;
-use capx_core::store::{approvals, children};
+use capx_core::store::{approvals, children, grades};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sqlx::PgConnection;
@@ -152,6 +152,11 @@ pub(super) struct Run {
     /// Where it was just started, they are left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     steps: Option<Vec<RunStep>>,
+    /// How it has held the limits of its playbook's `rubric`: `score`, `passed`,
+    /// `decision`, and `criteria` with `name`, `limit` and `value` each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    rubric: Option<Value>,
     /// What a suspended or queued run waits for.
     #[serde(skip_serializing_if = "Option::is_none")]
     waiting_on: Option<Vec<Waiting>>,
@@ -211,6 +216,14 @@ struct RunStep {
     attempts: i32,
     #[schema(required)]
     output: Option<Value>,
+    /// What its output came to by its rubric, from 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    score: Option<f64>,
+    /// The same in full: `score`, `passed`, `decision`, `draft`, `criteria` with `name`,
+    /// `score`, `threshold` and `passed` each, and `feedback`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    rubric: Option<Value>,
     /// What went wrong last.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<Value>,
@@ -287,6 +300,7 @@ fn brief((company, playbook): (CompanyId, PlaybookId), started: Started) -> Run 
         parent_run_id: None,
         params: started.params,
         steps: None,
+        rubric: None,
         waiting_on: None,
         output: None,
         error: None,
@@ -601,6 +615,19 @@ pub(super) async fn show(
             }
         }
     }
+    let mut rubric = None;
+    if plan.is_some_and(|plan| plan.grades() || !plan.limits.is_empty()) {
+        for (step, told) in grades::shown(&mut *tx, company, row.run).await? {
+            if step == grades::RUN {
+                rubric = Some(told);
+            } else if let Some(step) =
+                usize::try_from(step).ok().and_then(|at| steps.as_mut().and_then(|steps| steps.get_mut(at)))
+            {
+                step.score = told["score"].as_f64();
+                step.rubric = Some(told);
+            }
+        }
+    }
     let item = RunItem::new(&row.item(), row.halted_since.is_some());
     Ok(Run {
         item,
@@ -609,6 +636,7 @@ pub(super) async fn show(
         parent_run_id,
         params: row.params,
         steps,
+        rubric,
         waiting_on,
         output: row.output,
         error: row.error,
@@ -687,6 +715,8 @@ fn step_list(plan: &Playbook, run: &RunRow, rows: &[StepRow], jobs: &[JobRow]) -
                 duration: row.and_then(|row| Some((row.ended_at? - row.started_at?).num_seconds().max(0))),
                 attempts: job.map_or_else(|| row.map_or(0, |row| row.attempt), |job| job.attempt),
                 output: row.and_then(|row| row.output.clone()),
+                score: None,
+                rubric: None,
                 error: row.and_then(|row| row.error.clone()),
                 items: items.map(Items::from),
                 child_run_id: None,

@@ -52,7 +52,7 @@ async fn turn(hands: &Hands, call: StepCall<'_>, agent: &AgentRow) -> Result<Out
         _ => Vec::new(),
     };
     let left = call.timeout.saturating_sub(call.began.elapsed());
-    let body = json!({
+    let mut body = json!({
         "company_id": call.company, "run_id": call.run, "step": call.step.id, "action": call.step.action,
         "params": call.params,
         "agent": {"id": agent.agent, "role": agent.role, "model": call.step.model.as_deref().or(agent.model.as_deref())},
@@ -61,6 +61,9 @@ async fn turn(hands: &Hands, call: StepCall<'_>, agent: &AgentRow) -> Result<Out
         "idempotency_key": call.idempotency_key,
         "deadline": left.as_secs(),
     });
+    if let Some(feedback) = call.feedback {
+        body["feedback"] = feedback.clone();
+    }
     let answer = hands
         .egress
         .call(Call {

@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 use capx_core::domain::digest;
 use capx_core::domain::ids::{CompanyId, RunId};
 use capx_core::domain::outcome::{Failure, Outcome};
-use capx_core::domain::plan::JUNCTION;
+use capx_core::domain::plan::{Draft, JUNCTION};
 use capx_core::domain::playbook::Step;
 use capx_core::domain::playbook::load::TOOLS;
 use capx_core::domain::playbook::model::StepKind;
+use capx_core::domain::playbook::rubric::GRADE;
 use capx_core::engine::claim::StepWork;
 use capx_core::store::agents::AgentRow;
 use capx_core::store::jobs::{ClaimedJob, kind};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::adapters::{self, Providers};
 use crate::egress::Egress;
@@ -47,6 +48,8 @@ pub struct StepCall<'a> {
     pub params: Map<String, Value>,
     /// The agent of its role.
     pub agent: Option<&'a AgentRow>,
+    /// What its last draft came to, where another one is made.
+    pub feedback: Option<&'a Value>,
     /// The same over every try of this step.
     pub idempotency_key: String,
     /// How long is left.
@@ -100,14 +103,19 @@ impl Hands {
             let none = || Outcome::failed(Failure::invalid("no run does the step"));
             return work.context.called(playbook).unwrap_or_else(none);
         }
+        if work.context.to_settle().is_some() {
+            return Outcome::done(Value::Null);
+        }
         let params = match work.context.params(step) {
             Ok(params) => params,
             Err(failure) => return Outcome::failed(failure),
         };
-        // The one step without effects needs nothing of what follows.
-        if step.action == tools::TRANSFORM {
-            return Outcome::done(Value::Object(params));
-        }
+        let own_key = digest::idempotency_key(
+            work.context.run,
+            &step.id,
+            work.context.round(),
+            work.context.item.as_ref().map(|item| item.index),
+        );
         let call = StepCall {
             company: job.company,
             run: work.context.run,
@@ -115,19 +123,46 @@ impl Hands {
             step,
             params,
             agent: work.agent(index),
-            idempotency_key: digest::idempotency_key(
-                work.context.run,
-                &step.id,
-                work.context.round(),
-                work.context.item.as_ref().map(|item| item.index),
+            feedback: work.context.feedback(),
+            idempotency_key: digest::draft_key(
+                own_key,
+                work.context.drafts_before(),
+                work.context.to_grade().is_some(),
             ),
             timeout: job.timeout,
             began: Instant::now(),
         };
+        if let Some(draft) = work.context.to_grade() {
+            return self.grade(call, draft, work.judge(index)).await;
+        }
+        // The one step without effects needs nothing of what follows.
+        if step.action == tools::TRANSFORM {
+            return Outcome::done(Value::Object(call.params));
+        }
         if TOOLS.contains(&step.action.as_str()) {
             return tools::run(self, call).await;
         }
         adapters::ask(self, call).await
+    }
+
+    /// Asks whoever grades what a draft of a step is worth.
+    async fn grade(&self, call: StepCall<'_>, draft: &Draft, judge: Option<&AgentRow>) -> Outcome {
+        let Some(rubric) = &call.step.rubric else { return Outcome::failed(Failure::invalid("nothing is graded")) };
+        let params = json!({
+            "step": call.step.id, "action": call.step.action, "params": call.params,
+            "criteria": rubric.question(), "output": draft.output,
+        });
+        let Value::Object(params) = params else { return Outcome::failed(Failure::invalid("nothing is graded")) };
+        // Another agent has its own adapter and model.
+        let own = rubric.judge.is_none();
+        let step = Step {
+            role: rubric.judge.clone().or_else(|| call.step.role.clone()),
+            action: GRADE.to_owned(),
+            adapter: call.step.adapter.clone().filter(|_| own),
+            model: call.step.model.clone().filter(|_| own),
+            ..call.step.clone()
+        };
+        adapters::ask(self, StepCall { step: &step, params, agent: judge, feedback: None, ..call }).await
     }
 
     /// Why an agent cannot work here, or nothing.

@@ -66,7 +66,11 @@ impl RunContext {
     pub fn turn(&mut self) -> Turn {
         let mut turn = Turn { skipped: Vec::new(), begin: Vec::new(), then: Then::Wait };
         if let Some(failed) = self.failed_node() {
-            turn.then = self.fail_at(failed);
+            turn.then = self.end_with(Then::Fail(failed));
+            return turn;
+        }
+        if self.is_over_limit() {
+            turn.then = self.end_with(Then::End { output: None });
             return turn;
         }
         let mut begun = self.begin(&mut turn);
@@ -140,7 +144,7 @@ impl RunContext {
 
     /// What is under way is not lost: its result is kept, so that it need not be done
     /// again when the run is retried.
-    fn fail_at(&self, failed: usize) -> Then {
+    fn end_with(&self, end: Then) -> Then {
         let under_way = |node: &Node| {
             !matches!(
                 node.status,
@@ -153,7 +157,7 @@ impl RunContext {
         if !waiting.is_empty() {
             return Then::Withdraw(waiting.into_iter().map(|(at, _)| *at).collect());
         }
-        if running.is_empty() { Then::Fail(failed) } else { Then::Wait }
+        if running.is_empty() { end } else { Then::Wait }
     }
 
     /// What is told of the step at which a run fails, and its dead letter; none where a

@@ -189,6 +189,15 @@ fn step(node: &Node, taken: &mut HashSet<String>) -> Node {
         order(&mut inner, keys::COMPENSATE);
         undo.kind = Kind::Map(inner);
     }
+    if let Some(rubric) = value_mut(&mut step, "rubric") {
+        each_entry(rubric, |criterion| {
+            if matches!(criterion.kind, Kind::Map(_)) {
+                let mut inner = entries(criterion);
+                order(&mut inner, keys::CRITERION);
+                criterion.kind = Kind::Map(inner);
+            }
+        });
+    }
     if let Some(output) = value_mut(&mut step, "output") {
         each_entry(output, input);
     }

@@ -68,7 +68,7 @@ pub const TOP: &[Key] = &[
         r##"{"type": "array", "maxItems": 100, "items": {"$ref": "#/$defs/step"}}"##,
     ),
     key("output", "What the run's output is made of; may hold `${…}`.", ANY),
-    key("rubric", "Limits and criteria of the whole run.", MAP),
+    key("rubric", "Limits of the whole run: `max_cost: 5.00`, `max_duration: 1h`, `min_sources: 5`.", MAP),
 ];
 
 /// Of a step.
@@ -149,7 +149,7 @@ pub const STEP: &[Key] = &[
         "What undoes the step when it is done and the run fails later.",
         r##"{"anyOf": [{"type": "string"}, {"$ref": "#/$defs/compensate"}]}"##,
     ),
-    key("rubric", "Criteria of the step.", ANY),
+    key("rubric", "What the output must come up to, by criterion.", r##"{"$ref": "#/$defs/rubric"}"##),
 ];
 
 /// Of a trigger.
@@ -280,6 +280,38 @@ pub const APPROVAL: &[Key] = &[
         r#"{"enum": ["reject", "approve", "escalate"]}"#,
     ),
     key("message", "What the approver reads.", TEXT),
+];
+
+/// Of a step's `rubric`, besides its criteria.
+pub const RUBRIC: &[Key] = &[
+    key(
+        "composite_threshold",
+        "What the weighted score must come up to; below it a person decides.",
+        r#"{"type": "number", "minimum": 0, "maximum": 1}"#,
+    ),
+    key("judge", "The role whose agent grades; the step's own without.", TEXT),
+    key(
+        "max_retries",
+        "How often the step is done anew at most; 2 without.",
+        r#"{"type": "integer", "minimum": 0, "maximum": 20}"#,
+    ),
+];
+
+/// Of a criterion.
+pub const CRITERION: &[Key] = &[
+    key("description", "For whoever grades.", TEXT),
+    key("weight", "What it counts for in the weighted score; 1 without.", r#"{"type": "number", "minimum": 0}"#),
+    key("threshold", "The score that is asked.", r#"{"type": "number", "minimum": 0, "maximum": 1}"#),
+    key(
+        "on_fail",
+        "`retry` does the step anew and says why, `escalate` asks a person, `block` fails the step. `retry` without.",
+        r#"{"enum": ["retry", "escalate", "block"]}"#,
+    ),
+    key(
+        "check",
+        "An expression that computes the score, such as `len(steps.draft.output.title) < 60`; graded without.",
+        r#"{"type": ["string", "boolean"]}"#,
+    ),
 ];
 
 /// Of `wait_for`.

@@ -23,6 +23,7 @@ mod fan;
 mod fields;
 mod flow;
 mod graph;
+mod rubric;
 mod shape;
 mod step;
 mod trigger;
@@ -77,6 +78,8 @@ enum Place {
     Start,
     /// A step.
     Step(usize),
+    /// What computes a criterion of a step.
+    Graded(usize),
     /// What undoes a step.
     Undo(usize),
     /// What is done in any case, when the steps are over.
@@ -140,19 +143,13 @@ impl Loader {
         let mut taken = HashSet::new();
         let steps = self.steps(root, fields.get("steps"), &mut taken);
         let finally = closing::finally(self, fields.get("finally"), &mut taken);
-        let rubric = fields.get("rubric").map(|node| {
-            if !matches!(node.kind, Kind::Map(_)) {
-                let found = node.describe();
-                self.error(node.at, "rubric", format!("expected a map of limits, found {found}"));
-            }
-            node.to_json()
-        });
+        let limits = rubric::limits(self, fields.get("rubric"));
         let output = fields.get("output").map(|node| self.template(node, "output"));
         check::calls_itself(self, name.as_deref(), &steps);
         let graph = graph::is_graph(&steps);
         check::references(self, &steps, &finally, &inputs);
         let (steps, closing) = closing::join(steps, finally);
-        Some(Playbook {
+        let mut playbook = Playbook {
             name: name?,
             description,
             trigger: trigger?,
@@ -162,10 +159,16 @@ impl Loader {
             steps: with_uses(steps, output.as_ref()),
             graph,
             closing,
-            rubric,
+            rubric: fields.get("rubric").map(Node::to_json),
+            limits,
             output,
             unreadable: None,
-        })
+        };
+        if playbook.limits_what_is_said() {
+            let end = Some(playbook.steps.len());
+            playbook.steps.iter_mut().for_each(|step| step.last_use = end);
+        }
+        Some(playbook)
     }
 
     /// Text, also written as a number; anything else is a problem.

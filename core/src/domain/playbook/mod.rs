@@ -6,7 +6,7 @@
 //! `${…}`, [`inputs`] checks what a run is started with, [`mod@canonical`] is the
 //! one way to write what the dialects say in several, [`mod@format`] its text,
 //! [`mod@diff`] tells what two
-//! versions mean differently, [`mod@schema`] helps editors, and [`keys`] is the table that
+//! versions mean differently, [`mod@rubric`] says what outputs must come up to, [`mod@schema`] helps editors, and [`keys`] is the table that
 //! all of them share.
 
 pub mod canonical;
@@ -19,6 +19,7 @@ pub mod keys;
 pub mod load;
 pub mod model;
 pub mod problem;
+pub mod rubric;
 pub mod schema;
 pub mod shape;
 pub mod template;

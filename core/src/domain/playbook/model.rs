@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use super::expr::{Expr, Reference};
+use super::rubric::{Limit, Measure, Rubric};
 use super::shape::Shape;
 use super::template::Template;
 use crate::domain::backoff::Backoff;
@@ -34,8 +35,10 @@ pub struct Playbook {
     /// What is done when they are over: what undoes them, that of the last one first,
     /// then what is done in any case. Their places go on behind those of the steps.
     pub closing: Vec<Step>,
-    /// Limits and criteria of the whole run, as written.
+    /// The limits of the whole run, as written.
     pub rubric: Option<Value>,
+    /// The same, to be held.
+    pub limits: Vec<Limit>,
     /// What the run's `output` is made of.
     pub output: Option<Template>,
     /// Why it cannot be run, for a stored text that no longer loads.
@@ -174,6 +177,8 @@ pub struct Step {
     pub model: Option<String>,
     /// What it must say, each item of a list by itself.
     pub output: Option<Shape>,
+    /// What its output must come up to.
+    pub rubric: Option<Rubric>,
     /// The steps that must be over, in a graph.
     pub needs: Vec<usize>,
     /// The step that it undoes, where it does.
@@ -387,11 +392,18 @@ impl Default for Approval {
 }
 
 impl Step {
+    /// How a gate at it is decided: as it says, or as any.
+    pub fn gate(&self) -> Approval {
+        self.approval.clone().unwrap_or_default()
+    }
+
     /// Every path that it looks up.
     pub fn references(&self) -> Vec<&Reference> {
         let mut found = self.template.references();
         found.extend(self.condition.iter().flat_map(Expr::references));
         found.extend(self.fan.iter().flat_map(|fan| fan.items.references()));
+        let criteria = self.rubric.iter().flat_map(|rubric| &rubric.criteria);
+        found.extend(criteria.filter_map(|criterion| criterion.check.as_ref()).flat_map(Expr::references));
         match &self.kind {
             StepKind::Sleep(Pause::Computed(template)) => found.extend(template.references()),
             StepKind::WaitFor(wait) => {
@@ -427,6 +439,7 @@ impl Playbook {
             graph: false,
             closing: Vec::new(),
             rubric: None,
+            limits: Vec::new(),
             output: None,
             unreadable: Some(reason),
         }
@@ -481,9 +494,22 @@ impl Playbook {
         let of_steps = |reference: &&Reference| reference.name(0) == Some("steps");
         let output = self.output.iter().flat_map(Template::references).filter(of_steps);
         needed.extend(output.filter_map(|reference| self.step_index(reference.name(1)?)));
+        if self.limits_what_is_said() {
+            needed.extend(0..self.steps.len());
+        }
         needed.sort_unstable();
         needed.dedup();
         needed
+    }
+
+    /// Whether a limit of its runs is about what their steps say.
+    pub fn limits_what_is_said(&self) -> bool {
+        self.limits.iter().any(|limit| matches!(limit.measure, Measure::Said(_)))
+    }
+
+    /// Whether a step of it has a rubric.
+    pub fn grades(&self) -> bool {
+        self.steps.iter().any(|step| step.rubric.is_some())
     }
 
     /// The steps whose outputs are needed to close a run.

@@ -43,6 +43,7 @@ pub fn schema() -> Value {
         "concurrency": of(keys::CONCURRENCY),
         "approval": of(keys::APPROVAL),
         "wait_for": of(keys::WAIT_FOR),
+        "rubric": rubric(),
     });
     whole
 }
@@ -51,6 +52,14 @@ pub fn schema() -> Value {
 fn of(table: &[Key]) -> Value {
     let properties = table.iter().map(|key| (key.name.to_owned(), property(key))).collect::<Map<_, _>>();
     json!({"type": "object", "properties": properties, "additionalProperties": false})
+}
+
+/// Criteria by names of the author's own, beside the few keys that every rubric knows.
+fn rubric() -> Value {
+    let mut rubric = of(keys::RUBRIC);
+    rubric["additionalProperties"] =
+        json!({"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, of(keys::CRITERION)]});
+    rubric
 }
 
 /// A key without a value counts as absent, whatever it may hold.
@@ -80,6 +89,8 @@ mod tests {
             keys::COMPENSATE,
             keys::CONCURRENCY,
             keys::SHAPE,
+            keys::RUBRIC,
+            keys::CRITERION,
         ];
         for key in tables.into_iter().flatten() {
             serde_json::from_str::<Value>(key.shape).unwrap_or_else(|error| panic!("{}: {error}", key.name));

@@ -36,7 +36,7 @@ pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], 
                 let around = loops.iter().filter(|(first, end)| (*first..=*end).contains(&index)).map(|(_, end)| *end);
                 around.max().unwrap_or(index)
             }
-            Place::Undo(index) => index + 1,
+            Place::Graded(index) | Place::Undo(index) => index + 1,
             Place::Finally(_) | Place::End => steps.len(),
         };
         let finally = match place {
@@ -45,7 +45,7 @@ pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], 
         };
         let known = |index: usize| match (place, &graph) {
             (Place::Step(at), Some(before)) => before[at][index],
-            (Place::Undo(at), Some(before)) => index == at || before[at][index],
+            (Place::Graded(at) | Place::Undo(at), Some(before)) => index == at || before[at][index],
             _ => index < before,
         };
         let sees = Sees {
@@ -108,8 +108,8 @@ fn check(loader: &mut Loader, reference: &Reference, at: Pos, path: &str, sees: 
                 loader.suggest(at, path, message, hint);
             } else if let Some((field, fields)) = before()
                 .find(|read| read.step.id == name && !sees.optional)
-                .and_then(|read| Some((reference, says(&read.step)?)))
-                .and_then(|(reference, fields)| Some((undeclared(reference, &fields)?, fields)))
+                .and_then(|read| Some((reference, read.step.rubric.is_some(), says(&read.step)?)))
+                .and_then(|(reference, graded, fields)| Some((undeclared(reference, graded, &fields)?, fields)))
             {
                 let near = did_you_mean(field, fields.iter().map(String::as_str));
                 let hint =
@@ -175,10 +175,11 @@ fn says(step: &Step) -> Option<Vec<String>> {
 }
 
 /// The field of a step's output that a reference looks up, where it is none of these.
-fn undeclared<'a>(reference: &'a Reference, fields: &[String]) -> Option<&'a str> {
+fn undeclared<'a>(reference: &'a Reference, graded: bool, fields: &[String]) -> Option<&'a str> {
     let field = match reference.name(2)? {
-        // What is known of any step.
-        "error" | "score" => return None,
+        // What is known of any step, and of one that is graded.
+        "error" => return None,
+        "score" if graded => return None,
         "output" => reference.name(3)?,
         field => field,
     };

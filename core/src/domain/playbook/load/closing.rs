@@ -13,7 +13,7 @@ use crate::domain::playbook::yaml::{Kind, Node};
 const FINALLY_MAX: usize = 100;
 /// What a step of `finally` has not: it is done once, when all else is over, and
 /// nobody is asked.
-const NOT_FINALLY: &[&str] = &["needs", "for_each", "approval", "compensate"];
+const NOT_FINALLY: &[&str] = &["needs", "for_each", "approval", "compensate", "rubric"];
 
 /// `compensate: cancel_order`, or a map: what undoes a step once it is done.
 pub(super) fn compensate(loader: &mut Loader, node: &Node, path: &str, id: &str, role: Option<&str>) -> Option<Step> {

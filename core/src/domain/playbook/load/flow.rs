@@ -174,19 +174,23 @@ fn pause(loader: &mut Loader, node: &Node, path: &str) -> Pause {
 /// `if: …`, as text or as a plain `true` or `false`.
 pub(super) fn condition(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> Option<Expr> {
     let node = fields.get("if")?;
-    let path = format!("{path}.if");
+    expression(loader, node, &format!("{path}.if"))
+}
+
+/// An expression, as text or as a plain `true` or `false`.
+pub(super) fn expression(loader: &mut Loader, node: &Node, path: &str) -> Option<Expr> {
     let text = match &node.kind {
         Kind::Bool(holds) => holds.to_string(),
-        _ => loader.text(node, &path)?,
+        _ => loader.text(node, path)?,
     };
     match expr::parse(&text) {
         Ok(expr) if expr.quotes_a_template() => {
             let hint = Some("write the path without quotes: steps.review.output == 'approved'".to_owned());
-            loader.suggest(node.at, &path, "text in quotes is text; nothing is put in there".into(), hint);
+            loader.suggest(node.at, path, "text in quotes is text; nothing is put in there".into(), hint);
             None
         }
         Ok(expr) => {
-            loader.note_uses(expr.uses(), node.at, &path);
+            loader.note_uses(expr.uses(), node.at, path);
             Some(expr)
         }
         Err(message) => {

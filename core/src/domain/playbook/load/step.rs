@@ -9,7 +9,7 @@ use super::closing;
 use super::fan::fan;
 use super::flow::{self, Flow};
 use super::{Fields, Loader, TOOLS, params};
-use super::{graph, shape};
+use super::{graph, rubric, shape};
 use crate::domain::backoff::Backoff;
 use crate::domain::duration;
 use crate::domain::outcome::ErrorClass;
@@ -81,10 +81,12 @@ pub(super) fn step(loader: &mut Loader, node: &Node, path: &str, taken: &mut Has
         fields: Some(shape::properties(loader, n, &format!("{path}.output"))),
         ..Shape::of(InputKind::Object)
     });
+    let rubric = rubric::rubric(loader, &fields, &kind, role.as_deref(), path);
     let undo = fields.get("compensate").and_then(|n| closing::compensate(loader, n, path, &id, role.as_deref()));
     let once = Retry { max_attempts: 1, ..Retry::default() };
     let retry = how.retry.clone().unwrap_or_else(|| if works { Retry::default() } else { once });
-    let step = Step { kind, condition, fan, on_failure, retry, approval, output, ..how.step(id, role, action?) };
+    let step =
+        Step { kind, condition, fan, on_failure, retry, approval, output, rubric, ..how.step(id, role, action?) };
     Some(Read { step, undo, at: node.at, flow })
 }
 
@@ -141,6 +143,7 @@ impl How {
             adapter: self.adapter,
             model: self.model,
             output: None,
+            rubric: None,
             needs: Vec::new(),
             undoes: None,
             last_use: None,
