@@ -17,6 +17,23 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     let samples = bench.amount(2_000);
     let bare = percentile(&mut limit::latency(bench, samples).await?, 0.5);
     bench.reset().await?;
+    let (mut took, mut enqueue_took) = both(bench, report, samples).await?;
+    let (p50, p95, p99) = (percentile(&mut took, 0.5), percentile(&mut took, 0.95), percentile(&mut took, 0.99));
+    report.add("latency", "bare SQL: insert, hint and claim, p50", bare, "ms");
+    report.add("latency", "enqueue to handler, p50", p50, "ms").limit(bare).target(Target::AtMost(1.5));
+    report.add("latency", "enqueue to handler, p95", p95, "ms");
+    report.add("latency", "enqueue to handler, p99", p99, "ms").target(Target::AtMost(4.0));
+    report.add("latency", "of it the enqueue itself, p50", percentile(&mut enqueue_took, 0.5), "ms");
+    Ok(())
+}
+
+/// From enqueue to the handler's start, one after the other, beside whatever is there.
+pub(super) async fn samples(bench: &Bench, report: &Report, samples: usize) -> anyhow::Result<Vec<Duration>> {
+    both(bench, report, samples).await.map(|(took, _)| took)
+}
+
+/// The same, and what the enqueue took of it.
+async fn both(bench: &Bench, report: &Report, samples: usize) -> anyhow::Result<(Vec<Duration>, Vec<Duration>)> {
     let (observer, mut starts) = mpsc::unbounded_channel();
     let worker = bench.worker(&[queue::BENCH], bench.slots).await?.observed_by(observer);
     let running = Running::start(worker);
@@ -41,13 +58,7 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     }
     bar.finish_and_clear();
     running.stop().await;
-    let (p50, p95, p99) = (percentile(&mut took, 0.5), percentile(&mut took, 0.95), percentile(&mut took, 0.99));
-    report.add("latency", "bare SQL: insert, hint and claim, p50", bare, "ms");
-    report.add("latency", "enqueue to handler, p50", p50, "ms").limit(bare).target(Target::AtMost(1.5));
-    report.add("latency", "enqueue to handler, p95", p95, "ms");
-    report.add("latency", "enqueue to handler, p99", p99, "ms").target(Target::AtMost(4.0));
-    report.add("latency", "of it the enqueue itself, p50", percentile(&mut enqueue_took, 0.5), "ms");
-    Ok(())
+    Ok((took, enqueue_took))
 }
 
 /// A percentile in milliseconds.

@@ -37,6 +37,7 @@ mod language;
 mod latency;
 mod limit;
 mod report;
+mod sleeping;
 mod steps;
 
 use report::Report;
@@ -56,6 +57,8 @@ pub enum What {
     Latency,
     /// Rate and claim latency with a million other jobs.
     Backlog,
+    /// What a million sleeping runs take up, and cost others.
+    Sleeping,
     /// What an idle worker costs.
     Idle,
     /// The REST API: requests, run starts, streams.
@@ -158,6 +161,9 @@ async fn pass(bench: &Bench, report: &mut Report, what: What) -> anyhow::Result<
     }
     if wants(What::Backlog) {
         backlog::run(bench, report).await?;
+    }
+    if wants(What::Sleeping) {
+        sleeping::run(bench, report).await?;
     }
     if wants(What::Idle) {
         idle::run(bench, report).await?;

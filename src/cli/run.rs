@@ -238,7 +238,7 @@ async fn tell(client: &Client, run: &str, event: &Value, as_json: bool) -> anyho
     let summary = show::visible(&show::text(event, "summary"));
     let time = at.if_supports_color(Stream::Stdout, |t| t.dimmed()).to_string();
     out::line(format_args!("{time}  {}{blanks}  {summary}{cost}", show::status(&name)));
-    if event["event"] == "playbook.suspended" {
+    if event["event"] == "playbook.suspended" || event["data"]["sleeps"].is_string() {
         // It may have gone on since.
         for wait in show::waits(&client.run(run).await?) {
             out::line(format_args!("          waits for {wait}"));

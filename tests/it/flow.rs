@@ -125,7 +125,6 @@ async fn a_pause_holds_nothing_and_ends_by_itself() {
     let wanted = [
         "playbook.started",
         "step.completed",
-        "playbook.suspended",
         "playbook.resumed",
         "step.completed",
         "step.completed",

@@ -751,11 +751,6 @@ impl Facts {
         let mut passed = passing(&walk.passed);
         let limits = self.stops_for_limits(&walk.next);
         passed.received = self.waited();
-        if let Next::Sleep { step, .. } = walk.next
-            && !limits
-        {
-            passed.waiting = Some(place(step));
-        }
         let events = self.ended_events(ended, &walk.passed);
         let checkpoint = self.checkpoint(ended);
         let decided = match walk.next {
@@ -820,7 +815,8 @@ impl Facts {
             let commit = self.commit(Some(job), RunChange::default(), checkpoint, events);
             return self.plain(commit);
         }
-        events.push(Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting})));
+        let pauses = waiting[0]["type"] == "timer";
+        Self::tell_wait(&mut events, waiting, pauses);
         let change = RunChange {
             status: Some(RunStatus::Suspended),
             waiting_on: Some(waiting.to_string()),
@@ -873,6 +869,15 @@ impl Facts {
         let job = self.next_job(false, kind::TIMER, step, delay.max(SLEEP_MIN), 0);
         let waiting = sleeping(&self.work.context, step);
         self.suspend(job, &waiting, checkpoint, events)
+    }
+
+    /// A run that is suspended says so: a pause with the event before it, since many
+    /// may sleep for long.
+    fn tell_wait(events: &mut Vec<Event>, waiting: &Value, pauses: bool) {
+        match events.last_mut().filter(|_| pauses) {
+            Some(last) => last.data["sleeps"] = waiting[0]["id"].clone(),
+            None => events.push(Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting}))),
+        }
     }
 
     pub(super) fn complete(
@@ -1043,8 +1048,9 @@ fn closing_event(ending: &Ending) -> Event {
     Event::new(PLAYBOOK_CLOSING, json!({"status": ending.status.as_str(), "error": ending.error, "by": ending.by}))
 }
 
-/// How a run that sleeps says what it waits for. Since when and until when stands
-/// in the step's row and its job, by the database's clock.
+/// How a run that sleeps says what it waits for. Until when stands in its job, by the
+/// database's clock, and since when in the event that tells of it; the step has no row
+/// yet, so that a year costs few.
 pub(super) fn sleeping(context: &RunContext, step: usize) -> Value {
     json!([{"type": "timer", "id": context.playbook.step(step).map(|step| step.id.as_str())}])
 }

@@ -341,7 +341,7 @@ pub(super) fn prepare(
         ..RunContext::new(company, playbook, RunId::new(), plan, Arc::new(params))
     };
     let walk = context.begins_at(beginning.step);
-    let mut passed = passing(&walk.passed);
+    let passed = passing(&walk.passed);
     // Past everything there is nothing to do but to end, which is a job's, too.
     let (first, delay) = match &walk.next {
         Next::Step(step) => (place(*step), Duration::ZERO),
@@ -358,10 +358,7 @@ pub(super) fn prepare(
     }
     let mut events = vec![Event::new(PLAYBOOK_STARTED, started)];
     let waits = match &walk.next {
-        Next::Sleep { step, .. } => {
-            passed.waiting = Some(place(*step));
-            Some(sleeping(&context, *step))
-        }
+        Next::Sleep { step, .. } => Some(sleeping(&context, *step)),
         _ => None,
     };
     let gate = match walk.next {
@@ -375,8 +372,11 @@ pub(super) fn prepare(
         }
         None => waits,
     };
-    if let Some(waiting) = &waits {
-        events.push(Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting})));
+    // A pause is told with what comes before it: a run that sleeps is few rows.
+    match (&waits, &gate) {
+        (Some(waiting), Some(_)) => events.push(Event::new(PLAYBOOK_SUSPENDED, json!({"waiting_on": waiting}))),
+        (Some(waiting), None) => events[0].data["sleeps"] = waiting[0]["id"].clone(),
+        (None, _) => {}
     }
     let planned = usize::try_from(first).ok().and_then(|first| context.playbook.step(first));
     let timeout = planned.map_or(STEP_TIMEOUT, |step| step.timeout);
@@ -415,9 +415,7 @@ async fn insert(pool: &PgPool, waker: &Waker, all: &[Prepared]) -> Result<Vec<Da
     let mut tries = 0;
     loop {
         match repeating(|| insert_once(pool, waker, all)).await {
-            Err(EngineError::Store(StoreError::Conflict { constraint }))
-                if tries > 0 && ["runs_pkey", "runs_by_id"].contains(&constraint.as_str()) =>
-            {
+            Err(EngineError::Store(StoreError::Conflict { constraint })) if tries > 0 && constraint == "runs_pkey" => {
                 let ids: Vec<(CompanyId, RunId)> = all.iter().map(|p| (p.run.company, p.run.run)).collect();
                 waker.wake();
                 return Ok(runs::started_at(pool, &ids).await?);

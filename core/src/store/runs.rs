@@ -662,6 +662,21 @@ pub async fn job(
     }))
 }
 
+/// When the last thing happened to a run.
+pub async fn last_told(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    run: RunId,
+) -> Result<Option<DateTime<Utc>>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "select at from events where company_id = $1 and run_id = $2 order by seq desc limit 1",
+        company.0,
+        run.0,
+    )
+    .fetch_optional(executor)
+    .await?)
+}
+
 /// The live jobs of the steps of a run that form a graph.
 pub async fn node_jobs(
     executor: impl Executor<'_, Database = Postgres>,

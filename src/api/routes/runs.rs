@@ -670,7 +670,12 @@ async fn waiting_on(
         let at = other["index"].as_i64();
         let job = jobs.iter().find(|job| job.kind == "timer" && at.is_none_or(|at| i64::from(job.step) == at));
         let step = job.and_then(|job| steps.iter().find(|step| step.step == job.step));
-        if let Some(since) = step.and_then(|step| step.started_at) {
+        // A pause has no row, but of a graph: it began when it was told of.
+        let since = match (r#type, at) {
+            ("timer", None) => runs::last_told(&mut *tx, company, run.run).await?,
+            _ => step.and_then(|step| step.started_at),
+        };
+        if let Some(since) = since {
             waiting.push(Waiting {
                 r#type,
                 id: other["id"].as_str().unwrap_or_default().to_owned(),

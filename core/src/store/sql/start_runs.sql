@@ -28,12 +28,14 @@ job as (
     from d
 ),
 event as (
+    -- Run by run, so that the indexes grow at their ends.
     insert into events (company_id, id, run_id, seq, event, data)
-    select company_id, event_1_id, run_id, 1, event_1, data_1::jsonb from d where event_1_id is not null
-    union all
-    select company_id, event_2_id, run_id, 2, event_2, data_2::jsonb from d where event_2_id is not null
-    union all
-    select company_id, event_3_id, run_id, 3, event_3, data_3::jsonb from d where event_3_id is not null
+    select d.company_id, e.id, d.run_id, e.seq, e.event, e.data::jsonb
+    from d
+    cross join lateral (
+        values (1, event_1_id, event_1, data_1), (2, event_2_id, event_2, data_2), (3, event_3_id, event_3, data_3)
+    ) as e (seq, id, event, data)
+    where e.id is not null
 ),
 counted as (
     insert into run_deltas (company_id, playbook_id, started, ended, cost_nanos, duration_ms, last_run_at)
