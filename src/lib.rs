@@ -4,6 +4,7 @@ pub mod api;
 pub mod bench;
 pub mod cli;
 pub mod dev;
+pub mod doctor;
 pub mod keys;
 pub mod out;
 pub mod serve;

@@ -7,6 +7,7 @@ use capx::cli::client::{Client, ServerArgs};
 use capx::cli::exit::{self, Exit};
 use capx::cli::playbook::PlaybookCommand;
 use capx::cli::run::RunCommand;
+use capx::doctor::{self, DoctorArgs};
 use capx::keys::KeysCommand;
 use capx::serve::{self, DatabaseArgs, WorkerArgs};
 use capx::{bench, cli, dev, keys, telemetry};
@@ -92,6 +93,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show every limit with its name and default.
+    Doctor(DoctorArgs),
     /// Measure this machine: jobs, steps, enqueues, latencies, idle cost, the API.
     Bench(bench::BenchArgs),
 }
@@ -168,6 +171,10 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Run { server, command } => cli::run::run(&Client::new(server)?, command).await,
         Command::Approval { server, command } => cli::approval::run(&Client::new(server)?, command).await,
         Command::Status { server, json } => cli::status::run(&Client::new(server)?, json).await,
+        Command::Doctor(args) => {
+            doctor::run(&args);
+            Ok(())
+        }
         Command::Bench(args) => {
             telemetry::start("warn");
             bench::run(args).await

@@ -1,6 +1,8 @@
 //! Runs: what their steps do, how they fail, and that what is done stays
 //! done.
 
+use std::time::Duration;
+
 use axum::routing::any;
 use capx_core::domain::run::{RunEvent, RunStatus, next};
 use capx_core::store::{events, runs};
@@ -31,7 +33,10 @@ async fn the_weekly_market_report_runs_as_it_is_written() {
     assert_eq!(steps[0].output.as_ref().unwrap()["params"], json!({"depth": "deep", "topic": "AI infrastructure"}));
     let names: Vec<String> =
         events::of_run(&db.pool, company, run, 0, 100).await.unwrap().into_iter().map(|e| e.event).collect();
-    assert_eq!(names, ["playbook.started", "step.completed", "step.completed", "playbook.completed"]);
+    assert_eq!(
+        names,
+        ["playbook.started", "step.completed", "step.completed", "rubric.evaluated", "playbook.completed"]
+    );
     assert_eq!(db.count("select count(*) from jobs where queue = 'steps'").await, 0);
     worker.stop().await;
 }
@@ -252,4 +257,47 @@ async fn the_database_knows_the_same_transitions() {
             assert_eq!(changed.is_ok(), allowed, "{from:?} -> {to:?}: {changed:?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_may_be_slow_but_not_silent() {
+    use axum::body::{Body, Bytes};
+    let db = Db::new().await;
+    let company = db.company(&["n"], "claude", json!({})).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    // A piece each 100 ms, of 40; or one, and then nothing for ever.
+    let pieces = |count: usize, forever: bool| {
+        let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Bytes, std::io::Error>>(1);
+        tokio::spawn(async move {
+            for _ in 0..count {
+                let _ = sender.send(Ok(Bytes::from_static(b"piece "))).await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            if forever {
+                std::future::pending::<()>().await;
+            }
+        });
+        let stream =
+            futures_util::stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
+        Body::from_stream(stream)
+    };
+    let router = axum::Router::new()
+        .route("/slow", any(move || async move { pieces(40, false) }))
+        .route("/silent", any(move || async move { pieces(1, true) }));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let _worker = db.worker(SHORT_LEASE);
+    let step = |path: &str| {
+        format!(
+            "name: {path}\nsteps:\n  - {{action: http.request, params: {{url: '{url}/{path}'}}, timeout: {{idle: 2s}}, retry: 1}}\n"
+        )
+    };
+    let silent = db.playbook(company, &step("silent")).await;
+    let run = db.start(company, silent, json!({})).await;
+    let error = db.until(company, run, RunStatus::Failed).await.error.unwrap();
+    assert_eq!(error["code"], json!("timeout"));
+    assert_eq!(error["message"], json!("nothing came for 2s, the limit of `timeout.idle`"));
+    let slow = db.playbook(company, &step("slow")).await;
+    let run = db.start(company, slow, json!({})).await;
+    db.until(company, run, RunStatus::Completed).await;
 }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use capx_core::domain::address::{Refused, Rules, WrongUrl};
+use capx_core::domain::duration;
 use capx_core::domain::outcome::{ErrorClass, Failure};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::{Client, Method, Url};
@@ -58,6 +59,8 @@ pub struct Call {
     pub idempotency_key: String,
     /// The whole call must be over by then.
     pub timeout: Duration,
+    /// Something must come of it so often.
+    pub idle: Duration,
 }
 
 /// What came back.
@@ -147,20 +150,31 @@ impl Egress {
         // Ours and last, so that no header of a playbook can take its place.
         let key = call.idempotency_key.parse().map_err(|_| Failure::invalid("no valid idempotency key"))?;
         request.headers_mut().insert("idempotency-key", key);
-        let mut response = self.client.execute(request).await.map_err(|error| trouble(&error))?;
+        let mut response = within(call.idle, self.client.execute(request)).await?;
         let headers = response
             .headers()
             .iter()
             .filter_map(|(name, value)| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned())))
             .collect();
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| trouble(&error))? {
+        while let Some(chunk) = within(call.idle, response.chunk()).await? {
             if body.len() + chunk.len() > RESPONSE_BYTES_MAX {
                 return Err(Failure::invalid(format!("the answer is larger than {RESPONSE_BYTES_MAX} bytes")));
             }
             body.extend_from_slice(&chunk);
         }
         Ok(Answer { status: response.status().as_u16(), headers, body })
+    }
+}
+
+/// A part of a call, as long as something comes of it in time.
+async fn within<T>(idle: Duration, part: impl Future<Output = reqwest::Result<T>>) -> Result<T, Failure> {
+    match tokio::time::timeout(idle, part).await {
+        Ok(done) => done.map_err(|error| trouble(&error)),
+        Err(_) => {
+            let idle = duration::written(idle);
+            Err(Failure::new(ErrorClass::Timeout, format!("nothing came for {idle}, the limit of `timeout.idle`")))
+        }
     }
 }
 
@@ -275,6 +289,7 @@ mod tests {
             body: None,
             idempotency_key: "k".into(),
             timeout: Duration::from_secs(5),
+            idle: Duration::from_secs(5),
         };
         let failure = egress.call(call).await.expect_err("refused");
         assert_eq!(failure.class, ErrorClass::Governance, "{}", failure.message);

@@ -73,6 +73,7 @@ async fn turn(hands: &Hands, call: StepCall<'_>, agent: &AgentRow) -> Result<Out
             body: Some((body.to_string().into_bytes(), "application/json")),
             idempotency_key: call.idempotency_key,
             timeout: timeout.min(left),
+            idle: call.idle,
         })
         .await?;
     if let Some(failure) = answer.failure() {

@@ -54,6 +54,8 @@ pub struct StepCall<'a> {
     pub idempotency_key: String,
     /// How long is left.
     pub timeout: Duration,
+    /// How long nothing may come of it.
+    pub idle: Duration,
     /// When the attempt began.
     pub began: Instant,
 }
@@ -130,6 +132,7 @@ impl Hands {
                 work.context.to_grade().is_some(),
             ),
             timeout: job.timeout,
+            idle: step.idle,
             began: Instant::now(),
         };
         if let Some(draft) = work.context.to_grade() {

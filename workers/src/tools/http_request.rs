@@ -29,6 +29,7 @@ pub(super) async fn run(hands: &Hands, call: StepCall<'_>) -> Result<Value, Fail
             body: body(params.get("body")),
             idempotency_key: call.idempotency_key,
             timeout: call.timeout,
+            idle: call.idle,
         })
         .await?;
     if let Some(failure) = answer.failure() {

@@ -230,6 +230,16 @@ fn details(step: &mut Entries) {
     }
     for (name, node) in step {
         match (name.text.as_str(), &mut node.kind) {
+            ("timeout", Kind::Map(inner)) => {
+                inner.retain(|(_, node)| !matches!(node.kind, Kind::Null));
+                inner.iter_mut().for_each(|(_, node)| duration_of(node));
+                order(inner, keys::TIMEOUT);
+                if let [(key, hard)] = inner.as_slice()
+                    && key.text == "hard"
+                {
+                    node.kind = hard.kind.clone();
+                }
+            }
             ("timeout" | "sleep", _) => duration_of(node),
             ("retry" | "wait_for" | "approval", Kind::Map(inner)) => {
                 inner.retain(|(_, node)| !matches!(node.kind, Kind::Null));

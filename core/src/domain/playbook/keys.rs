@@ -32,6 +32,7 @@ const ANY: &str = "true";
 const MAP: &str = r#"{"type": "object"}"#;
 const YES_NO: &str = r#"{"type": "boolean"}"#;
 const DURATION: &str = r##"{"$ref": "#/$defs/duration"}"##;
+const TIMEOUT_SHAPE: &str = r##"{"anyOf": [{"$ref": "#/$defs/duration"}, {"$ref": "#/$defs/timeout"}]}"##;
 const DURATION_OR_TEMPLATE: &str =
     r##"{"anyOf": [{"$ref": "#/$defs/duration"}, {"type": "string", "pattern": "\\$\\{|\\{\\{"}]}"##;
 const TRIES: &str = r#"{"type": "integer", "minimum": 1, "maximum": 100}"#;
@@ -137,7 +138,7 @@ pub const STEP: &[Key] = &[
         "A person must say yes before the step is tried.",
         r##"{"anyOf": [{"enum": ["required", "none", true, false]}, {"$ref": "#/$defs/approval"}]}"##,
     ),
-    key("timeout", "How long one attempt may take.", DURATION),
+    key("timeout", "How long one attempt may take, and how long nothing may come of it.", TIMEOUT_SHAPE),
     key(
         "retry",
         "When and how often a failed attempt is made again.",
@@ -257,7 +258,7 @@ pub const COMPENSATE: &[Key] = &[
     other("with", "params", MAP),
     key("adapter", "Overrides the agent's adapter.", TEXT),
     key("model", "Overrides the agent's model.", TEXT),
-    key("timeout", "How long one attempt may take.", DURATION),
+    key("timeout", "How long one attempt may take, and how long nothing may come of it.", TIMEOUT_SHAPE),
     key(
         "retry",
         "When and how often a failed attempt is made again.",
@@ -280,6 +281,12 @@ pub const APPROVAL: &[Key] = &[
         r#"{"enum": ["reject", "approve", "escalate"]}"#,
     ),
     key("message", "What the approver reads.", TEXT),
+];
+
+/// Of `timeout`.
+pub const TIMEOUT: &[Key] = &[
+    key("hard", "How long one attempt may take; 1h without.", DURATION),
+    key("idle", "How long nothing may come of it; as long as `hard` without.", DURATION),
 ];
 
 /// Of a step's `rubric`, besides its criteria.

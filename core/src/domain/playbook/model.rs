@@ -169,6 +169,8 @@ pub struct Step {
     pub retry: Retry,
     /// How long one attempt may take.
     pub timeout: Duration,
+    /// How long nothing may come of it meanwhile.
+    pub idle: Duration,
     /// A person must say yes before it is tried.
     pub approval: Option<Approval>,
     /// Overrides the agent's adapter.
@@ -333,6 +335,8 @@ pub const RUN_STEPS_MAX: usize = 10_000;
 
 /// The hard limit of one attempt when the step names none.
 pub const STEP_TIMEOUT: Duration = Duration::from_secs(3600);
+/// How long nothing may come of an attempt when the step names no limit at all.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 /// Tries of a step for transient classes when it names none.
 pub const MAX_ATTEMPTS: u32 = 5;
 /// The most tries a step may ask for.

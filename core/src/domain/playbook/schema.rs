@@ -43,6 +43,7 @@ pub fn schema() -> Value {
         "concurrency": of(keys::CONCURRENCY),
         "approval": of(keys::APPROVAL),
         "wait_for": of(keys::WAIT_FOR),
+        "timeout": of(keys::TIMEOUT),
         "rubric": rubric(),
     });
     whole
@@ -90,6 +91,7 @@ mod tests {
             keys::CONCURRENCY,
             keys::SHAPE,
             keys::RUBRIC,
+            keys::TIMEOUT,
             keys::CRITERION,
         ];
         for key in tables.into_iter().flatten() {

@@ -6,10 +6,10 @@ use serde_json::{Map, Value};
 use super::step::{Read, duration_of};
 use super::{Fields, Loader};
 use crate::domain::event::is_event_name;
-use crate::domain::playbook::expr::{self, Expr};
+use crate::domain::playbook::expr::{self, Budget, Expr, Reference, Scope};
 use crate::domain::playbook::keys;
 use crate::domain::playbook::model::{OnFailure, Pause, RUN_STEPS_MAX, StepKind, WAIT_TIMEOUT, WaitFor};
-use crate::domain::playbook::problem::{Pos, did_you_mean};
+use crate::domain::playbook::problem::{Pos, Problem, did_you_mean};
 use crate::domain::playbook::template::Template;
 use crate::domain::playbook::yaml::{Kind, Node};
 
@@ -174,7 +174,24 @@ fn pause(loader: &mut Loader, node: &Node, path: &str) -> Pause {
 /// `if: …`, as text or as a plain `true` or `false`.
 pub(super) fn condition(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> Option<Expr> {
     let node = fields.get("if")?;
-    expression(loader, node, &format!("{path}.if"))
+    let path = format!("{path}.if");
+    let condition = expression(loader, node, &path)?;
+    // What looks nothing up is always the same.
+    let never = condition.references().is_empty() && condition.holds(&Nothing, &mut Budget::default()) == Ok(false);
+    if never {
+        let message = "this never holds, so that the step is never done".to_owned();
+        loader.push(Problem { warning: true, ..Problem::error(node.at, path, message) });
+    }
+    Some(condition)
+}
+
+/// Where nothing can be looked up.
+struct Nothing;
+
+impl Scope for Nothing {
+    fn lookup(&self, _: &Reference) -> Option<(&Value, usize)> {
+        None
+    }
 }
 
 /// An expression, as text or as a plain `true` or `false`.

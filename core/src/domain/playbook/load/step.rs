@@ -15,7 +15,7 @@ use crate::domain::duration;
 use crate::domain::outcome::ErrorClass;
 use crate::domain::playbook::keys;
 use crate::domain::playbook::model::{
-    Approval, InputKind, MAX_ATTEMPTS_MAX, OnFailure, OnTimeout, Retry, STEP_TIMEOUT, Step, StepKind,
+    Approval, IDLE_TIMEOUT, InputKind, MAX_ATTEMPTS_MAX, OnFailure, OnTimeout, Retry, STEP_TIMEOUT, Step, StepKind,
 };
 use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
 use crate::domain::playbook::shape::Shape;
@@ -102,7 +102,7 @@ pub(super) struct How {
     params: Map<String, Value>,
     template: Template,
     retry: Option<Retry>,
-    timeout: Option<Duration>,
+    timeout: (Duration, Duration),
     adapter: Option<String>,
     model: Option<String>,
 }
@@ -118,7 +118,7 @@ pub(super) fn how(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> How {
         params,
         template,
         retry: fields.get("retry").and_then(|n| retry(loader, n, &format!("{path}.retry"))),
-        timeout: fields.get("timeout").and_then(|n| duration_of(loader, n, &format!("{path}.timeout"))),
+        timeout: timeout(loader, fields, &format!("{path}.timeout")),
         adapter: fields.get("adapter").and_then(|n| loader.text(n, &format!("{path}.adapter"))),
         model: fields.get("model").and_then(|n| loader.text(n, &format!("{path}.model"))),
     }
@@ -138,7 +138,8 @@ impl How {
             params: self.params,
             template: self.template,
             retry: self.retry.unwrap_or_default(),
-            timeout: self.timeout.unwrap_or(STEP_TIMEOUT),
+            timeout: self.timeout.0,
+            idle: self.timeout.1,
             approval: None,
             adapter: self.adapter,
             model: self.model,
@@ -204,6 +205,28 @@ pub(super) fn duration_of(loader: &mut Loader, node: &Node, path: &str) -> Optio
             None
         }
     }
+}
+
+/// `timeout: 5m`, or `{hard: 2h, idle: 5m}`: how long an attempt may take, and how long
+/// nothing may come of it. Who says only the first means no other.
+fn timeout(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> (Duration, Duration) {
+    let Some(node) = fields.get("timeout") else { return (STEP_TIMEOUT, IDLE_TIMEOUT) };
+    if !matches!(node.kind, Kind::Map(_)) {
+        let hard = duration_of(loader, node, path).unwrap_or(STEP_TIMEOUT);
+        return (hard, hard);
+    }
+    let Some(fields) = Fields::open(loader, node, path, keys::TIMEOUT, &[]) else {
+        return (STEP_TIMEOUT, IDLE_TIMEOUT);
+    };
+    let mut of = |key: &str| fields.get(key).and_then(|n| duration_of(loader, n, &format!("{path}.{key}")));
+    let (hard, idle) = (of("hard"), of("idle"));
+    let limit = hard.unwrap_or(STEP_TIMEOUT);
+    if let Some(idle) = idle.filter(|idle| *idle > limit) {
+        let (idle, limit) = (duration::written(idle), duration::written(limit));
+        let hint = Some("write a longer `hard`, or a shorter `idle`".to_owned());
+        loader.suggest(node.at, path, format!("`idle` of {idle} is longer than `hard`, {limit}"), hint);
+    }
+    (limit, idle.unwrap_or(limit))
 }
 
 /// `retry: 3`, or a map.
