@@ -57,22 +57,85 @@ impl Drop for Mortal {
     }
 }
 
+/// A playbook, and what a run of it must come to.
+#[derive(Default)]
+struct Drawn {
+    steps: String,
+    /// Ends of steps that are told, those of called runs too.
+    ends: i64,
+    /// Rows of steps that are done.
+    rows: i64,
+    items: i64,
+    effects: usize,
+}
+
+/// What the drawn playbooks call.
+const CALLED: &str = "name: called
+steps:
+  - {id: only, action: http.request, params: {method: POST, url: 'URL/called'}, retry: {initial: 10ms}}
+";
+
+/// Steps of all kinds, one after another or as a graph, now and then with a loop.
+fn draw(random: &mut Seeded, url: &str) -> Drawn {
+    let mut drawn = Drawn::default();
+    let graph = random.below(3) == 0;
+    let count = 2 + random.below(4);
+    for i in 0..count {
+        let needs = match random.below(3) {
+            _ if !graph => String::new(),
+            0 => ", needs: []".to_owned(),
+            _ if i == 0 => ", needs: []".to_owned(),
+            _ => format!(", needs: [s{}]", random.below(i)),
+        };
+        let call =
+            format!("action: http.request, params: {{method: POST, url: '{url}/s{i}'}}, retry: {{initial: 10ms}}");
+        let what = match random.below(7) {
+            0 | 1 => {
+                drawn.effects += 1;
+                call
+            }
+            2 => format!("role: a, action: think, params: {{i: {i}}}"),
+            3 => {
+                let items = 1 + random.below(6);
+                drawn.items += items as i64;
+                drawn.effects += items as usize;
+                let list: Vec<String> = (0..items).map(|item| item.to_string()).collect();
+                format!("for_each: [{}], max_parallel: {}, {call}", list.join(", "), 1 + random.below(3))
+            }
+            4 => "sleep: 5ms".to_owned(),
+            5 => {
+                drawn.effects += 1;
+                drawn.ends += 1;
+                drawn.rows += 1;
+                "playbook: called".to_owned()
+            }
+            _ => {
+                drawn.effects += 1;
+                format!("{call}, rubric: {{tone: 0.5, judge: a}}")
+            }
+        };
+        drawn.steps += &format!("  - {{id: s{i}, {what}{needs}}}\n");
+        drawn.ends += 1;
+        drawn.rows += 1;
+    }
+    if !graph && random.below(2) == 0 {
+        drawn.steps +=
+            &format!("  - {{id: again, action: http.request, params: {{method: POST, url: '{url}/again'}}}}\n");
+        drawn.steps += "  - {goto: again, max_retries: 2}\n";
+        drawn.effects += 3;
+        drawn.ends += 3;
+        // The jump has a row, too.
+        drawn.rows += 2;
+    }
+    drawn
+}
+
 async fn schedule(db: &Db, seed: u64) -> i64 {
     let mut random = Seeded(seed);
     let witness = Witness::start(&[]).await;
     let company = db.company(&["a"], "claude", json!({})).await;
-    let mut effects = 0;
-    let count = 2 + random.below(4);
-    let steps: String = (0..count)
-        .map(|i| {
-            if random.below(2) == 0 {
-                effects += 1;
-                format!("  - {{id: s{i}, action: http.request, params: {{method: POST, url: '{}'}}, retry: {{initial: 10ms}}}}\n", witness.url)
-            } else {
-                format!("  - {{id: s{i}, role: a, action: think, params: {{i: {i}}}}}\n")
-            }
-        })
-        .collect();
+    let Drawn { steps, ends, rows, items, effects } = draw(&mut random, &witness.url);
+    db.playbook(company, &CALLED.replace("URL", &witness.url)).await;
     let playbook = db.playbook(company, &format!("name: schedule-{seed}\nsteps:\n{steps}")).await;
     let mut runs = Vec::new();
     for _ in 0..RUNS {
@@ -96,17 +159,19 @@ async fn schedule(db: &Db, seed: u64) -> i64 {
         db.until(company, *run, RunStatus::Completed).await;
     }
     drop(survivor);
-    let (events, steps): (i64, i64) = sqlx::query_as(
+    let found: (i64, i64, i64) = sqlx::query_as(
         "select (select count(*) from events where company_id = $1 and event = 'step.completed'),
-                (select count(*) from run_steps where company_id = $1 and status = 'completed')",
+                (select count(*) from run_steps where company_id = $1 and status = 'completed'),
+                (select count(*) from run_items where company_id = $1 and status = 'completed')",
     )
     .bind(company.0)
     .fetch_one(&db.pool)
     .await
     .unwrap();
-    let expected = i64::try_from(count).unwrap() * RUNS as i64;
-    assert_eq!((events, steps), (expected, expected), "seed {seed}: a step was lost or completed twice");
-    assert_eq!(witness.calls().len(), effects * RUNS, "seed {seed}: one key an effect");
+    let runs = RUNS as i64;
+    let expected = (ends * runs, rows * runs, items * runs);
+    assert_eq!(found, expected, "seed {seed}: a step or an item was lost or completed twice\n{steps}");
+    assert_eq!(witness.calls().len(), effects * RUNS, "seed {seed}: one key an effect\n{steps}");
     i64::from(witness.calls().values().sum::<u32>()) - (effects * RUNS) as i64
 }
 
