@@ -210,6 +210,15 @@ pub(super) fn id_cursor() -> utoipa::openapi::schema::Object {
     ObjectBuilder::new().schema_type(Type::String).pattern(Some("^[0-9a-f]{32}$")).description(Some(CURSOR)).build()
 }
 
+/// The schema of a cursor of a list that goes by places.
+pub(super) fn number_cursor() -> utoipa::openapi::schema::Object {
+    ObjectBuilder::new()
+        .schema_type(Type::String)
+        .pattern(Some("^(0|[1-9][0-9]{0,8})$"))
+        .description(Some(CURSOR))
+        .build()
+}
+
 /// The schema of a cursor of a feed.
 pub(super) fn place_cursor() -> utoipa::openapi::schema::Object {
     ObjectBuilder::new()

@@ -403,3 +403,49 @@ async fn items_of_lanes_that_were_lost_are_done_by_others() {
     assert_eq!(witness.calls().len(), 5, "one key an item");
     until_idle(&db).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_is_shown_page_by_page_however_large_its_outputs_are() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let company = db.company(&["a"], "claude", json!({})).await;
+    // 30 times 200 KiB are more than a page takes, and more than is kept together.
+    let yaml = "name: large
+inputs: {text: string}
+steps:
+  - id: large
+    for_each: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29]
+    max_parallel: 4
+    on_item_failure: continue
+    action: transform
+    params: {n: '${10 / (item - 7)}', text: '${inputs.text}'}
+";
+    let playbook = db.playbook(company, yaml).await;
+    let run = db.start(company, playbook, json!({"text": "x".repeat(200 * 1024)})).await;
+    db.until(company, run, RunStatus::Completed).await;
+    let (mut places, mut pages, mut cursor) = (Vec::new(), 0, String::new());
+    loop {
+        let (status, body) = api.get(&format!("/v1/runs/{run}/items?limit=100{cursor}")).await;
+        assert_eq!(status, 200, "{}", body["error"]);
+        assert!(body.to_string().len() < 5 * 1024 * 1024);
+        for item in body["data"].as_array().unwrap() {
+            places.push(item["item"].as_i64().unwrap());
+            let done = item["output"]["text"].as_str().is_some_and(|text| text.len() == 200 * 1024);
+            assert_eq!(done, item["status"] == "completed");
+        }
+        pages += 1;
+        if body["meta"]["has_more"] != json!(true) {
+            break;
+        }
+        cursor = format!("&cursor={}", body["meta"]["cursor"].as_str().unwrap());
+    }
+    assert_eq!(places, (0..30).collect::<Vec<_>>());
+    assert_eq!(pages, 2);
+    let (_, failed) = api.get(&format!("/v1/runs/{run}/items?step=large&status=failed")).await;
+    assert_eq!(failed["data"].as_array().unwrap().len(), 1);
+    assert_eq!(failed["data"][0]["item"], json!(7));
+    let (status, body) = api.get(&format!("/v1/runs/{run}/items?step=lagre")).await;
+    assert_eq!(status, 400);
+    assert!(body.to_string().contains("did you mean `large`"), "{body}");
+}

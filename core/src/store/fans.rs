@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
+
 use serde_json::Value;
 use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
@@ -187,6 +189,95 @@ pub async fn load_items(
     )
     .fetch_all(pool)
     .await?)
+}
+
+/// Which items of a run are looked for.
+#[derive(Debug)]
+pub struct ItemFilter<'a> {
+    /// Of which step.
+    pub step: i32,
+    /// `completed` or `failed`; both without.
+    pub status: Option<&'a str>,
+    /// Behind this place.
+    pub after: i32,
+}
+
+/// An item as people read it.
+#[derive(Debug)]
+pub struct ShownItem {
+    /// Its place in the list.
+    pub item: i32,
+    /// `completed` or `failed`.
+    pub status: String,
+    /// Who did it.
+    pub agent: Option<AgentId>,
+    /// Tries so far.
+    pub attempt: i32,
+    /// What it cost.
+    pub cost: Nanos,
+    /// Its output.
+    pub output: Option<Value>,
+    /// Why it failed.
+    pub error: Option<Value>,
+    /// How long its last attempt took.
+    pub duration_ms: i64,
+    /// When it was over.
+    pub ended_at: DateTime<Utc>,
+}
+
+/// Some items of a step, in order, as many as `limit` and as `bytes` of outputs allow, but
+/// one at least; and whether there are more.
+pub async fn page(
+    executor: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    run: RunId,
+    filter: &ItemFilter<'_>,
+    limit: i64,
+    bytes: i64,
+) -> Result<(Vec<ShownItem>, bool), StoreError> {
+    let rows = sqlx::query!(
+        r#"select i.item as "item!", i.status as "status!", i.agent_id, i.attempt as "attempt!", i.cost_nanos as "cost!",
+               i.output, i.error, i.duration_ms as "duration_ms!", i.ended_at as "ended_at!",
+               i.found as "found!"
+           from (
+               select i.*, sum(coalesce(i.bytes, octet_length(i.output::text), 0)) over (order by i.item) as total,
+                   row_number() over (order by i.item) as place, count(*) over () as found
+               from (
+                   select * from run_items
+                   where company_id = $1 and run_id = $2 and step = $3 and item > $4 and ($5::text is null or status = $5)
+                   order by item limit $6::bigint + 1
+               ) i
+           ) i
+           where i.total <= $7 or i.place = 1
+           order by i.item"#,
+        company.0,
+        run.0,
+        filter.step,
+        filter.after,
+        filter.status,
+        limit,
+        bytes,
+    )
+    .fetch_all(executor)
+    .await?;
+    let found = rows.first().map_or(0, |row| row.found);
+    let mut shown: Vec<ShownItem> = rows
+        .into_iter()
+        .map(|row| ShownItem {
+            item: row.item,
+            status: row.status,
+            agent: row.agent_id.map(AgentId),
+            attempt: row.attempt,
+            cost: Nanos(row.cost),
+            output: row.output,
+            error: row.error,
+            duration_ms: row.duration_ms,
+            ended_at: row.ended_at,
+        })
+        .collect();
+    shown.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+    let more = found > shown.len() as i64;
+    Ok((shown, more))
 }
 
 /// One attempt at an item, decided.

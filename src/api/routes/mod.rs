@@ -10,6 +10,7 @@ pub(super) mod fleet;
 pub(super) mod keys;
 pub(super) mod playbooks;
 pub(super) mod run_changes;
+pub(super) mod run_items;
 pub(super) mod runs;
 pub(super) mod signals;
 pub(super) mod tasks;
