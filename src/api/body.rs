@@ -291,7 +291,7 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Query<T
         let mut given: Vec<(String, String)> = Vec::new();
         for (name, value) in form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes()) {
             if value.contains(SEPARATOR) || value.contains('\u{fffd}') {
-                return Err(ApiError::field(name, "must be text in UTF-8 without control characters"));
+                return Err(ApiError::field(name, "must be text in UTF-8, without U+001F and U+FFFD"));
             }
             match given.iter_mut().find(|(known, _)| *known == name) {
                 None => given.push((name.into_owned(), value.into_owned())),

@@ -117,6 +117,7 @@ pub fn router(mut state: ApiState) -> Router {
 pub fn document(state: &ApiState) -> serde_json::Value {
     let mut document = serde_json::to_value(v1(state).finish().1).unwrap_or_default();
     openapi::optional_bodies(&mut document);
+    openapi::plain_texts(&mut document);
     // Extensions have no order of their own.
     document.sort_all_objects();
     document

@@ -195,6 +195,21 @@ pub(super) fn optional_bodies(document: &mut serde_json::Value) {
     }
 }
 
+/// What every query is asked is said of each filter that is any text at all: no NUL, no
+/// separator of our own, and UTF-8.
+pub(super) fn plain_texts(document: &mut serde_json::Value) {
+    let paths = document["paths"].as_object_mut().into_iter().flat_map(|paths| paths.values_mut());
+    let operations = paths.filter_map(serde_json::Value::as_object_mut).flat_map(|path| path.values_mut());
+    let parameters = operations.filter_map(|operation| operation.get_mut("parameters")?.as_array_mut()).flatten();
+    for parameter in parameters.filter(|parameter| parameter["in"] == "query") {
+        let Some(schema) = parameter["schema"].as_object_mut() else { continue };
+        let is_text = schema.get("type").is_some_and(|of| of == "string");
+        if is_text && !schema.contains_key("enum") && !schema.contains_key("pattern") {
+            schema.insert("pattern".into(), r"^[^\u0000\u001f\ufffd]*$".into());
+        }
+    }
+}
+
 /// The schema of a field that names one of a few, or nothing.
 pub(super) fn names_or_null(known: &[&str], description: &str) -> utoipa::openapi::schema::Object {
     let values = known.iter().map(|name| serde_json::Value::from(*name)).chain([serde_json::Value::Null]);
