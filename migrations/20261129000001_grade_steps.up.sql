@@ -8,7 +8,9 @@ create table run_grades (
     -- How often the run had jumped.
     round integer not null,
     stage text not null
-        constraint run_grades_stage check (stage in ('drafted', 'returned', 'escalated', 'accepted', 'passed', 'blocked')),
+        constraint run_grades_stage check (stage in (
+            'drafted', 'returned', 'escalated', 'accepted', 'rejected', 'expired', 'passed', 'blocked'
+        )),
     -- Drafts so far.
     drafts integer not null,
     -- How often the step was done anew, since it began or was retried.

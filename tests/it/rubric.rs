@@ -91,6 +91,13 @@ impl Stage {
         found.bind(run.0).bind(name).fetch_all(&self.db.pool).await.unwrap()
     }
 
+    /// The time of the run's gate is over.
+    async fn expire(&self, run: RunId) {
+        let over = "update jobs set due_at = now() where kind = 'gate_timeout' and ref_id = $1";
+        let over = sqlx::query(over).bind(run.0).execute(&self.db.pool).await.unwrap();
+        assert_eq!(over.rows_affected(), 1);
+    }
+
     async fn gate(&self, run: RunId) -> ApprovalId {
         let gate = sqlx::query_scalar("select id from approvals where run_id = $1 and status = 'pending'");
         ApprovalId(gate.bind(run.0).fetch_one(&self.db.pool).await.unwrap())
@@ -201,7 +208,7 @@ async fn a_person_decides_about_what_is_below_the_composite_threshold() {
         assert_eq!(stage.shown(run).await["steps"][0]["output"], json!({"text": "so so"}));
     }
     assert_eq!(stage.agent.actions(), ["write", "rubric.grade", "write", "rubric.grade"], "nothing is done again");
-    // A refusal fails the step; whoever retries asks about the same draft again.
+    // A refusal fails the step; whoever retries has another draft made, with what was said.
     let run = stage.start(&(draft(rubric) + "  - {id: after, action: transform}\n")).await;
     stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
     let no = Verdict::Reject { feedback: "dull".into() };
@@ -209,6 +216,15 @@ async fn a_person_decides_about_what_is_below_the_composite_threshold() {
     let row = stage.db.until(stage.company, run.1, RunStatus::Failed).await;
     assert!(row.error.unwrap()["message"].as_str().unwrap().contains("dull"));
     let path = format!("/v1/companies/{}/playbooks/{}/runs/{}", stage.company, run.0, run.1);
+    assert_eq!(stage.shown(run).await["steps"][0]["rubric"]["decision"], json!("reject"));
+    assert_eq!(stage.api.post(&format!("{path}/retry"), json!({})).await.0, 200);
+    stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
+    assert_eq!(stage.agent.actions().len(), 8);
+    assert_eq!(stage.agent.body(6)["feedback"]["feedback"], json!("dull"));
+    // Where nobody decides, the same draft is asked about again.
+    stage.expire(run.1).await;
+    let row = stage.db.until(stage.company, run.1, RunStatus::Failed).await;
+    assert!(row.error.unwrap()["message"].as_str().unwrap().contains("expired"));
     assert_eq!(stage.api.post(&format!("{path}/retry"), json!({})).await.0, 200);
     stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
     // An accepted draft outlives everybody.
@@ -216,14 +232,68 @@ async fn a_person_decides_about_what_is_below_the_composite_threshold() {
     stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None }).await.unwrap();
     let _worker = stage.db.worker(SHORT_LEASE);
     stage.db.until(stage.company, run.1, RunStatus::Completed).await;
-    assert_eq!(stage.agent.actions().len(), 6, "nothing is done again");
+    assert_eq!(stage.agent.actions().len(), 8, "nothing is done again");
     // A replay takes the score along.
     let (status, body) = stage.api.post(&format!("{path}/replay"), json!({"from_step": "after"})).await;
     assert_eq!(status, 201, "{body}");
     let again: RunId = body["data"]["run_id"].as_str().unwrap().parse().unwrap();
     stage.db.until(stage.company, again, RunStatus::Completed).await;
     assert_eq!(stage.shown((run.0, again)).await["steps"][0]["score"], json!(0.76));
-    assert_eq!(stage.agent.actions().len(), 6);
+    assert_eq!(stage.agent.actions().len(), 8);
+    stage.db.assert_nothing_stranded().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_draft_that_was_turned_down_holds_nobody_up_who_comes_later() {
+    let stage = Stage::new(json!({
+        "write": [{"text": "so so"}, {"text": "better"}],
+        "rubric.grade": [{"scores": {"quality": 0.5}}],
+    }))
+    .await;
+    let _worker = stage.db.worker(SHORT_LEASE);
+    // A loop comes by again, and makes another draft.
+    let rubric = "judge: editor, quality: {threshold: 0.8, on_fail: escalate}";
+    let yaml = draft(rubric).replace("rubric", "on_failure: continue, rubric")
+        + "  - {id: again, goto: draft, if: steps.draft.error, max_retries: 2}\n"
+        + "output: '${steps.draft.output.text}'\n";
+    let run = stage.start(&yaml).await;
+    stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
+    let first = stage.gate(run.1).await;
+    stage.db.decide(first, &Verdict::Reject { feedback: "dull".into() }).await.unwrap();
+    eventually("another gate", || async {
+        let pending = "select count(*) from approvals where status = 'pending'";
+        stage.db.count(pending).await == 1
+    })
+    .await;
+    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None }).await.unwrap();
+    let row = stage.db.until(stage.company, run.1, RunStatus::Completed).await;
+    assert_eq!(row.output, Some(json!("better")));
+    assert_eq!(stage.agent.actions(), ["write", "rubric.grade", "write", "rubric.grade"]);
+    // In a graph, whoever retries the run has another draft made; the gate before the
+    // step, which was opened, stays open.
+    let yaml = draft(rubric).replace("rubric", "needs: [], approval: required, rubric")
+        + "  - {id: other, needs: [], action: transform}\n";
+    let run = stage.start(&yaml).await;
+    stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
+    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None }).await.unwrap();
+    let drafted = || async { stage.agent.actions().len() };
+    eventually("a draft", || async { drafted().await == 6 }).await;
+    stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
+    stage.db.decide(stage.gate(run.1).await, &Verdict::Reject { feedback: "flat".into() }).await.unwrap();
+    stage.db.until(stage.company, run.1, RunStatus::Failed).await;
+    let path = format!("/v1/companies/{}/playbooks/{}/runs/{}", stage.company, run.0, run.1);
+    assert_eq!(stage.api.post(&format!("{path}/retry"), json!({})).await.0, 200);
+    eventually("another draft", || async { drafted().await == 8 }).await;
+    assert_eq!(stage.agent.body(6)["feedback"]["feedback"], json!("flat"));
+    stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
+    // Nobody decides in time: the same draft is asked about again.
+    stage.expire(run.1).await;
+    stage.db.until(stage.company, run.1, RunStatus::Failed).await;
+    assert_eq!(stage.api.post(&format!("{path}/retry"), json!({})).await.0, 200);
+    stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
+    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None }).await.unwrap();
+    stage.db.until(stage.company, run.1, RunStatus::Completed).await;
+    assert_eq!(drafted().await, 8);
     stage.db.assert_nothing_stranded().await;
 }
 

@@ -12,7 +12,7 @@ use sqlx::PgConnection;
 use super::{Engine, EngineError, repeating};
 use crate::domain::event::{APPROVAL_ESCALATED, APPROVAL_RESOLVED, Event, PLAYBOOK_FAILED, PLAYBOOK_RESUMED};
 use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, RunId};
-use crate::domain::plan::{Gate, RunContext};
+use crate::domain::plan::{Gate, RunContext, Stage};
 use crate::domain::playbook::model::{OnTimeout, STEP_TIMEOUT, Step};
 use crate::failpoint;
 use crate::store::approvals::{ApprovalRow, NewApproval};
@@ -149,15 +149,20 @@ async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, E
         json!({"approval_id": gate.approval, "decision": status, "by": by, "feedback": words}),
     );
     events::append_to_run(&mut *tx, gate.company, gate.run, &resolved).await?;
+    if is_of_draft(gate) {
+        let stage = match *status {
+            "approved" => Stage::Accepted,
+            "rejected" => Stage::Rejected,
+            _ => Stage::Expired,
+        };
+        grades::settle(tx, gate.company, gate.run, gate.step, stage, *words).await?;
+    }
     // A refusal is an attempt that fails, where it is not the end of the run.
     if *status == "approved" || *goes_on {
         let timeout = step.as_ref().map_or(STEP_TIMEOUT, |step| step.timeout);
         let resumed = Event::new(PLAYBOOK_RESUMED, json!({"approval_id": gate.approval}));
         events::append_to_run(&mut *tx, gate.company, gate.run, &resumed).await?;
         approvals::release_gate_job(tx, gate.job, timeout).await?;
-        if *status == "approved" {
-            grades::accept(tx, gate.company, gate.run, gate.step).await?;
-        }
         approvals::resume_run(tx, gate.company, gate.run, gate.step).await?;
         return Ok(true);
     }
@@ -173,6 +178,11 @@ async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, E
     events::append_to_run(&mut *tx, gate.company, gate.run, &failed).await?;
     approvals::delete_job(tx, gate.job).await?;
     Ok(approvals::fail_run(tx, gate.company, gate.run, gate.step, &error).await?)
+}
+
+/// Whether it is about what a step has said, and not about whether it may begin.
+fn is_of_draft(gate: &ApprovalRow) -> bool {
+    gate.context.get("rubric").is_some()
 }
 
 /// The step that a gate stands before, by the version the run is pinned to, and

@@ -70,7 +70,7 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
     load_waits(engine, claimed, &mut contexts).await?;
     let mut drafts = load_grades(engine, &mut contexts).await?;
     let mut fans = load_fans(engine, claimed, &contexts).await?;
-    let mut refusals = load_refusals(engine, claimed, &contexts).await?;
+    let mut refusals = load_refusals(engine, claimed, &contexts, &drafts).await?;
     let mut children = load_children(engine, claimed, &contexts).await?;
     let lists = lists(claimed, &contexts);
     let agents = load_agents(engine, contexts.values()).await?;
@@ -271,18 +271,24 @@ async fn load_waiting(
     Ok(())
 }
 
-/// Which gates before steps have stayed shut, where that is not the end of the run.
+/// Which gates have stayed shut before steps, or about what they have said, where that is
+/// not the end of the run.
 async fn load_refusals(
     engine: &Engine,
     claimed: &[&ClaimedJob],
     contexts: &HashMap<Uuid, RunContext>,
+    drafts: &HashMap<(Uuid, i32), Draft>,
 ) -> Result<HashMap<(Uuid, i32), Refusal>, EngineError> {
     let gated = claimed.iter().filter_map(|job| {
         let context = contexts.get(&job.ref_id?)?;
         let at = usize::try_from(job.step).ok()?;
         let step = context.playbook.step(at)?;
-        let asks = step.approval.is_some() || step.rubric.is_some();
-        (asks && context.playbook.takes_refusals(at)).then_some((context.company, context.run, job.step))
+        let of_draft = match drafts.get(&(context.run.0, job.step)) {
+            Some(draft) => draft.is_turned_down().then_some(true),
+            None => step.approval.is_some().then_some(false),
+        };
+        let takes = context.playbook.takes_refusals(at);
+        of_draft.filter(|_| takes).map(|of_draft| (context.company, context.run, job.step, of_draft))
     });
     let gated: Vec<_> = gated.collect();
     if gated.is_empty() {

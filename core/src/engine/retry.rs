@@ -77,15 +77,19 @@ pub async fn retry_run(
         timeout: planned.map_or(STEP_TIMEOUT, |step| step.timeout),
         waiting_on: waiting.as_ref().map(Value::to_string),
     };
+    let mut anew = vec![step];
     if turns {
         // Several may have failed before the run had.
         let aborts = |(_, step): &(usize, &Step)| step.on_failure == OnFailure::Abort;
         let again: Vec<i32> = plan.steps.iter().enumerate().filter(aborts).map(|(at, _)| place_of(at)).collect();
-        for step in nodes::reset(tx, company, run, &again).await? {
-            fans::forget(tx, company, run, step).await?;
-        }
+        anew.extend(nodes::reset(tx, company, run, &again).await?);
     }
-    fans::forget(tx, company, run, step).await?;
+    for step in &anew {
+        fans::forget(tx, company, run, *step).await?;
+    }
+    if plan.grades() {
+        grades::reopen(tx, company, run, &anew).await?;
+    }
     children::forget(tx, company, run).await?;
     let job = runs::retry(tx, company, run, &retry).await?.ok_or(EngineError::NotFound("run"))?;
     let resumed = json!({"step": planned.map(|step| &step.id), "index": step, "by": by});

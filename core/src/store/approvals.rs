@@ -281,7 +281,8 @@ pub async fn pending_of(
     .map(ApprovalId))
 }
 
-/// The last gate before a step, whatever became of it.
+/// The last gate before a step, whatever became of it. One about what the step has said
+/// is none.
 pub async fn latest_of(
     tx: &mut PgConnection,
     company: CompanyId,
@@ -289,7 +290,8 @@ pub async fn latest_of(
     step: i32,
 ) -> Result<Option<(ApprovalId, String)>, StoreError> {
     let row = sqlx::query!(
-        "select id, status from approvals where run_id = $1 and step = $2 and company_id = $3
+        "select id, status from approvals
+         where run_id = $1 and step = $2 and company_id = $3 and not context ? 'rubric'
          order by id desc limit 1",
         run.0,
         step,
@@ -300,23 +302,26 @@ pub async fn latest_of(
     Ok(row.map(|row| (ApprovalId(row.id), row.status)))
 }
 
-/// The gates before some steps that stayed shut, by run and step: of each the last.
+/// The gates that stayed shut, by run and step: of each step the last one before it, or
+/// the last about what it has said.
 pub async fn refusals(
     pool: &PgPool,
-    steps: &[(CompanyId, RunId, i32)],
+    steps: &[(CompanyId, RunId, i32, bool)],
 ) -> Result<Vec<((Uuid, i32), Refusal)>, StoreError> {
     let rows = sqlx::query!(
         r#"select k.run_id as "run!", k.step as "step!", a.id, a.status, a.note
-         from unnest($1::uuid[], $2::uuid[], $3::integer[]) as k (company_id, run_id, step)
+         from unnest($1::uuid[], $2::uuid[], $3::integer[], $4::boolean[]) as k (company_id, run_id, step, of_draft)
          cross join lateral (
              select a.* from approvals a
              where a.run_id = k.run_id and a.step = k.step and a.company_id = k.company_id
+                 and (a.context ? 'rubric') = k.of_draft
              order by a.id desc limit 1
          ) a
          where a.status in ('rejected', 'expired')"#,
         &steps.iter().map(|(company, ..)| company.0).collect::<Vec<_>>(),
-        &steps.iter().map(|(_, run, _)| run.0).collect::<Vec<_>>(),
-        &steps.iter().map(|(.., step)| *step).collect::<Vec<_>>(),
+        &steps.iter().map(|(_, run, ..)| run.0).collect::<Vec<_>>(),
+        &steps.iter().map(|(.., step, _)| *step).collect::<Vec<_>>(),
+        &steps.iter().map(|(.., of_draft)| *of_draft).collect::<Vec<_>>(),
     )
     .fetch_all(pool)
     .await?;

@@ -93,14 +93,44 @@ pub async fn of_runs(pool: &PgPool, runs: &[(CompanyId, RunId)]) -> Result<Vec<G
         .collect()
 }
 
-/// A person has taken the draft of a step, if it waited for that.
-pub async fn accept(tx: &mut PgConnection, company: CompanyId, run: RunId, step: i32) -> Result<(), StoreError> {
+/// What has become of the draft that waited for a person, with what was said.
+pub async fn settle(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    step: i32,
+    stage: Stage,
+    words: Option<&str>,
+) -> Result<(), StoreError> {
     sqlx::query!(
-        "update run_grades set stage = 'accepted'
-         where company_id = $1 and run_id = $2 and step = $3 and stage = 'escalated'",
+        r#"update run_grades
+           set stage = $4::text,
+               evaluation = case when $4 = 'rejected'
+                   then evaluation || jsonb_build_object('decision', 'reject', 'feedback', $5::text)
+                   else evaluation end
+           where company_id = $1 and run_id = $2 and step = $3 and stage = 'escalated'"#,
         company.0,
         run.0,
         step,
+        stage.as_str(),
+        words,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Steps whose drafts were turned down are tried anew: a person is asked again where
+/// nobody had decided, and another draft is made where somebody had.
+pub async fn reopen(tx: &mut PgConnection, company: CompanyId, run: RunId, steps: &[i32]) -> Result<(), StoreError> {
+    sqlx::query!(
+        "update run_grades
+         set stage = case when stage = 'expired' then 'escalated' else 'blocked' end,
+             output = case when stage = 'expired' then output end, returns = 0
+         where company_id = $1 and run_id = $2 and step = any ($3) and stage in ('expired', 'rejected')",
+        company.0,
+        run.0,
+        steps,
     )
     .execute(tx)
     .await?;

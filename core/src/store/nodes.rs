@@ -171,7 +171,7 @@ pub async fn opened(pool: &PgPool, runs: &[(CompanyId, RunId)]) -> Result<Vec<(U
            from unnest($1::uuid[], $2::uuid[]) as k (company_id, run_id)
            cross join lateral (
                select distinct on (a.step) a.step, a.status from approvals a
-               where a.run_id = k.run_id and a.company_id = k.company_id
+               where a.run_id = k.run_id and a.company_id = k.company_id and not a.context ? 'rubric'
                order by a.step, a.id desc
            ) a
            where a.status = 'approved'"#,

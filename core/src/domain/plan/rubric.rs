@@ -25,6 +25,10 @@ pub enum Stage {
     Escalated,
     /// A person has taken the draft.
     Accepted,
+    /// A person does not want the draft: the step fails.
+    Rejected,
+    /// Nobody has decided about the draft in time: the step fails.
+    Expired,
     /// Its draft is good enough.
     Passed,
     /// It has given up.
@@ -37,6 +41,8 @@ impl Stage {
         ("returned", Self::Returned),
         ("escalated", Self::Escalated),
         ("accepted", Self::Accepted),
+        ("rejected", Self::Rejected),
+        ("expired", Self::Expired),
         ("passed", Self::Passed),
         ("blocked", Self::Blocked),
     ];
@@ -65,6 +71,13 @@ pub struct Draft {
     pub output: Option<Value>,
     /// What it came to.
     pub evaluation: Option<Value>,
+}
+
+impl Draft {
+    /// A person was asked about it, and it was not taken.
+    pub fn is_turned_down(&self) -> bool {
+        matches!(self.stage, Stage::Rejected | Stage::Expired)
+    }
 }
 
 /// What has come of grading, besides the step's outcome.

@@ -160,7 +160,8 @@ impl Rubric {
 }
 
 impl Evaluation {
-    /// As it is stored and told. `decision` is `pass`, `retry`, `escalate` or `block`.
+    /// As it is stored and told. `decision` is `pass`, `retry`, `escalate` or `block`, and
+    /// `reject` after a person has said no.
     pub fn to_json(&self, decision: &str, draft: u32, composite_threshold: Option<f64>) -> Value {
         let mut told = Map::new();
         told.insert("score".into(), self.score.into());
