@@ -11,7 +11,7 @@ use capx_core::domain::playbook::rubric::{CRITERIA_MAX, RETRIES, RETRIES_MAX};
 use capx_core::domain::playbook::{INPUTS_MAX, STEPS_MAX, YAML_BYTES_MAX, YAML_DEPTH_MAX};
 use capx_core::domain::schedule::{CATCH_UP_MAX, JITTER_MAX};
 use capx_core::domain::storable::OUTPUT_BYTES_MAX;
-use capx_core::domain::{backoff, playbook::expr};
+use capx_core::domain::{backoff, playbook::expr, secret};
 use capx_core::engine::slots::QUEUED_MAX;
 use capx_core::engine::start::PARAMS_BYTES_MAX;
 use capx_workers::WorkerConfig;
@@ -85,6 +85,9 @@ fn limits() -> Vec<Limit> {
         ("approval, then it is rejected", time(APPROVAL_TIMEOUT), "approval.timeout, on_timeout"),
         ("concurrency, runs at once at most", CONCURRENCY_MAX.to_string(), "concurrency.limit"),
         ("concurrency, runs that wait", QUEUED_MAX.to_string(), ""),
+        ("secret, bytes", bytes(secret::VALUE_BYTES_MAX), ""),
+        ("secrets of a company", secret::SECRETS_MAX.to_string(), ""),
+        ("secrets of a playbook", secret::NAMED_MAX.to_string(), ""),
         ("schedule, missed fires made up for", "the latest".into(), "trigger.catch_up"),
         ("schedule, missed fires at most", CATCH_UP_MAX.to_string(), ""),
         ("schedule, jitter at most", time(JITTER_MAX), ""),

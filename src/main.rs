@@ -7,6 +7,7 @@ use capx::cli::client::{Client, ServerArgs};
 use capx::cli::exit::{self, Exit};
 use capx::cli::playbook::PlaybookCommand;
 use capx::cli::run::RunCommand;
+use capx::cli::secret::SecretCommand;
 use capx::doctor::{self, DoctorArgs};
 use capx::keys::KeysCommand;
 use capx::serve::{self, DatabaseArgs, WorkerArgs};
@@ -84,6 +85,14 @@ enum Command {
         #[command(subcommand)]
         command: ApprovalCommand,
     },
+    /// Set what `${secrets.NAME}` gives to tools.
+    #[command(after_help = exit::HELP)]
+    Secret {
+        #[command(flatten)]
+        server: ServerArgs,
+        #[command(subcommand)]
+        command: SecretCommand,
+    },
     /// Show what there is, what is under way, and what stands still and why.
     #[command(after_help = exit::HELP)]
     Status {
@@ -137,20 +146,22 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             telemetry::start("info");
             let url = database.url()?;
             let stop = serve::stop_signal()?;
+            let keyring = serve::keyring()?;
             serve::check_database(&store::pool(&url, PoolKind::Owner, 1)?).await?;
             let listener = serve::listen(&bind).await?;
             tracing::info!(address = %listener.local_addr()?, "the API listens");
-            serve::api(listener, serve::api_state(&url, serve::metrics()?, stop)?).await
+            serve::api(listener, serve::api_state(&url, keyring, serve::metrics()?, stop)?).await
         }
         Command::Worker { database, worker, bind } => {
             telemetry::start("info");
             let url = database.url()?;
             let stop = serve::stop_signal()?;
+            let keyring = serve::keyring()?;
             serve::check_database(&store::pool(&url, PoolKind::Owner, 1)?).await?;
             if let Some(bind) = bind {
                 serve::health(&url, &bind, &stop).await?;
             }
-            let worker = serve::worker(&url, &worker, false)?;
+            let worker = serve::worker(&url, &worker, keyring, false)?;
             tracing::info!("the worker runs");
             worker.run(stop).await?;
             Ok(())
@@ -170,6 +181,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Playbook { server, command } => cli::playbook::run(server, command).await,
         Command::Run { server, command } => cli::run::run(&Client::new(server)?, command).await,
         Command::Approval { server, command } => cli::approval::run(&Client::new(server)?, command).await,
+        Command::Secret { server, command } => cli::secret::run(server, command).await,
         Command::Status { server, json } => cli::status::run(&Client::new(server)?, json).await,
         Command::Doctor(args) => {
             doctor::run(&args);

@@ -7,6 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use capx_core::domain::address::Rules;
 use capx_core::domain::duration;
+use capx_core::domain::secret::seal::Keys;
+use capx_core::engine::secrets::Keyring;
 use capx_core::engine::{Engine, Waker};
 use capx_core::store::{self, PoolKind, SchemaState};
 use capx_workers::adapters::Providers;
@@ -119,6 +121,27 @@ pub fn egress_rules(dev: bool) -> anyhow::Result<Rules> {
     Ok(if dev { rules.with_loopback() } else { rules })
 }
 
+/// The keys that seal secrets: of the file CAPX_SECRETS_KEY_FILE, or in
+/// CAPX_SECRETS_KEYS; none where neither is set.
+pub fn keyring() -> anyhow::Result<Keyring> {
+    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    match (set("CAPX_SECRETS_KEY_FILE"), set("CAPX_SECRETS_KEYS")) {
+        (Some(path), _) => {
+            Keyring::of_file(path.into()).map_err(|error| anyhow::anyhow!("CAPX_SECRETS_KEY_FILE: {error}"))
+        }
+        (None, Some(keys)) => Ok(Keyring::fixed(Keys::parse(&keys).context("CAPX_SECRETS_KEYS")?)),
+        (None, None) => Ok(Keyring::default()),
+    }
+}
+
+/// Seals all secrets with the first of the keys; how many there were, and its id.
+pub async fn reseal(database: &DatabaseArgs) -> anyhow::Result<(u64, String)> {
+    let keys = keyring()?.keys();
+    let pool = store::pool(&database.url()?, PoolKind::Owner, 1)?;
+    let done = capx_core::engine::secrets::reseal(&mut *pool.acquire().await?, &keys).await?;
+    Ok((done, keys.first().unwrap_or_default().to_owned()))
+}
+
 /// Refuses a database that would lose what it has acknowledged, or whose
 /// tables are older than this program.
 pub async fn check_database(pool: &PgPool) -> anyhow::Result<()> {
@@ -143,11 +166,11 @@ pub async fn check_database(pool: &PgPool) -> anyhow::Result<()> {
 const WORKER_CONNECTIONS: u32 = 8;
 
 /// A worker over a database.
-pub fn worker(url: &str, args: &WorkerArgs, dev: bool) -> anyhow::Result<Worker> {
+pub fn worker(url: &str, args: &WorkerArgs, keyring: Keyring, dev: bool) -> anyhow::Result<Worker> {
     let pool = store::pool(url, PoolKind::Queue, WORKER_CONNECTIONS)?;
     let waker = Waker::start(url);
     let claims = store::pool(url, PoolKind::Claims, 1)?;
-    let engine = Engine::new(pool.clone()).with_claims(claims).with_waker(waker);
+    let engine = Engine::new(pool.clone()).with_claims(claims).with_waker(waker).with_keyring(keyring);
     Ok(Worker::new(engine, url, args.config(), args.hands(dev)?).listening(pool))
 }
 
@@ -190,10 +213,15 @@ pub fn connections(workers: u32) -> u32 {
 }
 
 /// What the API needs of a database.
-pub fn api_state(url: &str, metrics: PrometheusHandle, stopping: CancellationToken) -> anyhow::Result<ApiState> {
+pub fn api_state(
+    url: &str,
+    keyring: Keyring,
+    metrics: PrometheusHandle,
+    stopping: CancellationToken,
+) -> anyhow::Result<ApiState> {
     let pool = store::pool(url, PoolKind::Requests, SYSTEM_CONNECTIONS)?;
     let hub = Hub::start(pool.clone());
-    let engine = Engine::new(pool).with_waker(Waker::start(url)).with_group_commit();
+    let engine = Engine::new(pool).with_waker(Waker::start(url)).with_keyring(keyring).with_group_commit();
     let proxies = std::env::var("CAPX_TRUSTED_PROXIES").unwrap_or_default();
     Ok(ApiState {
         engine,

@@ -3,6 +3,7 @@
 
 use std::io::IsTerminal;
 
+use capx_workers::runtime::panics;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::FmtSpan;
 
@@ -24,4 +25,5 @@ pub fn start(default: &str) {
     } else {
         builder.json().flatten_event(true).with_current_span(true).with_span_list(false).init();
     }
+    panics::install_hook();
 }

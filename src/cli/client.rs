@@ -87,6 +87,11 @@ impl Client {
         self.send(Method::POST, path, Some(body)).await
     }
 
+    /// Deletes what is at a path.
+    pub async fn delete(&self, path: &str) -> anyhow::Result<Value> {
+        self.send(Method::DELETE, path, Some(Value::Object(serde_json::Map::new()))).await
+    }
+
     async fn send(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Value> {
         let key = Uuid::now_v7().to_string();
         let mut pause = PAUSE;
@@ -162,9 +167,14 @@ impl Client {
     /// All that a list holds, page by page, of the company that was named or of all;
     /// `query` is what it is asked with.
     pub async fn all(&self, what: &str, query: &str) -> anyhow::Result<Value> {
+        self.pages(&format!("{}/{what}", self.scope()), query).await
+    }
+
+    /// The same of the list at a path.
+    pub async fn pages(&self, path: &str, query: &str) -> anyhow::Result<Value> {
         let (mut all, mut cursor) = (Vec::new(), String::new());
         loop {
-            let mut page = self.get(&format!("{}/{what}?limit=100{query}{cursor}", self.scope())).await?;
+            let mut page = self.get(&format!("{path}?limit=100{query}{cursor}")).await?;
             all.extend(page["data"].as_array_mut().map(std::mem::take).unwrap_or_default());
             match page["meta"]["cursor"].as_str() {
                 Some(next) => cursor = format!("&cursor={}", part(next)),

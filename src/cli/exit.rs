@@ -12,6 +12,8 @@ pub const HELP: &str = "Exit codes of the client:
 
 /// Not in order.
 pub const FAILED: u8 = 1;
+/// Not written as it should be.
+pub const WRONG: u8 = 2;
 /// Refused by the server.
 pub const REFUSED: u8 = 3;
 /// No answer.

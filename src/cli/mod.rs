@@ -9,6 +9,7 @@ pub mod exit;
 pub mod offline;
 pub mod playbook;
 pub mod run;
+pub mod secret;
 pub mod show;
 pub mod status;
 mod stream;

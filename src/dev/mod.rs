@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use capx_core::domain::secret::seal;
 use capx_core::engine::Engine;
+use capx_core::engine::secrets::Keyring;
 use capx_core::store::{self, PoolKind, tenants};
 use clap::Args;
 use serde::{Deserialize, Serialize};
@@ -172,13 +174,14 @@ async fn with_database(
     store::migrate(&pool).await.context("cannot bring the database up to date")?;
     let key = first_key(args, &pool).await?;
     let rules = Arc::new(serve::egress_rules(true)?);
-    let state = ApiState { rules, ..serve::api_state(url, serve::metrics()?, stop.clone())? };
+    let keyring = keyring(&args.data_dir)?;
+    let state = ApiState { rules, ..serve::api_state(url, keyring.clone(), serve::metrics()?, stop.clone())? };
     let engine = state.engine.clone();
     let base_url = format!("http://{}", listener.local_addr()?);
     let api = tokio::spawn(serve::api(listener, state));
     let mut workers = Vec::new();
     for _ in 0..args.workers {
-        let worker = serve::worker(url, &worker_args(args), true)?;
+        let worker = serve::worker(url, &worker_args(args), keyring.clone(), true)?;
         let stop = stop.clone();
         workers.push(tokio::spawn(async move {
             // One that gives up takes everything down, with its reason; one that an
@@ -272,6 +275,20 @@ async fn first_key(args: &DevArgs, pool: &sqlx::PgPool) -> anyhow::Result<String
     let made = keys::make(pool, account, None, "dev", true, &["*".to_owned()]).await?;
     write_private(&path, &made.key)?;
     Ok(made.key)
+}
+
+/// The keys that seal secrets: those that are configured, or one of the data directory's
+/// own.
+fn keyring(data_dir: &Path) -> anyhow::Result<Keyring> {
+    let configured = serve::keyring()?;
+    if configured.keys().first().is_some() {
+        return Ok(configured);
+    }
+    let path = data_dir.join("secrets.key");
+    if !path.exists() {
+        write_private(&path, &format!("{}\n", seal::new_key()?))?;
+    }
+    Keyring::of_file(path).map_err(anyhow::Error::msg)
 }
 
 /// A directory for secrets; its owner's alone, unless it was there before.

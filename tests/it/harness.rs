@@ -12,8 +12,10 @@ use capx::{keys, serve};
 use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, PlaybookId, RunId};
 use capx_core::domain::run::RunStatus;
+use capx_core::domain::secret::seal;
 use capx_core::engine::gates::{Verdict, decide};
 use capx_core::engine::playbooks::CreatePlaybook;
+use capx_core::engine::secrets::Keyring;
 use capx_core::engine::tenants::CreateCompany;
 use capx_core::engine::{Engine, EngineError, Waker, playbooks, start, tenants as companies};
 use capx_core::store::agents::NewAgent;
@@ -85,6 +87,8 @@ pub struct Db {
     pub engine: Engine,
     pub account: AccountId,
     pub files: PathBuf,
+    /// The file of the keys that seal its secrets.
+    pub keys: PathBuf,
 }
 
 impl Db {
@@ -112,8 +116,11 @@ impl Db {
         let pool = store::pool(&url, PoolKind::Owner, 8).unwrap();
         let account = tenants::account(&pool, "tests", "enterprise").await.unwrap();
         // As a worker sees it, while `pool` may do what only the owner may.
+        let keys = scratch().join(format!("keys-{name}"));
+        std::fs::write(&keys, seal::new_key().unwrap()).unwrap();
         let engine = Engine::new(store::pool(&url, PoolKind::Queue, 8).unwrap()).with_waker(Waker::start(&url));
-        Self { files: scratch().join(format!("files-{name}")), url, pool, engine, account }
+        let engine = engine.with_keyring(Keyring::of_file(keys.clone()).unwrap());
+        Self { files: scratch().join(format!("files-{name}")), url, pool, engine, account, keys }
     }
 
     /// The same database by way of a proxy: for what is built from its
@@ -125,7 +132,7 @@ impl Db {
         let (user, _) = direct.rsplit_once('@').unwrap();
         let url = format!("{user}@127.0.0.1:{}/{database}", proxy.port);
         let (pool, engine, files) = (self.pool.clone(), self.engine.clone(), self.files.clone());
-        (Self { url, pool, engine, account: self.account, files }, proxy)
+        (Self { url, pool, engine, account: self.account, files, keys: self.keys.clone() }, proxy)
     }
 
     /// A company with agents of some roles, by an adapter.
@@ -209,7 +216,7 @@ impl Db {
         let egress = Egress::new(Rules::default().with_loopback()).unwrap();
         let providers = Providers { offline: true, anthropic: false, openai: false };
         let config = WorkerConfig { slots: 16, lease, drain: Duration::from_secs(20), ..WorkerConfig::default() };
-        let engine = Engine::new(pool.clone()).with_waker(Waker::start(&self.url));
+        let engine = Engine::new(pool.clone()).with_waker(Waker::start(&self.url)).with_keyring(self.keyring());
         let worker = Worker::new(engine, &self.url, config, Hands::new(egress, &self.files, providers)).listening(pool);
         let stop = CancellationToken::new();
         let token = stop.clone();
@@ -217,6 +224,10 @@ impl Db {
             worker.run(token).await.unwrap();
         });
         Running { stop, task: Some(task) }
+    }
+
+    pub fn keyring(&self) -> Keyring {
+        Keyring::of_file(self.keys.clone()).unwrap()
     }
 
     /// The API over this database, on a port of its own, with a key.
@@ -229,7 +240,7 @@ impl Db {
         static METRICS: OnceLock<PrometheusHandle> = OnceLock::new();
         let metrics = METRICS.get_or_init(|| serve::metrics().unwrap()).clone();
         let stop = CancellationToken::new();
-        let state = serve::api_state(&self.url, metrics, stop.clone()).unwrap();
+        let state = serve::api_state(&self.url, self.keyring(), metrics, stop.clone()).unwrap();
         let state = ApiState { limits, ..state };
         contract::know(&capx::api::document(&state).to_string());
         let listener = serve::listen("127.0.0.1:0").await.unwrap();

@@ -31,6 +31,7 @@ mod rooms;
 mod rubric;
 mod runs;
 mod schedules;
+mod secrets;
 mod seeds;
 mod streams;
 mod tenancy;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use capx::serve::{self, WorkerArgs};
 use capx_core::domain::ids::{CompanyId, PlaybookId, RunId};
 use capx_core::domain::run::RunStatus;
+use capx_core::engine::secrets::Keyring;
 use serde_json::{Value, json};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -48,7 +49,7 @@ impl Working {
         let (token, count, url) = (stop.clone(), Arc::clone(&restarts), db.url.clone());
         // One that gives up is started again, as whoever supervises it would.
         let task = tokio::spawn(async move {
-            while serve::worker(&url, &args, true).unwrap().run(token.clone()).await.is_err() {
+            while serve::worker(&url, &args, Keyring::default(), true).unwrap().run(token.clone()).await.is_err() {
                 count.fetch_add(1, Relaxed);
             }
         });

@@ -17,19 +17,25 @@ pub struct Process {
 
 impl Process {
     pub fn start(db: &Db, args: &[&str], failpoints: &str) -> Self {
+        Self::start_with(db, args, &[("CAPX_FAILPOINTS", failpoints)])
+    }
+
+    /// The same with some of its environment otherwise.
+    pub fn start_with(db: &Db, args: &[&str], environment: &[(&str, &str)]) -> Self {
         let said = tempfile();
         let child = Command::new(env!("CARGO_BIN_EXE_capx"))
             .args(args)
             .env("CAPX_DATABASE_URL", &db.url)
             .env("CAPX_LEASE", std::env::var("CAPX_LEASE").unwrap_or_else(|_| "1500ms".into()))
             .env("CAPX_DRAIN", "300ms")
-            .env("CAPX_FAILPOINTS", failpoints)
             .env("CAPX_OFFLINE_MODEL", "1")
             .env("CAPX_EGRESS_ALLOW", "127.0.0.0/8")
             .env("CAPX_ALLOW_UNSAFE_DATABASE", "1")
             .env("CAPX_WORKSPACE", &db.files)
+            .env("CAPX_SECRETS_KEY_FILE", &db.keys)
             .env("CAPX_LOG", "info")
             .env("CAPX_LOG_FORMAT", "json")
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             // A file and not a pipe, which would block a talkative process.
@@ -78,7 +84,7 @@ impl Drop for Process {
 }
 
 impl Process {
-    fn said(&mut self) -> String {
+    pub fn said(&mut self) -> String {
         let mut said = String::new();
         self.said.rewind().unwrap();
         self.said.read_to_string(&mut said).unwrap();

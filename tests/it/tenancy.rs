@@ -336,7 +336,10 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
         ("{key}", key["data"]["id"].as_str().unwrap()),
         ("{queue}", "steps"),
         ("{worker}", "1"),
+        ("{name}", "TOKEN"),
     ];
+    let secret = json!({"name": "TOKEN", "value": "long enough"});
+    assert_eq!(api.post(&format!("/v1/companies/{co}/secrets"), secret).await.0, 201);
     let (_, document) = api.get("/v1/openapi.json").await;
     let stranger = api.with(&account(&db, "stranger", "enterprise").await.1);
     let other_co = company(&stranger).await;
@@ -358,6 +361,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "select count(*) from dead_letters",
             "select count(*) from signals",
             "select count(*) from queue_pauses",
+            "select count(*) from company_secrets where name = 'TOKEN' and updated_at = created_at",
         ] {
             counts.push(db.count(sql).await);
         }
@@ -374,6 +378,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "RollbackBody" => json!({"version": 1}),
             "RejectBody" => json!({"feedback": "no"}),
             "EventBody" => json!({"name": "x"}),
+            "SetSecretBody" => json!({"name": "X", "value": "long enough"}),
             "CreateWebhookBody" => json!({"url": "https://example.com/", "events": ["*"]}),
             _ => json!({}),
         }

@@ -147,6 +147,8 @@ impl Egress {
             request = request.body(body);
         }
         let mut request = request.build().map_err(|error| Failure::invalid(format!("no valid request: {error}")))?;
+        // They may hold what no log is to show.
+        request.headers_mut().values_mut().for_each(|value| value.set_sensitive(true));
         // Ours and last, so that no header of a playbook can take its place.
         let key = call.idempotency_key.parse().map_err(|_| Failure::invalid("no valid idempotency key"))?;
         request.headers_mut().insert("idempotency-key", key);

@@ -17,5 +17,6 @@ pub mod plan;
 pub mod playbook;
 pub mod run;
 pub mod schedule;
+pub mod secret;
 pub mod storable;
 pub mod task;

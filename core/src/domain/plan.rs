@@ -286,6 +286,8 @@ impl RunContext {
 struct RunScope<'a> {
     context: &'a RunContext,
     run: Value,
+    /// What secrets are, or what stands for them.
+    secrets: &'a Map<String, Value>,
 }
 
 impl Scope for RunScope<'_> {
@@ -293,6 +295,7 @@ impl Scope for RunScope<'_> {
         match reference.name(0)? {
             "inputs" => Some((&self.context.inputs, 1)),
             "run" => Some((&self.run, 1)),
+            "secrets" => self.secrets.get(reference.name(1)?).map(|secret| (secret, 2)),
             "item" => self.context.item.as_ref().and_then(|item| Some((item.list.get(item.index)?, 1))),
             "index" => self.context.item.as_ref().map(|item| (&item.shown, 1)),
             "steps" => self.step(self.context.playbook.step_index(reference.name(1)?)?, reference.name(2)),
@@ -322,6 +325,10 @@ impl RunScope<'_> {
 
 impl RunContext {
     fn scope(&self) -> RunScope<'_> {
+        self.scope_with(&self.playbook.secrets)
+    }
+
+    fn scope_with<'a>(&'a self, secrets: &'a Map<String, Value>) -> RunScope<'a> {
         let mut run = serde_json::json!({
             "id": self.run,
             "playbook": self.playbook.name,
@@ -331,19 +338,26 @@ impl RunContext {
             run["status"] = ending.status.as_str().into();
             run["error"] = ending.told_error();
         }
-        RunScope { context: self, run }
+        RunScope { context: self, run, secrets }
     }
 
     /// The parameters of a step, every reference looked up. Where a playbook
     /// declares no inputs, a run's parameters override the step parameters of
-    /// the same name.
+    /// the same name. What stands for a secret stands there.
     pub fn params(&self, step: &Step) -> Result<Map<String, Value>, Failure> {
-        let rendered =
-            step.template.render(&self.scope()).map_err(|error| Failure::invalid(format!("params: {error}")))?;
+        self.params_with(step, &self.playbook.secrets)
+    }
+
+    /// The same with secrets, for a tool.
+    pub fn params_with(&self, step: &Step, secrets: &Map<String, Value>) -> Result<Map<String, Value>, Failure> {
+        let scope = self.scope_with(secrets);
+        let rendered = step.template.render(&scope).map_err(|error| Failure::invalid(format!("params: {error}")))?;
         let Value::Object(mut params) = rendered else {
             return Err(Failure::invalid("params: not a map"));
         };
+        // Who starts a run has no say in where a secret goes.
         if self.playbook.inputs.is_empty()
+            && !self.playbook.gives_secrets(step)
             && let Value::Object(given) = self.inputs.as_ref()
         {
             for (name, value) in params.iter_mut() {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use super::secrets::Opened;
 use super::{Engine, EngineError, load};
 use crate::domain::ids::RunId;
 use crate::domain::plan::RunContext;
@@ -67,6 +68,8 @@ pub struct StepWork {
     pub context: RunContext,
     /// The live agents of its company, by role; empty when no step has one.
     pub agents: Arc<HashMap<String, AgentRow>>,
+    /// What its tools are given, where its playbook names secrets.
+    pub secrets: Option<Opened>,
     /// The run's own job.
     pub run_job: i64,
     /// How many steps this worker has done of the run in a row.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::claim::{StepWork, Work};
-use super::{Engine, EngineError};
+use super::{Engine, EngineError, secrets};
 use crate::domain::company::works as works_on;
 use crate::domain::event::{Event, PLAYBOOK_RESUMED};
 use crate::domain::ids::{ApprovalId, CompanyId, PlaybookId, RunId};
@@ -72,6 +72,7 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
     let mut fans = load_fans(engine, claimed, &contexts).await?;
     let mut refusals = load_refusals(engine, claimed, &contexts, &drafts).await?;
     let mut children = load_children(engine, claimed, &contexts).await?;
+    let secrets = secrets::load(engine, &contexts).await?;
     let lists = lists(claimed, &contexts);
     let agents = load_agents(engine, contexts.values()).await?;
     let none = Arc::new(HashMap::new());
@@ -117,6 +118,7 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
             let work = StepWork {
                 run_job,
                 agents: agents.get(&context.company).map_or_else(|| Arc::clone(&none), Arc::clone),
+                secrets: secrets.get(&run).cloned(),
                 context,
                 chain: 0,
                 chain_began: now,

@@ -27,6 +27,7 @@ mod nodes;
 pub mod plans;
 pub mod playbooks;
 pub mod retry;
+pub mod secrets;
 pub mod signals;
 pub mod slots;
 pub mod start;
@@ -52,6 +53,8 @@ pub struct Engine {
     pub plans: Plans,
     /// Wakes idle workers.
     pub waker: Waker,
+    /// What seals and opens secrets.
+    pub keyring: secrets::Keyring,
     /// Starts of runs by many callers at once, committed together.
     starts: Option<start::Starts>,
 }
@@ -59,7 +62,15 @@ pub struct Engine {
 impl Engine {
     /// An engine over a pool, which wakes nobody: workers poll all the same.
     pub fn new(pool: PgPool) -> Self {
-        Self { claims: pool.clone(), pool, plans: Plans::default(), waker: Waker::silent(), starts: None }
+        let keyring = secrets::Keyring::default();
+        Self { claims: pool.clone(), pool, plans: Plans::default(), waker: Waker::silent(), keyring, starts: None }
+    }
+
+    /// The same with keys for secrets.
+    #[must_use]
+    pub fn with_keyring(mut self, keyring: secrets::Keyring) -> Self {
+        self.keyring = keyring;
+        self
     }
 
     /// The same, claiming over a pool of its own.

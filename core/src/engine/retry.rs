@@ -51,7 +51,7 @@ pub async fn retry_run(
         .await?
         .ok_or_else(|| EngineError::Conflict("the run failed at no step; replay it".into()))?;
     let plan = start::plan_of(engine, &mut *tx, company, row.version).await?;
-    start::may_run(&plan)?;
+    start::may_run(&mut *tx, company, &plan).await?;
     has_slot(tx, company, run, &plan).await?;
     let planned = plan.step(usize::try_from(step).unwrap_or(usize::MAX));
     let first_closing = place_of(plan.steps.len());
@@ -172,7 +172,7 @@ pub async fn replay_run(
     let old = runs::get(&mut *tx, company, replay.of).await?.filter(|old| old.playbook == playbook);
     let old = old.ok_or(EngineError::NotFound("run"))?;
     let plan = start::plan_of(engine, &mut *tx, company, old.version).await?;
-    start::may_run(&plan)?;
+    start::may_run(&mut *tx, company, &plan).await?;
     let from = place(&plan, replay.from.as_ref())?;
     let done = runs::steps(&mut *tx, company, replay.of).await?;
     let Before { outputs, failures, kept } = match replay.from {

@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::advance::{passing, place, sleeping, told};
 use super::batch::Batcher;
 use super::gates::{approval_of, waiting_on};
+use super::secrets;
 use super::slots::{self, Entry};
 use super::{Engine, EngineError, FieldProblem, Waker, repeating};
 use crate::domain::company::works;
@@ -115,7 +116,7 @@ pub async fn decide(
 ) -> Result<Decided, EngineError> {
     let version = may_start(&mut *connection, account, company, playbook).await?;
     let plan = plan_of(engine, &mut *connection, company, version).await?;
-    may_run(&plan)?;
+    may_run(&mut *connection, company, &plan).await?;
     let params = checked_params(&plan, params)?;
     let new = prepare((company, playbook, version), plan, params, trigger, Beginning::default());
     let wrong = |failure: Failure| EngineError::Invalid(vec![FieldProblem::new("idempotency_key", failure.message)]);
@@ -211,11 +212,12 @@ pub(super) async fn plan_of(
         .ok_or_else(|| EngineError::Store(StoreError::Unreadable(format!("no version {version}"))))
 }
 
-/// A stored text that this version cannot read any more cannot be run.
-pub(super) fn may_run(plan: &Playbook) -> Result<(), EngineError> {
+/// A stored text that this version cannot read any more cannot be run, nor one whose
+/// secrets are not there.
+pub(super) async fn may_run(tx: &mut PgConnection, company: CompanyId, plan: &Playbook) -> Result<(), EngineError> {
     match &plan.unreadable {
         Some(reason) => Err(EngineError::Conflict(format!("{reason}; send a corrected version"))),
-        None => Ok(()),
+        None => secrets::has_all(tx, company, plan).await,
     }
 }
 

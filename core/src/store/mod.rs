@@ -26,6 +26,7 @@ pub mod nodes;
 pub mod playbooks;
 pub mod purge;
 pub mod runs;
+pub mod secrets;
 pub mod sessions;
 pub mod signals;
 pub mod slots;

@@ -22,6 +22,7 @@ const TABLES: &[&str] = &[
     "run_deltas",
     "run_totals",
     "webhooks",
+    "company_secrets",
     "waits",
     "signals_taken",
     "signals",

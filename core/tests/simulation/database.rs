@@ -210,6 +210,7 @@ impl Database {
         }
         Some(StepWork {
             context,
+            secrets: None,
             agents: Arc::default(),
             run_job: job.lease.job,
             chain: 0,

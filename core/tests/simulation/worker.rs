@@ -147,6 +147,7 @@ impl Attempt {
         let (job, work) = decided.next.as_ref()?;
         let work = StepWork {
             run_job: job.lease.job,
+            secrets: None,
             context: work.context.clone(),
             agents: Arc::clone(&work.agents),
             chain: work.chain,

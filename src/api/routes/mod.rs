@@ -12,6 +12,7 @@ pub(super) mod playbooks;
 pub(super) mod run_changes;
 pub(super) mod run_items;
 pub(super) mod runs;
+pub(super) mod secrets;
 pub(super) mod signals;
 pub(super) mod tasks;
 mod templates;

@@ -12,6 +12,7 @@ use capx_core::domain::playbook::Step;
 use capx_core::domain::playbook::load::TOOLS;
 use capx_core::domain::playbook::model::StepKind;
 use capx_core::domain::playbook::rubric::GRADE;
+use capx_core::domain::secret::Secrets;
 use capx_core::engine::claim::StepWork;
 use capx_core::store::agents::AgentRow;
 use capx_core::store::jobs::{ClaimedJob, kind};
@@ -46,6 +47,8 @@ pub struct StepCall<'a> {
     pub step: &'a Step,
     /// Its parameters, every reference looked up.
     pub params: Map<String, Value>,
+    /// What its parameters may hold, to be taken out of answers before they are cut.
+    pub secrets: Option<&'a Secrets>,
     /// The agent of its role.
     pub agent: Option<&'a AgentRow>,
     /// What its last draft came to, where another one is made.
@@ -108,7 +111,16 @@ impl Hands {
         if work.context.to_settle().is_some() {
             return Outcome::done(Value::Null);
         }
-        let params = match work.context.params(step) {
+        let secrets = match &work.secrets {
+            Some(Err(failure)) if work.context.playbook.gives_secrets(step) => return Outcome::failed(failure.clone()),
+            Some(Ok(secrets)) => Some(secrets.as_ref()),
+            _ => None,
+        };
+        let params = match secrets {
+            Some(secrets) => work.context.params_with(step, secrets.values()),
+            None => work.context.params(step),
+        };
+        let params = match params {
             Ok(params) => params,
             Err(failure) => return Outcome::failed(failure),
         };
@@ -124,6 +136,7 @@ impl Hands {
             playbook: &work.context.playbook.name,
             step,
             params,
+            secrets,
             agent: work.agent(index),
             feedback: work.context.feedback(),
             idempotency_key: digest::draft_key(

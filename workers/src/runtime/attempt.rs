@@ -21,7 +21,7 @@ use futures_util::FutureExt;
 
 use super::committer::{Attempted, PlainOutcome};
 use super::load::{Held, Slot};
-use super::{Assignment, Shared};
+use super::{Assignment, Shared, panics};
 
 /// An attempt that lives longer than this is shown as started; a shorter one
 /// is over before anybody could look, and its `step.completed` carries how
@@ -148,7 +148,9 @@ async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: In
         }
     }
     failpoint::reach("attempt.before_handler").await;
-    let handler = AssertUnwindSafe(shared.hands.step(job, work)).catch_unwind();
+    let secrets = work.secrets.as_ref().and_then(|opened| opened.as_ref().ok().cloned());
+    let handler = panics::given(secrets.clone(), shared.hands.step(job, work));
+    let handler = AssertUnwindSafe(handler).catch_unwind();
     let handler = tokio::time::timeout(job.timeout, handler);
     tokio::pin!(handler);
     // A handler that is done at once needs no timers.
@@ -162,7 +164,7 @@ async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: In
         };
     }
     failpoint::reach("attempt.after_handler").await;
-    match ended {
+    let outcome = match ended {
         Some(Ok(Ok(outcome))) => outcome,
         Some(Ok(Err(panic))) => {
             let said = panic
@@ -177,6 +179,11 @@ async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: In
             format!("the attempt took longer than {:?}", job.timeout),
         )),
         None => Outcome::Released { delay: Duration::ZERO },
+    };
+    // Whatever comes of it holds no secret that it was given.
+    match secrets {
+        Some(secrets) => secrets.redact(outcome),
+        None => outcome,
     }
 }
 

@@ -33,6 +33,7 @@ mod beat;
 mod claimer;
 mod committer;
 mod load;
+pub mod panics;
 mod timers;
 mod watchdog;
 

@@ -59,6 +59,11 @@ pub const TOP: &[Key] = &[
         r##"{"anyOf": [{"type": "integer", "minimum": 1, "maximum": 10000}, {"type": "string"}, {"$ref": "#/$defs/concurrency"}]}"##,
     ),
     key(
+        "secrets",
+        "The company's secrets that `${secrets.NAME}` gives to tools.",
+        r#"{"type": ["array", "string"], "maxItems": 20, "items": {"type": "string", "pattern": "^[A-Za-z][A-Za-z0-9_]{0,63}$"}}"#,
+    ),
+    key(
         "steps",
         "What is done, in this order.",
         r##"{"type": "array", "minItems": 1, "maxItems": 1000, "items": {"$ref": "#/$defs/step"}}"##,

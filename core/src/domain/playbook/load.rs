@@ -24,6 +24,7 @@ mod fields;
 mod flow;
 mod graph;
 mod rubric;
+mod secrets;
 mod shape;
 mod step;
 mod trigger;
@@ -33,7 +34,7 @@ pub(super) use step::free_id;
 
 /// Keys of the language that this version does not carry out yet; refused, so
 /// that nobody believes in a guard that is not there.
-const TOP_KEYS_LATER: &[&str] = &["execution", "secrets", "budget", "role"];
+const TOP_KEYS_LATER: &[&str] = &["execution", "budget", "role"];
 
 /// The tools that run without an agent's model.
 pub const TOOLS: &[&str] = &["http.request", "file.read", "file.write", "transform"];
@@ -49,7 +50,14 @@ pub fn load(text: &str) -> Result<Playbook, Vec<Problem>> {
 /// The same, with the warnings of what loads.
 pub fn read(text: &str) -> Result<(Playbook, Vec<Problem>), Vec<Problem>> {
     let root = yaml::read(text).map_err(|problem| vec![problem])?;
-    let mut loader = Loader { problems: Vec::new(), uses: Vec::new(), place: Place::End, each: false, partial: false };
+    let mut loader = Loader {
+        problems: Vec::new(),
+        uses: Vec::new(),
+        place: Place::End,
+        each: false,
+        to_tool: false,
+        partial: false,
+    };
     let playbook = loader.playbook(&root);
     let mut problems = loader.problems;
     problems.sort_by_key(|p| (p.at.line, p.at.column));
@@ -67,6 +75,8 @@ pub(crate) struct Loader {
     place: Place,
     /// What is read is done for each item of a list.
     each: bool,
+    /// What is read goes to a tool.
+    to_tool: bool,
     /// A step could not be read, so that it is not known what comes before what.
     partial: bool,
 }
@@ -95,6 +105,8 @@ struct Use {
     optional: bool,
     /// There is an item.
     each: bool,
+    /// It goes to a tool.
+    to_tool: bool,
     at: Pos,
     path: Arc<str>,
     reference: Reference,
@@ -147,7 +159,9 @@ impl Loader {
         let output = fields.get("output").map(|node| self.template(node, "output"));
         check::calls_itself(self, name.as_deref(), &steps);
         let graph = graph::is_graph(&steps);
-        check::references(self, &steps, &finally, &inputs);
+        let secrets = secrets::secrets(self, fields.get("secrets"));
+        secrets::unused(self, fields.get("secrets"), &secrets);
+        check::references(self, &steps, &finally, &inputs, &secrets);
         let (steps, closing) = closing::join(steps, finally);
         let mut playbook = Playbook {
             name: name?,
@@ -156,6 +170,7 @@ impl Loader {
             inputs,
             idempotency_key,
             concurrency,
+            secrets,
             steps: with_uses(steps, output.as_ref()),
             graph,
             closing,
@@ -194,6 +209,7 @@ impl Loader {
         match &node.kind {
             Kind::Str(_) => match template::compile(&node.to_json()) {
                 Ok(template) => {
+                    secrets::stand_alone(self, &template, node.at, path);
                     self.note_uses(template.uses(), node.at, path);
                     template
                 }
@@ -218,11 +234,12 @@ impl Loader {
 
     /// Remembers what is looked up where, until all steps are known.
     fn note_uses(&mut self, references: Vec<(&Reference, bool)>, at: Pos, path: &str) {
-        let (place, each, path): (_, _, Arc<str>) = (self.place, self.each, path.into());
+        let (place, each, to_tool, path): (_, _, _, Arc<str>) = (self.place, self.each, self.to_tool, path.into());
         let uses = references.into_iter().map(|(reference, optional)| Use {
             optional,
             place,
             each,
+            to_tool,
             at,
             path: path.to_owned(),
             reference: reference.clone(),

@@ -28,6 +28,9 @@ pub struct Playbook {
     pub idempotency_key: Option<Template>,
     /// How many of its runs may be under way at once.
     pub concurrency: Option<Concurrency>,
+    /// The company's secrets that its tools are given, by name, each with what stands for
+    /// it wherever else it would be seen.
+    pub secrets: Map<String, Value>,
     /// In the order they run, unless they form a graph.
     pub steps: Vec<Step>,
     /// Each step runs when those are over that it needs.
@@ -439,6 +442,7 @@ impl Playbook {
             inputs: Vec::new(),
             idempotency_key: None,
             concurrency: None,
+            secrets: Map::new(),
             steps: Vec::new(),
             graph: false,
             closing: Vec::new(),
@@ -544,6 +548,12 @@ impl Playbook {
     /// Whether a step of it may fail without the run.
     pub fn forgives(&self) -> bool {
         self.steps.iter().any(|step| step.on_failure != OnFailure::Abort)
+    }
+
+    /// Whether a step of it is given a secret.
+    pub fn gives_secrets(&self, step: &Step) -> bool {
+        let secret = |reference: &&Reference| reference.name(0) == Some("secrets");
+        !self.secrets.is_empty() && step.template.references().iter().any(secret)
     }
 
     /// Whether a run of it goes on when the gate before a step stays shut: past the

@@ -1,7 +1,9 @@
 //! Checks over the whole playbook: references lead somewhere, schedules fire.
 
 use super::step::Read;
-use super::{Loader, Place, Use, graph};
+use serde_json::{Map, Value};
+
+use super::{Loader, Place, Use, graph, secrets};
 use crate::domain::playbook::expr::Reference;
 use crate::domain::playbook::model::{InputSpec, Step, StepKind, Trigger};
 use crate::domain::playbook::problem::{Pos, Problem, did_you_mean, nearest};
@@ -14,11 +16,22 @@ const RUN_FIELDS: &[&str] = &["id", "playbook", "company_id"];
 /// What it holds besides when its steps are over.
 const RUN_FIELDS_AT_LAST: &[&str] = &["status", "error"];
 
-pub(super) fn references(loader: &mut Loader, steps: &[Read], finally: &[Read], inputs: &[InputSpec]) {
+pub(super) fn references(
+    loader: &mut Loader,
+    steps: &[Read],
+    finally: &[Read],
+    inputs: &[InputSpec],
+    named: &Map<String, Value>,
+) {
     let loops: Vec<(usize, usize)> =
         steps.iter().enumerate().filter_map(|(at, read)| read.step.jumps_back_from(at)).collect();
     let graph = (graph::is_graph(steps) && !loader.partial).then(|| graph::before(steps));
-    for Use { place, optional, each, at, path, reference } in std::mem::take(&mut loader.uses) {
+    for of in std::mem::take(&mut loader.uses) {
+        if of.reference.name(0) == Some(secrets::ROOT) {
+            secrets::check(loader, &of, named);
+            continue;
+        }
+        let Use { place, optional, each, at, path, reference, .. } = of;
         if OF_AN_ITEM.contains(&reference.name(0).unwrap_or_default()) {
             if !each {
                 let hint = Some("only the `params` of a step with `for_each` have it".to_owned());

@@ -65,6 +65,7 @@ pub(super) fn step(loader: &mut Loader, node: &Node, path: &str, taken: &mut Has
     }
     let fan = if works || calls { fan(loader, &fields, path) } else { None };
     loader.each = fan.is_some();
+    loader.to_tool = works && goes_to_tool(role.as_deref(), action.as_deref());
     let how = how(loader, &fields, path);
     loader.each = false;
     let approval = fields.get("approval").and_then(|n| approval(loader, n, &format!("{path}.approval")));
@@ -97,6 +98,11 @@ pub(super) fn role(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> Opti
     Some(role.strip_prefix("agent.").map(str::to_owned).unwrap_or(role))
 }
 
+/// Whether what is in its parameters goes to a tool, and no agent sees it.
+pub(super) fn goes_to_tool(role: Option<&str>, action: Option<&str>) -> bool {
+    role.is_none() && action.is_some_and(|action| TOOLS.contains(&action))
+}
+
 /// How something is done: with what, how often, for how long, by which model.
 pub(super) struct How {
     params: Map<String, Value>,
@@ -114,6 +120,7 @@ pub(super) fn how(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> How {
         Some(node) if !params.is_empty() => loader.template(node, &format!("{path}.params")),
         _ => Template::Plain(Value::Object(Map::new())),
     };
+    loader.to_tool = false;
     How {
         params,
         template,

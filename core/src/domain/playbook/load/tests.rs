@@ -79,7 +79,8 @@ fn references_must_lead_to_what_comes_before() {
     for (reference, expected) in [
         ("${inputs.topc}", "there is no input `topc`; did you mean `topic`?"),
         ("${steps.b.output}", "the step `b` does not come before this one"),
-        ("${secrets.x}", "there is no `secrets`; begin with"),
+        ("${secret.x}", "there is no `secret`; begin with"),
+        ("${secrets.x}", "only a tool is given a secret"),
         ("${steps.a.outptu.x}", "write `${steps.a.output.x}`"),
         ("${run.idd}", "a run has no `idd`"),
         ("${inputs.topic", "has no closing `}`"),
