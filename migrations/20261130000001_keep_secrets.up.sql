@@ -8,7 +8,7 @@ create table company_secrets (
     sealed bytea not null,
     created_at timestamptz not null default clock_timestamp(),
     updated_at timestamptz not null default clock_timestamp(),
-    -- The name of the API key that has set it.
+    -- The id of the API key that has set it.
     updated_by text not null,
     primary key (company_id, name)
 );

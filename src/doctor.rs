@@ -1,5 +1,6 @@
 //! `capx doctor`: every limit with its name and default, in one table.
 
+use capx_core::domain::artifact::{ARTIFACT_BYTES_MAX, RUN_ARTIFACTS_BYTES_MAX};
 use capx_core::domain::duration;
 use capx_core::domain::outcome::MESSAGE_CHARS_MAX;
 use capx_core::domain::plan::{CRASHES_MAX, DEPTH_MAX, KEY_CHARS_MAX};
@@ -15,7 +16,7 @@ use capx_core::domain::{backoff, playbook::expr, secret};
 use capx_core::engine::slots::QUEUED_MAX;
 use capx_core::engine::start::PARAMS_BYTES_MAX;
 use capx_workers::WorkerConfig;
-use capx_workers::egress::RESPONSE_BYTES_MAX;
+use capx_workers::adapters::custom::ANSWER_BYTES_MAX;
 use capx_workers::tools::workspace::FILE_BYTES_MAX;
 use clap::Args;
 use serde_json::json;
@@ -72,7 +73,9 @@ fn limits() -> Vec<Limit> {
         ("step, deaths of workers before quarantine", CRASHES_MAX.to_string(), ""),
         ("step, time of an attempt", time(STEP_TIMEOUT), "timeout, timeout.hard"),
         ("step, time without progress", time(IDLE_TIMEOUT), "timeout.idle"),
-        ("step, output", bytes(OUTPUT_BYTES_MAX), ""),
+        ("step, output kept inline", bytes(OUTPUT_BYTES_MAX), ""),
+        ("artifact", bytes(ARTIFACT_BYTES_MAX), ""),
+        ("run, artifacts together", bytes(RUN_ARTIFACTS_BYTES_MAX as usize), ""),
         ("step, message of an error", format!("{MESSAGE_CHARS_MAX} characters"), ""),
         ("step, criteria of a rubric", CRITERIA_MAX.to_string(), ""),
         ("step, drafts more for a rubric", RETRIES.to_string(), "rubric.max_retries, to 20"),
@@ -92,7 +95,8 @@ fn limits() -> Vec<Limit> {
         ("schedule, missed fires at most", CATCH_UP_MAX.to_string(), ""),
         ("schedule, jitter at most", time(JITTER_MAX), ""),
         ("file.write, file.read, a file", bytes(FILE_BYTES_MAX), ""),
-        ("http.request, an answer", bytes(RESPONSE_BYTES_MAX), ""),
+        ("http.request, an answer", bytes(ARTIFACT_BYTES_MAX), ""),
+        ("agent, an answer", bytes(ANSWER_BYTES_MAX), ""),
         ("API, a request", bytes(BODY_BYTES_MAX), ""),
         ("worker, lease", time(worker.lease), "--lease, CAPX_LEASE"),
         ("worker, attempts at once", worker.slots.to_string(), "--concurrency"),

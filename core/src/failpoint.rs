@@ -119,6 +119,9 @@ pub const POINTS: &[&str] = &[
     "fire.after_commit",
     "call.before_commit",
     "call.after_commit",
+    "artifact.booked",
+    "artifact.in_part",
+    "artifact.stored",
     "admit.before_commit",
     "admit.after_commit",
 ];

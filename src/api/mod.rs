@@ -135,6 +135,7 @@ fn v1(state: &ApiState) -> openapi::Routes {
     let routes = routes::runs::routes(routes);
     let routes = routes::run_changes::routes(routes);
     let routes = routes::run_items::routes(routes);
+    let routes = routes::artifacts::routes(routes);
     let routes = routes::secrets::routes(routes);
     let routes = routes::signals::routes(routes);
     let routes = routes::webhooks::routes(routes);

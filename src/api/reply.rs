@@ -134,13 +134,19 @@ impl Caller {
     pub fn one(&self, data: &impl Serialize) -> Result<Response, ApiError> {
         let tag = digest::hex(&digest::sha256(text(data)?)[..12]);
         let tag = HeaderValue::try_from(format!("W/\"{tag}\"")).map_err(|_| ApiError::Internal)?;
-        if self.if_none_match.as_ref().is_some_and(|given| names(given, &tag)) {
-            let _ = self.permit.charge(self.credits);
-            return Ok((StatusCode::NOT_MODIFIED, [(ETAG, tag)]).into_response());
+        if let Some(unchanged) = self.unchanged(&tag) {
+            return Ok(unchanged);
         }
         let mut response = json(StatusCode::OK, self.body(data)?);
         response.headers_mut().insert(ETAG, tag);
         Ok(response)
+    }
+
+    /// The answer to a caller that has what the tag stands for.
+    pub fn unchanged(&self, tag: &HeaderValue) -> Option<Response> {
+        self.if_none_match.as_ref().filter(|given| names(given, tag))?;
+        let _ = self.permit.charge(self.credits);
+        Some((StatusCode::NOT_MODIFIED, [(ETAG, tag.clone())]).into_response())
     }
 
     /// An answer that is read and has no tag: a figure of the moment.

@@ -230,9 +230,11 @@ async fn a_gate_decides_itself_though_its_worker_dies_over_it() {
 fn every_point_has_its_death() {
     let mut walked: Vec<&str> =
         [WORKER, TAKEOVER, DRAIN, EXPIRE, crate::triggers::FIRE, crate::walk::CALL, crate::concurrency::ADMIT].concat();
+    walked.extend(crate::artifacts::KEPT.iter().map(|(point, _)| point));
     walked.extend(START.iter().map(|(point, _)| point));
     walked.extend(APPROVE.iter().map(|(point, _)| point));
     walked.sort_unstable();
+    walked.dedup();
     let mut all = failpoint::POINTS.to_vec();
     all.sort_unstable();
     assert_eq!(walked, all);

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a test that cannot go on stops")]
 
 mod api;
+mod artifacts;
 mod calls;
 mod cli;
 mod client;

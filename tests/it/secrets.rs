@@ -99,6 +99,12 @@ async fn say(State(echo): State<Echo>, uri: Uri, headers: HeaderMap, body: Bytes
         CANARY: [json!({"k": CANARY}).to_string()],
     });
     match uri.path() {
+        // Kept apart.
+        "/big" => (
+            StatusCode::OK,
+            [("content-type", "application/octet-stream".into()), ("x-none", String::new())],
+            format!("{}{CANARY}{again}\0", "x".repeat(300_000)),
+        ),
         // Cut in two by any excerpt of a few hundred characters.
         "/fails" => (
             StatusCode::INTERNAL_SERVER_ERROR,
@@ -169,6 +175,8 @@ steps:
   - {{id: away, action: http.request, on_failure: continue, retry: 1, params: {{url: 'http://127.0.0.1:1/${{secrets.TOKEN}}/x'}}}}
   - {{id: wrong, action: http.request, on_failure: continue, params: {{url: 'gopher://${{secrets.TOKEN}}', method: '${{secrets.TOKEN}}'}}}}
   - {{id: file, action: file.read, on_failure: continue, params: {{path: 'none/${{secrets.TOKEN}}'}}}}
+  - {{id: big, action: http.request, params: {{url: '{url}/big', headers: {{x-token: '${{secrets.TOKEN}}'}}}}, on_failure: continue}}
+  - {{id: big-pin, action: http.request, params: {{url: '{url}/big', headers: {{x-token: '${{secrets.PIN}}'}}}}}}
   - {{id: asked, approval: {{message: Really?}}, action: http.request, params: {{url: '{url}/ok?k=${{secrets.TOKEN}}'}}}}
   - {{id: end, action: http.request, params: {{url: '{url}/fails', headers: {{x-token: '${{secrets.PIN}}'}}}}, retry: 1}}
 finally:
@@ -206,6 +214,7 @@ output: '${{steps}}'
     let away = shown["data"]["steps"][5]["error"]["message"].as_str().unwrap();
     assert!(!away.is_empty());
     assert_clean("the run", &shown.to_string());
+    assert_eq!(db.count("select count(*) from artifacts where bytes > 300000").await, 1);
     let rows = all_rows(&db).await;
     assert!(rows.contains("[secret PIN]") && rows.contains("company_secrets"));
     assert_clean("the database", &rows);

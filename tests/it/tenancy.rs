@@ -337,6 +337,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
         ("{queue}", "steps"),
         ("{worker}", "1"),
         ("{name}", "TOKEN"),
+        ("{artifact}", "0000000000000000000000000000000000000000000000000000000000000000"),
     ];
     let secret = json!({"name": "TOKEN", "value": "long enough"});
     assert_eq!(api.post(&format!("/v1/companies/{co}/secrets"), secret).await.0, 201);

@@ -15,9 +15,13 @@ use capx_core::domain::duration;
 use capx_core::domain::outcome::{ErrorClass, Failure};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::{Client, Method, Url};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// The largest answer that is read, in bytes.
-pub const RESPONSE_BYTES_MAX: usize = 1024 * 1024;
+/// From so many bytes on, few bodies are held at once: those of [`large`].
+pub const LARGE_BYTES: usize = 1024 * 1024;
+/// How many large bodies a process holds at once.
+const LARGE_MAX: usize = 2;
+static LARGE: Semaphore = Semaphore::const_new(LARGE_MAX);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const USER_AGENT: &str = concat!("capx/", env!("CARGO_PKG_VERSION"));
 
@@ -54,13 +58,26 @@ pub struct Call {
     /// Headers, the caller's own.
     pub headers: Vec<(String, String)>,
     /// The body, with its content type when the headers name none.
-    pub body: Option<(Vec<u8>, &'static str)>,
+    pub body: Option<(Vec<u8>, String)>,
     /// The same over every try of the same effect.
     pub idempotency_key: String,
     /// The whole call must be over by then.
     pub timeout: Duration,
     /// Something must come of it so often.
     pub idle: Duration,
+    /// The largest answer that is read, in bytes.
+    pub limit: usize,
+    /// Held already, where the call's own body is large.
+    pub large: Large,
+}
+
+/// Room for a large body, while this is held.
+pub type Large = Option<SemaphorePermit<'static>>;
+
+/// Waits for room for a large body.
+pub async fn large() -> Large {
+    // It is never closed.
+    LARGE.acquire().await.ok()
 }
 
 /// What came back.
@@ -72,6 +89,8 @@ pub struct Answer {
     pub headers: Vec<(String, String)>,
     /// The body.
     pub body: Vec<u8>,
+    /// Held while the body is, where that is large.
+    pub large: Large,
 }
 
 impl Answer {
@@ -158,14 +177,17 @@ impl Egress {
             .iter()
             .filter_map(|(name, value)| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned())))
             .collect();
-        let mut body = Vec::new();
+        let (mut body, mut large) = (Vec::new(), call.large);
         while let Some(chunk) = within(call.idle, response.chunk()).await? {
-            if body.len() + chunk.len() > RESPONSE_BYTES_MAX {
-                return Err(Failure::invalid(format!("the answer is larger than {RESPONSE_BYTES_MAX} bytes")));
+            if body.len() + chunk.len() > call.limit {
+                return Err(Failure::invalid(format!("the answer is larger than {} bytes", call.limit)));
+            }
+            if body.len() + chunk.len() > LARGE_BYTES && large.is_none() {
+                large = self::large().await;
             }
             body.extend_from_slice(&chunk);
         }
-        Ok(Answer { status: response.status().as_u16(), headers, body })
+        Ok(Answer { status: response.status().as_u16(), headers, body, large })
     }
 }
 
@@ -292,6 +314,8 @@ mod tests {
             idempotency_key: "k".into(),
             timeout: Duration::from_secs(5),
             idle: Duration::from_secs(5),
+            limit: 1,
+            large: None,
         };
         let failure = egress.call(call).await.expect_err("refused");
         assert_eq!(failure.class, ErrorClass::Governance, "{}", failure.message);

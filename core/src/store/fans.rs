@@ -191,6 +191,35 @@ pub async fn load_items(
     .await?)
 }
 
+/// What the items of a step have said that are done, in order, as JSON, as far as `bytes`
+/// allow.
+pub async fn outputs(
+    pool: &PgPool,
+    (company, run): (CompanyId, RunId),
+    step: i32,
+    round: i32,
+    bytes: usize,
+) -> Result<Vec<(i32, String)>, StoreError> {
+    let rows = sqlx::query!(
+        r#"select i.item, coalesce(i.output::text, 'null') as "output!"
+           from (
+               select item, output, sum(octet_length(output::text) + 2) over (order by item) as total
+               from run_items
+               where company_id = $1 and run_id = $2 and step = $3 and round = $4 and status = 'completed'
+           ) i
+           where coalesce(i.total, 0) <= $5
+           order by i.item"#,
+        company.0,
+        run.0,
+        step,
+        round,
+        i64::try_from(bytes).unwrap_or(i64::MAX),
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.item, row.output)).collect())
+}
+
 /// Which items of a run are looked for.
 #[derive(Debug)]
 pub struct ItemFilter<'a> {

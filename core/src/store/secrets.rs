@@ -20,7 +20,7 @@ pub struct SecretRow {
     pub created_at: DateTime<Utc>,
     /// When it was last set.
     pub updated_at: DateTime<Utc>,
-    /// The name of the API key that has set it.
+    /// The id of the API key that has set it.
     pub updated_by: String,
 }
 

@@ -3,6 +3,7 @@
 pub(in crate::api) mod activity;
 pub(super) mod agents;
 pub(super) mod approvals;
+pub(super) mod artifacts;
 pub(super) mod companies;
 pub(super) mod costs;
 pub(super) mod dead_letters;

@@ -14,6 +14,8 @@ use serde_json::{Value, json};
 use crate::egress::Call;
 use crate::handlers::{Hands, StepCall};
 
+/// The largest answer of an agent, in bytes: it is read as JSON.
+pub const ANSWER_BYTES_MAX: usize = 10 * 1024 * 1024;
 /// The time of one call when the agent's `config.timeout` names none.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -70,10 +72,12 @@ async fn turn(hands: &Hands, call: StepCall<'_>, agent: &AgentRow) -> Result<Out
             method: Method::POST,
             url: endpoint.to_owned(),
             headers,
-            body: Some((body.to_string().into_bytes(), "application/json")),
+            body: Some((body.to_string().into_bytes(), "application/json".to_owned())),
             idempotency_key: call.idempotency_key,
             timeout: timeout.min(left),
             idle: call.idle,
+            limit: ANSWER_BYTES_MAX,
+            large: None,
         })
         .await?;
     if let Some(failure) = answer.failure() {

@@ -5,7 +5,7 @@ use capx_core::store::agents::AgentRow;
 
 use crate::handlers::{Hands, StepCall};
 
-mod custom;
+pub mod custom;
 mod offline;
 
 /// Which models may be asked.

@@ -2,6 +2,7 @@
 //! return an outcome; whether it counts is for the engine to decide.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capx_core::domain::digest;
@@ -19,6 +20,7 @@ use capx_core::store::jobs::{ClaimedJob, kind};
 use serde_json::{Map, Value, json};
 
 use crate::adapters::{self, Providers};
+use crate::artifacts::Artifacts;
 use crate::egress::Egress;
 use crate::tools;
 use crate::tools::workspace::Workspaces;
@@ -48,7 +50,9 @@ pub struct StepCall<'a> {
     /// Its parameters, every reference looked up.
     pub params: Map<String, Value>,
     /// What its parameters may hold, to be taken out of answers before they are cut.
-    pub secrets: Option<&'a Secrets>,
+    pub secrets: Option<&'a Arc<Secrets>>,
+    /// Where what is large is kept.
+    pub artifacts: &'a Artifacts<'a>,
     /// The agent of its role.
     pub agent: Option<&'a AgentRow>,
     /// What its last draft came to, where another one is made.
@@ -70,7 +74,7 @@ impl Hands {
     }
 
     /// Does a step.
-    pub async fn step(&self, job: &ClaimedJob, work: &StepWork) -> Outcome {
+    pub async fn step(&self, job: &ClaimedJob, work: &StepWork, artifacts: &Artifacts<'_>) -> Outcome {
         if let Some(why) = &work.context.playbook.unreadable {
             return Outcome::failed(Failure::invalid(why.clone()));
         }
@@ -97,7 +101,13 @@ impl Hands {
             (Ok(()), StepKind::Work | StepKind::Playbook(_)) => {}
         }
         match (&step.fan, &work.context.item) {
-            (Some(fan), None) => return work.context.fan(step, fan),
+            (Some(fan), None) => {
+                let outcome = work.context.fan(fan);
+                return match (&outcome, work.context.outputs_apart()) {
+                    (Outcome::Done { .. }, Some(apart)) => artifacts.list(job.step, work.context.round(), apart).await,
+                    _ => outcome,
+                };
+            }
             (Some(fan), Some(item)) if item.list.is_empty() => {
                 let why = work.context.list(fan).err();
                 return Outcome::failed(why.unwrap_or_else(|| Failure::invalid("for_each: the list has changed")));
@@ -113,7 +123,7 @@ impl Hands {
         }
         let secrets = match &work.secrets {
             Some(Err(failure)) if work.context.playbook.gives_secrets(step) => return Outcome::failed(failure.clone()),
-            Some(Ok(secrets)) => Some(secrets.as_ref()),
+            Some(Ok(secrets)) => Some(secrets),
             _ => None,
         };
         let params = match secrets {
@@ -137,6 +147,7 @@ impl Hands {
             step,
             params,
             secrets,
+            artifacts,
             agent: work.agent(index),
             feedback: work.context.feedback(),
             idempotency_key: digest::draft_key(

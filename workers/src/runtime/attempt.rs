@@ -22,6 +22,7 @@ use futures_util::FutureExt;
 use super::committer::{Attempted, PlainOutcome};
 use super::load::{Held, Slot};
 use super::{Assignment, Shared, panics};
+use crate::artifacts::Artifacts;
 
 /// An attempt that lives longer than this is shown as started; a shorter one
 /// is over before anybody could look, and its `step.completed` carries how
@@ -149,7 +150,14 @@ async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: In
     }
     failpoint::reach("attempt.before_handler").await;
     let secrets = work.secrets.as_ref().and_then(|opened| opened.as_ref().ok().cloned());
-    let handler = panics::given(secrets.clone(), shared.hands.step(job, work));
+    let artifacts = Artifacts {
+        pool: &shared.engine.pool,
+        watchdog: &shared.watchdog,
+        lease: job.lease,
+        company: job.company,
+        run: work.context.run,
+    };
+    let handler = panics::given(secrets.clone(), shared.hands.step(job, work, &artifacts));
     let handler = AssertUnwindSafe(handler).catch_unwind();
     let handler = tokio::time::timeout(job.timeout, handler);
     tokio::pin!(handler);
@@ -181,10 +189,11 @@ async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: In
         None => Outcome::Released { delay: Duration::ZERO },
     };
     // Whatever comes of it holds no secret that it was given.
-    match secrets {
+    let outcome = match secrets {
         Some(secrets) => secrets.redact(outcome),
         None => outcome,
-    }
+    };
+    artifacts.keep(outcome).await
 }
 
 /// Shows a long attempt as started, then waits for ever. The write is a task

@@ -38,7 +38,8 @@ mod timers;
 mod watchdog;
 
 use load::{Held, Load};
-use watchdog::{UNANSWERED_MAX, Watchdog};
+use watchdog::UNANSWERED_MAX;
+pub(crate) use watchdog::Watchdog;
 
 /// How a worker works.
 #[derive(Debug, Clone)]

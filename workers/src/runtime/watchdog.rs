@@ -27,7 +27,7 @@ impl Watchdog {
     }
 
     /// Waits for a call, however long; past the limit everybody is told.
-    pub(super) async fn answer<T>(&self, what: &'static str, call: impl Future<Output = T>) -> T {
+    pub(crate) async fn answer<T>(&self, what: &'static str, call: impl Future<Output = T>) -> T {
         tokio::pin!(call);
         if let Ok(answer) = tokio::time::timeout(self.limit, &mut call).await {
             return answer;

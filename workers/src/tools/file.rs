@@ -1,48 +1,64 @@
 //! `file.read {path}` -> `{path, content, bytes}` and `file.write {path,
-//! content}` -> `{path, bytes, sha256}`, inside the run's workspace.
+//! content}` -> `{path, bytes, sha256}`, inside the run's workspace. Content that is
+//! large, or no text, is an artifact; a reference to one is written as its bytes.
 
+use capx_core::domain::artifact::{Artifact, BINARY};
 use capx_core::domain::digest::{hex, sha256};
 use capx_core::domain::outcome::Failure;
+use capx_core::domain::storable::OUTPUT_BYTES_MAX;
 use serde_json::{Value, json};
 
-use super::{only, text};
+use super::{blocking, only, text};
+use crate::egress::{LARGE_BYTES, large};
 use crate::handlers::{Hands, StepCall};
 
 pub(super) async fn read(hands: &Hands, call: StepCall<'_>) -> Result<Value, Failure> {
     only(&call.params, &["path"])?;
     let path = text(&call.params, "path")?.to_owned();
     let workspace = hands.workspaces.of(call.company, call.run);
-    let bytes = blocking({
+    let file = blocking({
         let path = path.clone();
-        move || workspace.read(&path)
+        move || workspace.file(&path)
     })
     .await?;
-    let content = String::from_utf8(bytes).map_err(|_| Failure::invalid(format!("`{path}` is not UTF-8 text")))?;
-    Ok(json!({"path": path, "bytes": content.len(), "content": content}))
+    let _room = if file.bytes > LARGE_BYTES { large().await } else { None };
+    let read = blocking(move || {
+        let bytes = file.read()?;
+        let is_text = bytes.len() <= OUTPUT_BYTES_MAX && !bytes.contains(&0);
+        match is_text.then(|| std::str::from_utf8(&bytes).ok()).flatten() {
+            Some(text) => Ok((bytes.len(), Ok(text.to_owned()))),
+            None => Ok((bytes.len(), Err((Artifact::of_bytes(&bytes, BINARY), bytes)))),
+        }
+    });
+    let (bytes, content) = read.await?;
+    let content = match content {
+        Ok(text) => Value::String(text),
+        Err((artifact, bytes)) => call.artifacts.put(artifact, bytes).await?,
+    };
+    Ok(json!({"path": path, "bytes": bytes, "content": content}))
 }
 
 pub(super) async fn write(hands: &Hands, call: StepCall<'_>) -> Result<Value, Failure> {
     only(&call.params, &["path", "content"])?;
     let path = text(&call.params, "path")?.to_owned();
-    let content = match call.params.get("content") {
-        Some(Value::String(text)) => text.clone(),
+    let given = call.params.get("content");
+    let is_large = given.and_then(Artifact::of).is_some_and(|artifact| artifact.bytes > LARGE_BYTES);
+    let _room = if is_large { large().await } else { None };
+    let content = match (call.artifacts.given(given).await?, given) {
+        (Some((_, bytes)), _) => bytes,
+        (None, Some(Value::String(text))) => text.clone().into_bytes(),
         // What a step before has made is written as JSON.
-        Some(other) if !other.is_null() => other.to_string(),
+        (None, Some(other)) if !other.is_null() => other.to_string().into_bytes(),
         _ => return Err(Failure::invalid("params.content is required")),
     };
-    let (bytes, digest) = (content.len(), hex(&sha256(&content)));
     let workspace = hands.workspaces.of(call.company, call.run);
-    let key = call.idempotency_key;
-    blocking({
+    let (bytes, key) = (content.len(), call.idempotency_key);
+    let digest = blocking({
         let path = path.clone();
-        move || workspace.write(&path, content.as_bytes(), &key)
-    })
-    .await?;
-    Ok(json!({"path": path, "bytes": bytes, "sha256": digest}))
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| Err(Failure::transient(format!("the file's task ended early: {error}"))))
+        move || {
+            workspace.write(&path, &content, &key)?;
+            Ok(hex(&sha256(&content)))
+        }
+    });
+    Ok(json!({"path": path, "bytes": bytes, "sha256": digest.await?}))
 }

@@ -1,14 +1,22 @@
 //! `http.request {method, url, headers?, body?}` -> `{status, headers, body}`.
 //! A status of 400 or above fails the step; it is repeated only by `retry`,
-//! with the same `Idempotency-Key`.
+//! with the same `Idempotency-Key`. A body that is large, or no text, is an artifact;
+//! a reference to one sends its bytes.
 
+use std::sync::Arc;
+
+use capx_core::domain::artifact::{ARTIFACT_BYTES_MAX, Artifact, BINARY, json_bytes};
 use capx_core::domain::outcome::Failure;
+use capx_core::domain::storable::OUTPUT_BYTES_MAX;
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 
-use super::{only, text};
-use crate::egress::Call;
+use super::{blocking, only, text};
+use crate::egress::{Answer, Call, LARGE_BYTES, large};
 use crate::handlers::{Hands, StepCall};
+
+/// What of an output is left for the status and the headers, in bytes.
+const HEADERS_BYTES: usize = 32 * 1024;
 
 pub(super) async fn run(hands: &Hands, call: StepCall<'_>) -> Result<Value, Failure> {
     let params = &call.params;
@@ -20,34 +28,81 @@ pub(super) async fn run(hands: &Hands, call: StepCall<'_>) -> Result<Value, Fail
             .parse()
             .map_err(|_| Failure::invalid("params.method is no HTTP method"))?,
     };
+    let given = params.get("body");
+    let is_large = given.and_then(Artifact::of).is_some_and(|artifact| artifact.bytes > LARGE_BYTES);
+    let room = if is_large { large().await } else { None };
+    let body = match call.artifacts.given(given).await? {
+        Some((artifact, bytes)) => Some((bytes, artifact.content_type)),
+        None => body(given),
+    };
     let mut answer = hands
         .egress
         .call(Call {
             method,
             url: text(params, "url")?.to_owned(),
             headers: headers(params.get("headers"))?,
-            body: body(params.get("body")),
-            idempotency_key: call.idempotency_key,
+            body,
+            idempotency_key: call.idempotency_key.clone(),
             timeout: call.timeout,
             idle: call.idle,
+            limit: ARTIFACT_BYTES_MAX,
+            large: room,
         })
         .await?;
-    let is_json = answer.headers.iter().any(|(name, value)| name == "content-type" && value.contains("json"));
+    let told = |name: &str| answer.headers.iter().find(|(it, _)| it == name).map(|(_, value)| value.clone());
+    let content_type = told("content-type").unwrap_or_else(|| BINARY.to_owned());
     // As it came: a mask in the place of a number would be no JSON.
-    let parsed = if is_json { serde_json::from_slice(&answer.body).ok() } else { None };
+    let parsed = inline_json(&content_type, &answer.body);
     // Before an excerpt cuts one in two.
     if let Some(secrets) = call.secrets {
-        secrets.redactor().bytes(&mut answer.body);
+        let (secrets, mut bytes) = (Arc::clone(secrets), std::mem::take(&mut answer.body));
+        answer.body = blocking(move || {
+            secrets.redactor().bytes(&mut bytes);
+            Ok(bytes)
+        })
+        .await?;
     }
     if let Some(failure) = answer.failure() {
         return Err(failure);
     }
-    let body = match parsed {
-        Some(value) => value,
-        None => Value::String(String::from_utf8_lossy(&answer.body).into_owned()),
+    let Answer { status, headers, body: bytes, large } = answer;
+    let body = match parsed.map_or_else(|| inline_text(&content_type, bytes), Ok) {
+        Ok(body) => body,
+        Err(bytes) => {
+            let (artifact, bytes) = blocking(move || Ok((Artifact::of_bytes(&bytes, &content_type), bytes))).await?;
+            call.artifacts.put(artifact, bytes).await?
+        }
     };
-    let headers: Map<String, Value> = answer.headers.into_iter().map(|(name, value)| (name, value.into())).collect();
-    Ok(json!({"status": answer.status, "headers": headers, "body": body}))
+    drop(large);
+    let headers: Map<String, Value> = headers.into_iter().map(|(name, value)| (name, value.into())).collect();
+    Ok(json!({"status": status, "headers": headers, "body": body}))
+}
+
+/// A body as the JSON that it says it is, where that is small.
+fn inline_json(content_type: &str, body: &[u8]) -> Option<Value> {
+    if !content_type.contains("json") || body.len() > LARGE_BYTES {
+        return None;
+    }
+    let value = serde_json::from_slice(body).ok()?;
+    (json_bytes(&value) <= OUTPUT_BYTES_MAX - HEADERS_BYTES).then_some(value)
+}
+
+/// A body as text, where it is text and small; else as it was.
+fn inline_text(content_type: &str, body: Vec<u8>) -> Result<Value, Vec<u8>> {
+    if body.len() > OUTPUT_BYTES_MAX || body.contains(&0) {
+        return Err(body);
+    }
+    let text = match String::from_utf8(body) {
+        Ok(text) => text,
+        // Of another character set: most of it can be read.
+        Err(error) if content_type.starts_with("text/") => String::from_utf8_lossy(error.as_bytes()).into_owned(),
+        Err(error) => return Err(error.into_bytes()),
+    };
+    match Value::String(text) {
+        value if json_bytes(&value) <= OUTPUT_BYTES_MAX - HEADERS_BYTES => Ok(value),
+        Value::String(text) => Err(text.into_bytes()),
+        other => Ok(other),
+    }
 }
 
 fn headers(value: Option<&Value>) -> Result<Vec<(String, String)>, Failure> {
@@ -65,10 +120,10 @@ fn headers(value: Option<&Value>) -> Result<Vec<(String, String)>, Failure> {
     }
 }
 
-fn body(value: Option<&Value>) -> Option<(Vec<u8>, &'static str)> {
+fn body(value: Option<&Value>) -> Option<(Vec<u8>, String)> {
     match value {
         None | Some(Value::Null) => None,
-        Some(Value::String(text)) => Some((text.clone().into_bytes(), "text/plain; charset=utf-8")),
-        Some(other) => Some((other.to_string().into_bytes(), "application/json")),
+        Some(Value::String(text)) => Some((text.clone().into_bytes(), "text/plain; charset=utf-8".to_owned())),
+        Some(other) => Some((other.to_string().into_bytes(), "application/json".to_owned())),
     }
 }

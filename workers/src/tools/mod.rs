@@ -27,6 +27,13 @@ pub async fn run(hands: &Hands, call: StepCall<'_>) -> Outcome {
     }
 }
 
+/// Work that would hold up others, where it does not.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, Failure> + Send + 'static) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(Failure::transient(format!("a task ended early: {error}"))))
+}
+
 /// A required text parameter.
 fn text<'a>(params: &'a Map<String, Value>, name: &str) -> Result<&'a str, Failure> {
     match params.get(name) {

@@ -2,13 +2,16 @@
 //! beneath the directory and refuses every symbolic link on the way, so there
 //! is no race between a check and a use (hazard S15).
 
+use std::fs::File;
+use std::io::Read;
 use std::path::PathBuf;
 
+use capx_core::domain::artifact::ARTIFACT_BYTES_MAX;
 use capx_core::domain::ids::{CompanyId, RunId};
 use capx_core::domain::outcome::Failure;
 
 /// The largest file that a step reads or writes, in bytes.
-pub const FILE_BYTES_MAX: usize = 10 * 1024 * 1024;
+pub const FILE_BYTES_MAX: usize = ARTIFACT_BYTES_MAX;
 /// The longest path, in bytes, and its most parts.
 const PATH_BYTES_MAX: usize = 1_024;
 const PATH_PARTS_MAX: usize = 32;
@@ -59,10 +62,39 @@ fn parts(path: &str) -> Result<Vec<&str>, Failure> {
     Ok(parts)
 }
 
+/// A file of a workspace.
+#[derive(Debug)]
+pub struct WorkspaceFile {
+    file: File,
+    path: String,
+    /// How many bytes it has.
+    pub bytes: usize,
+}
+
+impl WorkspaceFile {
+    /// Its bytes.
+    pub fn read(self) -> Result<Vec<u8>, Failure> {
+        let path = &self.path;
+        let too_large = || Failure::invalid(format!("`{path}` is larger than {FILE_BYTES_MAX} bytes"));
+        if self.bytes > FILE_BYTES_MAX {
+            return Err(too_large());
+        }
+        let mut bytes = Vec::with_capacity(self.bytes);
+        self.file
+            .take(FILE_BYTES_MAX as u64 + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|error| Failure::transient(format!("`{path}`: {error}")))?;
+        if bytes.len() > FILE_BYTES_MAX {
+            return Err(too_large());
+        }
+        Ok(bytes)
+    }
+}
+
 #[cfg(target_os = "linux")]
 mod linux {
     use std::fs::File;
-    use std::io::{Read, Write};
+    use std::io::Write;
     use std::os::fd::{AsFd, OwnedFd};
 
     use capx_core::domain::outcome::{ErrorClass, Failure};
@@ -71,7 +103,7 @@ mod linux {
     };
     use rustix::io::Errno;
 
-    use super::{FILE_BYTES_MAX, Workspace, parts};
+    use super::{FILE_BYTES_MAX, Workspace, WorkspaceFile, parts};
 
     const BENEATH: ResolveFlags =
         ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
@@ -100,8 +132,8 @@ mod linux {
             openat(CWD, &self.directory, DIRECTORY, Mode::empty()).map_err(|e| failure(".", e))
         }
 
-        /// A file's bytes.
-        pub fn read(&self, path: &str) -> Result<Vec<u8>, Failure> {
+        /// A file, to be read.
+        pub fn file(&self, path: &str) -> Result<WorkspaceFile, Failure> {
             let relative = parts(path)?.join("/");
             let root = self.open()?;
             // Not blocking: a FIFO must not hang the worker.
@@ -112,15 +144,8 @@ mod linux {
             if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
                 return Err(failure(path, Errno::ISDIR));
             }
-            let mut bytes = Vec::new();
-            File::from(file)
-                .take(FILE_BYTES_MAX as u64 + 1)
-                .read_to_end(&mut bytes)
-                .map_err(|error| Failure::transient(format!("`{path}`: {error}")))?;
-            if bytes.len() > FILE_BYTES_MAX {
-                return Err(Failure::invalid(format!("`{path}` is larger than {FILE_BYTES_MAX} bytes")));
-            }
-            Ok(bytes)
+            let bytes = usize::try_from(stat.st_size).unwrap_or(usize::MAX);
+            Ok(WorkspaceFile { file: File::from(file), path: path.to_owned(), bytes })
         }
 
         /// Writes a file whole: a reader sees the old or the new one, and a
@@ -167,7 +192,7 @@ mod linux {
 #[cfg(not(target_os = "linux"))]
 impl Workspace {
     /// Refused: only Linux can hold a path inside its directory.
-    pub fn read(&self, path: &str) -> Result<Vec<u8>, Failure> {
+    pub fn file(&self, path: &str) -> Result<WorkspaceFile, Failure> {
         parts(path)?;
         Err(Failure::invalid("file tools need Linux"))
     }
@@ -198,13 +223,17 @@ mod tests {
         (Scratch(root), workspace)
     }
 
+    fn read(workspace: &Workspace, path: &str) -> Result<Vec<u8>, Failure> {
+        workspace.file(path)?.read()
+    }
+
     #[test]
     fn writes_and_reads_in_directories() {
         let (_scratch, workspace) = workspace();
         workspace.write("a/b/c.txt", b"one", "k").expect("writes");
         workspace.write("a/b/c.txt", b"two", "k").expect("writes again");
-        assert_eq!(workspace.read("./a//b/c.txt").expect("reads"), b"two");
-        assert!(workspace.read("a/b/d.txt").expect_err("no file").message.contains("there is no file"));
+        assert_eq!(read(&workspace, "./a//b/c.txt").expect("reads"), b"two");
+        assert!(read(&workspace, "a/b/d.txt").expect_err("no file").message.contains("there is no file"));
         assert_eq!(std::fs::read_dir(workspace.directory.join("a/b")).expect("a directory").count(), 1);
     }
 
@@ -218,7 +247,7 @@ mod tests {
         symlink("inside", root.join("alias")).expect("a link");
         for path in ["../x", "a/../../x", "/etc/passwd", "etc/passwd", "passwd", "alias", "", "a/", ".", "x\0y", "x\ny"]
         {
-            assert!(workspace.read(path).is_err(), "{path:?}");
+            assert!(read(&workspace, path).is_err(), "{path:?}");
         }
         for path in ["../x", "etc/x", "/tmp/x", "etc", "a/"] {
             let written = workspace.write(path, b"x", "k");
@@ -234,7 +263,7 @@ mod tests {
             0,
         )
         .expect("a fifo");
-        assert!(workspace.read("fifo").is_err());
+        assert!(read(&workspace, "fifo").is_err());
     }
 
     #[test]
@@ -248,6 +277,6 @@ mod tests {
             .expect("opens")
             .set_len(1 << 40)
             .expect("a sparse terabyte");
-        assert!(workspace.read("small").expect_err("too big").message.contains("larger than"));
+        assert!(read(&workspace, "small").expect_err("too big").message.contains("larger than"));
     }
 }

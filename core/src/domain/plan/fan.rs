@@ -10,10 +10,10 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::RunContext;
+use crate::domain::artifact::Artifact;
 use crate::domain::outcome::{ErrorClass, Failure, Fanning, Outcome};
 use crate::domain::playbook::expr;
 use crate::domain::playbook::model::{Fan, Step};
-use crate::domain::storable::OUTPUT_BYTES_MAX;
 
 /// How long a run waits for its items before it looks whether it was forgotten.
 /// It is woken when they are done.
@@ -83,17 +83,33 @@ impl RunContext {
                 Err(wrong(format!("{} items, over the limit of {}; set `max_items`", list.len(), fan.items_max)))
             }
             Value::Array(list) => Ok(list),
-            other => Err(wrong(format!("must be a list, not {}", expr::kind_of(&other)))),
+            other => Err(wrong(match Artifact::of(&other) {
+                Some(artifact) => {
+                    format!("the list is an artifact, of {} bytes, which no items are read from", artifact.bytes)
+                }
+                None => format!("must be a list, not {}", expr::kind_of(&other)),
+            })),
         }
     }
 
     /// An attempt of the run itself at a step that is done for a list.
-    pub fn fan(&self, step: &Step, fan: &Fan) -> Outcome {
+    pub fn fan(&self, fan: &Fan) -> Outcome {
         match &self.fanned {
             Some(Fanned::Open) => Outcome::Released { delay: FAN_LOOK },
-            Some(Fanned::Over { items, outputs, failures }) => over(step, fan, *items, outputs, failures),
+            Some(Fanned::Over { items, outputs, failures }) => over(fan, *items, outputs, failures),
             Some(Fanned::Begun(done)) => self.open(fan, done),
             None => self.open(fan, &[]),
+        }
+    }
+
+    /// How many items are over whose outputs are too large together to be here, of how
+    /// many that are done.
+    pub fn outputs_apart(&self) -> Option<(u32, usize)> {
+        match &self.fanned {
+            Some(Fanned::Over { items, outputs, .. }) if outputs.iter().any(|(_, output)| output.is_none()) => {
+                Some((*items, outputs.len()))
+            }
+            _ => None,
         }
     }
 
@@ -128,7 +144,7 @@ impl RunContext {
 
 /// What a step comes to whose items are all over: their outputs in the order of the
 /// list, null for what failed.
-fn over(step: &Step, fan: &Fan, items: u32, outputs: &[(i32, Option<Value>)], failures: &[(i32, Value)]) -> Outcome {
+fn over(fan: &Fan, items: u32, outputs: &[(i32, Option<Value>)], failures: &[(i32, Value)]) -> Outcome {
     let may_fail = fan.may_fail(items);
     if failures.len() > may_fail as usize {
         return Outcome::failed(too_few(items, may_fail, outputs.len(), failures));
@@ -136,21 +152,9 @@ fn over(step: &Step, fan: &Fan, items: u32, outputs: &[(i32, Option<Value>)], fa
     let mut list = vec![Value::Null; items as usize];
     for (item, output) in outputs {
         let place = usize::try_from(*item).ok().and_then(|item| list.get_mut(item));
-        match (place, output) {
-            (Some(place), Some(output)) => place.clone_from(output),
-            (Some(_), None) if step.last_use.is_none() => {
-                let message = "together the outputs are too large to be kept here; each item keeps its own";
-                return Outcome::done(json!({"items": items, "completed": outputs.len(), "message": message}));
-            }
-            (Some(_), None) => {
-                let message = format!(
-                    "the outputs of {} items are over the limit of {OUTPUT_BYTES_MAX} bytes together; \
-                     let each item say less, or refer to none of them",
-                    outputs.len()
-                );
-                return Outcome::failed(Failure::invalid(message));
-            }
-            (None, _) => {}
+        // Those that are too large to be here become an artifact.
+        if let (Some(place), Some(output)) = (place, output) {
+            place.clone_from(output);
         }
     }
     Outcome::done(Value::Array(list))

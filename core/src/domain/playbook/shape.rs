@@ -5,6 +5,7 @@ use regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value};
 
 use super::model::InputKind;
+use crate::domain::artifact::Artifact;
 
 /// So many problems of one value are told.
 const PROBLEMS_MAX: usize = 20;
@@ -80,7 +81,8 @@ impl Shape {
     }
 
     fn check(&self, value: &Value, path: &mut String, problems: &mut Vec<(String, String)>) {
-        if problems.len() >= PROBLEMS_MAX {
+        // What was too large to be kept inline is as good as what it stands for.
+        if problems.len() >= PROBLEMS_MAX || Artifact::of(value).is_some() {
             return;
         }
         if !self.kind.holds(value) {

@@ -1,0 +1,3 @@
+drop table run_artifacts;
+drop table artifact_chunks;
+drop table artifacts;
