@@ -3,7 +3,7 @@
 use capx_core::domain::artifact::{ARTIFACT_BYTES_MAX, RUN_ARTIFACTS_BYTES_MAX};
 use capx_core::domain::duration;
 use capx_core::domain::outcome::MESSAGE_CHARS_MAX;
-use capx_core::domain::plan::{CRASHES_MAX, DEPTH_MAX, KEY_CHARS_MAX};
+use capx_core::domain::plan::{CRASHES_MAX, DEPTH_MAX, KEY_CHARS_MAX, RUN_BYTES_MAX};
 use capx_core::domain::playbook::model::{
     APPROVAL_TIMEOUT, CONCURRENCY_MAX, IDLE_TIMEOUT, ITEMS_MAX, ITEMS_MAX_MAX, MAX_ATTEMPTS, MAX_ATTEMPTS_MAX,
     PARALLEL_MAX, RUN_STEPS_MAX, STEP_TIMEOUT, WAIT_TIMEOUT,
@@ -61,6 +61,7 @@ fn limits() -> Vec<Limit> {
         ("expression, parts", expr::NODES_MAX.to_string(), ""),
         ("expression, what it makes", bytes(expr::RESULT_BYTES_MAX), ""),
         ("run, steps taken, loops included", RUN_STEPS_MAX.to_string(), ""),
+        ("run, outputs kept inline together", bytes(RUN_BYTES_MAX as usize), ""),
         ("run, depth of calls", DEPTH_MAX.to_string(), ""),
         ("run, parameters", bytes(PARAMS_BYTES_MAX), ""),
         ("run, idempotency key", format!("{KEY_CHARS_MAX} characters"), ""),

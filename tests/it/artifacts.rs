@@ -218,3 +218,50 @@ async fn an_artifact_is_whole_whoever_dies_over_it() {
         db.assert_nothing_stranded().await;
     }
 }
+
+/// What a run keeps, by its rows.
+async fn kept(db: &Db) -> i64 {
+    db.count(
+        "select ((select coalesce(sum(octet_length(output::text)), 0) from run_steps)
+             + (select coalesce(sum(octet_length(output::text)), 0) from run_items))::bigint",
+    )
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_keeps_no_more_than_its_limit() {
+    let (limit, text) = (32 * 1024 * 1024, "x".repeat(200_000));
+    let says = |id: &str| format!("  - {{id: {id}, action: transform, params: {{text: '${{inputs.text}}'}}}}\n");
+    let steps: String = (0..170).map(|n| says(&format!("s{n}"))).collect();
+    let again = format!("{}  - {{if: 'true', goto: again, max_retries: 300}}\n", says("again"));
+    let each = |items: u32| {
+        let list: Vec<u32> = (0..items).collect();
+        says("each").replace("action:", &format!("for_each: {list:?}, max_items: 1000, max_parallel: 4, action:"))
+    };
+    for (what, steps, ends) in [
+        ("steps", steps, RunStatus::Failed),
+        // What is said anew takes the place of what was said before.
+        ("a loop", again, RunStatus::Completed),
+        ("a list", each(400), RunStatus::Failed),
+        ("a list and a step", format!("{}{}", each(160), says("more")), RunStatus::Completed),
+        ("a list and steps", format!("{}{}", says("first"), each(170)), RunStatus::Failed),
+    ] {
+        let db = Db::new().await;
+        let _worker = db.worker(SHORT_LEASE);
+        let company = db.company(&["a"], "claude", json!({})).await;
+        let playbook = db.playbook(company, &format!("name: full\ninputs: {{text: string}}\nsteps:\n{steps}")).await;
+        let run = db.start(company, playbook, json!({"text": text})).await;
+        let row = db.until(company, run, ends).await;
+        let kept = kept(&db).await;
+        // Items that were under way when it was full are kept.
+        assert!(kept <= limit + 4 * 200_100, "{what}: {kept}");
+        if ends == RunStatus::Failed {
+            let error = row.error.unwrap();
+            assert_eq!(error["code"], json!("invalid"), "{what}: {error}");
+            assert!(error["message"].as_str().unwrap().contains("over the limit of 33554432"), "{what}: {error}");
+            assert!(kept > limit - 3 * 200_100, "{what}: {kept}");
+            assert!(db.count("select count(*) from run_items").await < 180, "{what}: others were begun");
+        }
+        db.assert_nothing_stranded().await;
+    }
+}

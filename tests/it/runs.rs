@@ -131,7 +131,6 @@ async fn what_cannot_be_stored_fails_the_step_and_never_sticks() {
     let json = [("content-type", "application/json")];
     let router = axum::Router::new()
         .route("/dear", any(move || async move { (json, r#"{"output": 1, "cost": 9000000000}"#) }))
-        .route("/big", any(move || async move { (json, format!(r#"{{"output": "{}"}}"#, "x".repeat(300 * 1024))) }))
         .route("/nul", any(move || async move { (json, r#"{"output": {"text": "a\u0000b"}}"#) }))
         .route(
             "/huge",
@@ -142,7 +141,7 @@ async fn what_cannot_be_stored_fails_the_step_and_never_sticks() {
             any(move || async move { (json, format!(r#"{{"output": {}1{}}}"#, "[".repeat(100), "]".repeat(100))) }),
         );
     tokio::spawn(async move { axum::serve(listener, router).await });
-    for (path, says) in [("big", "over the limit"), ("nul", "NUL"), ("huge", "larger than"), ("deep", "deeper than")] {
+    for (path, says) in [("nul", "NUL"), ("huge", "larger than"), ("deep", "deeper than")] {
         let company = db.company(&["n"], "custom", json!({"endpoint": format!("{url}/{path}")})).await;
         for step in
             ["role: n, action: say".to_owned(), format!("action: http.request, params: {{url: '{url}/{path}'}}")]
@@ -150,6 +149,11 @@ async fn what_cannot_be_stored_fails_the_step_and_never_sticks() {
             let name = format!("{path}-{}", step.len());
             let playbook = db.playbook(company, &format!("name: {name}\nsteps:\n  - {{{step}}}\n")).await;
             let run = db.start(company, playbook, json!({})).await;
+            if path == "huge" && step.contains("http.request") {
+                // What a tool is answered may be an artifact.
+                db.until(company, run, RunStatus::Completed).await;
+                continue;
+            }
             let row = db.until(company, run, RunStatus::Failed).await;
             let message = row.error.unwrap()["message"].as_str().unwrap().to_owned();
             assert!(message.contains(says), "{path}, {step}: {message}");

@@ -24,11 +24,13 @@ mod closing;
 mod fan;
 mod graph;
 mod rubric;
+mod size;
 pub use call::{Child, DEPTH_MAX};
 pub use closing::{Ending, Letter};
 pub use fan::{FAILURES_TOLD, FAN_LOOK, Fanned, Item, ItemDecision};
 pub use graph::{Node, Then, Turn};
 pub use rubric::{Draft, Graded, Hold, Stage};
+pub use size::RUN_BYTES_MAX;
 
 /// The place of a run's job that is about no step: the run looks at all that is
 /// stored of it, and decides where it goes on.
@@ -97,6 +99,8 @@ pub struct RunContext {
     pub scores: HashMap<usize, Value>,
     /// What the run has cost so far.
     pub spent: Nanos,
+    /// What the run keeps of what its steps have said, in bytes; not less than it is.
+    pub bytes: i64,
     /// How long ago it began, as of when it was loaded.
     pub age: Duration,
 }
@@ -278,6 +282,7 @@ impl RunContext {
             draft: None,
             scores: HashMap::new(),
             spent: Nanos::ZERO,
+            bytes: 0,
             age: Duration::ZERO,
         }
     }

@@ -513,6 +513,7 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
         (Outcome::Done { output, .. }, Some(_)) => Some(output.to_string()),
         _ => output,
     };
+    let (outcome, output) = work.context.keep(outcome, output);
     if let Some(Graded { holds: Some(hold), .. }) = &graded {
         let hold = hold.clone();
         let facts = Facts { job, work, outcome, output, took, agent, refused: None, graded, stay };
@@ -695,6 +696,7 @@ impl Facts {
         checkpoint: Option<StepChange>,
         events: Vec<Event>,
     ) -> StepCommit {
+        let said = checkpoint.as_ref().and_then(|step| step.output.as_ref()).map_or(0, String::len);
         StepCommit {
             lease: self.job.lease,
             company: self.job.company,
@@ -704,6 +706,7 @@ impl Facts {
             change,
             checkpoint,
             cost: self.cost(),
+            bytes: i64::try_from(said).unwrap_or(i64::MAX) + self.work.context.items_bytes(),
             events,
         }
     }
@@ -1003,6 +1006,7 @@ impl Facts {
             job: self.job.lease.job,
             fanning,
             timeout: self.step().map_or(self.job.timeout, |step| step.timeout),
+            bytes: self.work.context.bytes,
         };
         let step = self.step();
         let told = json!({

@@ -270,7 +270,10 @@ const CHAIN_TIME_MAX: Duration = Duration::from_secs(1);
 impl StepWork {
     /// Whether this worker may go on with the run, or the lane, itself.
     pub(super) fn may_stay(&self) -> bool {
-        self.chain + 1 < CHAIN_STEPS_MAX && self.chain_began.elapsed() < CHAIN_TIME_MAX
+        // Of a run that is nearly full the next one counts anew.
+        !self.context.is_nearly_full()
+            && self.chain + 1 < CHAIN_STEPS_MAX
+            && self.chain_began.elapsed() < CHAIN_TIME_MAX
     }
 
     /// The run's own job, where a job is that of a step beside others.

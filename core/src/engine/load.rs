@@ -59,12 +59,14 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
                 closings: u32::try_from(run.closings).unwrap_or(0),
                 called: run.called,
                 spent: run.cost,
+                bytes: run.bytes,
                 age: run.age,
                 ..RunContext::new(run.company, PlaybookId(run.playbook), run.run, playbook, inputs)
             };
             Some((run.run.0, context))
         })
         .collect();
+    recount(engine, &mut contexts).await?;
     load_states(engine, claimed, &mut contexts).await?;
     load_outputs(engine, claimed, &mut contexts).await?;
     load_waits(engine, claimed, &mut contexts).await?;
@@ -126,6 +128,21 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
             Some((job.lease.job, Work::Step(Box::new(work))))
         })
         .collect())
+}
+
+/// What runs keep is counted up as they go, too high in a loop: exactly where it matters.
+async fn recount(engine: &Engine, contexts: &mut HashMap<Uuid, RunContext>) -> Result<(), EngineError> {
+    let near = contexts.values().filter(|context| context.is_nearly_full());
+    let near: Vec<_> = near.map(|context| (context.company, context.run)).collect();
+    if near.is_empty() {
+        return Ok(());
+    }
+    for (run, bytes) in steps::recount(&engine.pool, &near).await? {
+        if let Some(context) = contexts.get_mut(&run) {
+            context.bytes = bytes;
+        }
+    }
+    Ok(())
 }
 
 /// Earlier outputs that the step at hand or a later one refers to.
@@ -398,13 +415,14 @@ fn begun(items: &[ItemRow]) -> Fanned {
 
 fn fanned(count: i32, items: Vec<ItemRow>) -> Fanned {
     let (mut outputs, mut failures) = (Vec::new(), Vec::new());
+    let bytes = items.iter().map(|item| item.bytes).sum();
     for item in items {
         match item.done {
             true => outputs.push((item.item, item.output)),
             false => failures.push((item.item, item.error.unwrap_or_default())),
         }
     }
-    Fanned::Over { items: u32::try_from(count).unwrap_or(0), outputs, failures }
+    Fanned::Over { items: u32::try_from(count).unwrap_or(0), outputs, failures, bytes }
 }
 
 type Lists = HashMap<(Uuid, i32), Arc<Vec<Value>>>;

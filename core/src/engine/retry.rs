@@ -26,7 +26,7 @@ use crate::domain::run::{RunStatus, StepStatus};
 use crate::store::jobs::kind;
 use crate::store::runs::{Retry, StepRow};
 use crate::store::slots::{self, Group};
-use crate::store::{approvals, children, events, fans, grades, nodes, runs, tenants};
+use crate::store::{approvals, children, events, fans, grades, nodes, runs, steps, tenants};
 
 /// Lets a failed run go on at its failed step, in the caller's transaction, who
 /// wakes workers after it. A gate that was refused or ran out is asked for
@@ -92,6 +92,8 @@ pub async fn retry_run(
     }
     children::forget(tx, company, run).await?;
     let job = runs::retry(tx, company, run, &retry).await?.ok_or(EngineError::NotFound("run"))?;
+    // What is done anew does not count twice.
+    steps::recount(&mut *tx, &[(company, run)]).await?;
     let resumed = json!({"step": planned.map(|step| &step.id), "index": step, "by": by});
     events::append_to_run(&mut *tx, company, run, &Event::new(PLAYBOOK_RESUMED, resumed)).await?;
     if let Some((old, id)) = gate {
@@ -194,6 +196,7 @@ pub async fn replay_run(
     let new: Prepared = start::prepare((company, playbook, old.version), plan, params, "replay", beginning);
     // Before the run's own rows, of which the gate's may be one.
     runs::copy_checkpoints(tx, company, replay.of, new.run(), &kept).await?;
+    steps::recount(&mut *tx, &[(company, new.run())]).await?;
     if new.grades() {
         grades::copy(tx, company, replay.of, new.run(), &kept).await?;
     }

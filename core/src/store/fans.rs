@@ -13,7 +13,7 @@ use super::jobs::{DEADLINE_GRACE, Lease, kind, millis, queue};
 use crate::domain::ids::{AgentId, CompanyId, RunId};
 use crate::domain::money::Nanos;
 use crate::domain::outcome::Fanning;
-use crate::domain::plan::FAILURES_TOLD;
+use crate::domain::plan::{FAILURES_TOLD, RUN_BYTES_MAX};
 
 /// A fan to be opened, by the job that waits for it.
 #[derive(Debug, Clone)]
@@ -32,6 +32,8 @@ pub struct NewFan {
     pub fanning: Fanning,
     /// How long one attempt at an item may take.
     pub timeout: Duration,
+    /// What the run keeps already, in bytes.
+    pub bytes: i64,
 }
 
 /// Opens a fan and its lanes, in the transaction that lets the run's job wait. Of
@@ -50,12 +52,13 @@ pub async fn open(tx: &mut PgConnection, fan: &NewFan) -> Result<(), StoreError>
     .await?;
     let place = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
     sqlx::query!(
-        "insert into run_fans (company_id, run_id, step, round, job_id, items, todo, begun, size, failures_max, lanes)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $8)
+        "insert into run_fans (company_id, run_id, step, round, job_id, items, todo, begun, size, failures_max, lanes,
+             bytes)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $8, $11)
          on conflict (company_id, run_id, step) do update
          set round = excluded.round, job_id = excluded.job_id, items = excluded.items, todo = excluded.todo,
              begun = excluded.begun, size = excluded.size, completed = 0, failed = 0,
-             failures_max = excluded.failures_max, lanes = excluded.lanes",
+             failures_max = excluded.failures_max, lanes = excluded.lanes, bytes = excluded.bytes",
         fan.company.0,
         fan.run.0,
         fan.step,
@@ -66,6 +69,7 @@ pub async fn open(tx: &mut PgConnection, fan: &NewFan) -> Result<(), StoreError>
         place(lanes),
         place(size),
         place(fan.fanning.failures_max as usize),
+        fan.bytes,
     )
     .execute(&mut *tx)
     .await?;
@@ -156,6 +160,8 @@ pub struct ItemRow {
     pub done: bool,
     /// Its output.
     pub output: Option<Value>,
+    /// The output's size in bytes.
+    pub bytes: i64,
     /// Why it failed, of the first that did.
     pub error: Option<Value>,
 }
@@ -172,6 +178,7 @@ pub async fn load_items(
         ItemRow,
         r#"select i.run_id as run, i.step, i.item, i.round, i.status = 'completed' as "done!",
              case when i.total <= $4 then i.output end as output,
+             coalesce(i.bytes, octet_length(i.output::text), 0)::bigint as "bytes!",
              case when i.failures <= $5 then i.error end as error
            from unnest($1::uuid[], $2::uuid[], $3::integer[]) as k (company_id, run_id, step)
            cross join lateral (
@@ -399,6 +406,7 @@ pub async fn commit(
         &commits.iter().map(|c| c.cost.0).collect::<Vec<_>>(),
         session,
         millis(DEADLINE_GRACE),
+        RUN_BYTES_MAX,
     )
     .fetch_all(executor)
     .await?;

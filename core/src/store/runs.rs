@@ -532,8 +532,8 @@ pub async fn copy_checkpoints(
     steps: &[i32],
 ) -> Result<(), StoreError> {
     sqlx::query!(
-        "insert into run_steps (company_id, run_id, step, status, agent_id, attempt, output, error, started_at, ended_at)
-         select company_id, $3, step, status, agent_id, attempt, output, error, started_at, ended_at
+        "insert into run_steps (company_id, run_id, step, status, agent_id, attempt, output, bytes, error, started_at, ended_at)
+         select company_id, $3, step, status, agent_id, attempt, output, bytes, error, started_at, ended_at
          from run_steps where company_id = $1 and run_id = $2 and step = any ($4)",
         company.0,
         from.0,

@@ -43,6 +43,8 @@ pub struct LoadedRun {
     pub queued: bool,
     /// What it has cost so far.
     pub cost: Nanos,
+    /// What it keeps of what its steps have said, in bytes.
+    pub bytes: i64,
     /// How long ago it began.
     pub age: Duration,
 }
@@ -52,7 +54,7 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
     let rows = sqlx::query!(
         r#"select r.company_id, r.id, r.playbook_id, r.version_id, r.params, c.status as company_status,
              r.status = 'suspended' as "waited!", r.ending, r.closings, r.job_id, r.called,
-             r.status = 'queued' as "queued!", r.cost_nanos,
+             r.status = 'queued' as "queued!", r.cost_nanos, r.bytes,
              greatest(extract(epoch from clock_timestamp() - r.started_at) * 1000, 0)::bigint as "age_ms!"
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          cross join lateral (
@@ -81,9 +83,41 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
             called: row.called,
             queued: row.queued,
             cost: Nanos(row.cost_nanos),
+            bytes: row.bytes,
             age: Duration::from_millis(u64::try_from(row.age_ms).unwrap_or(0)),
         })
         .collect())
+}
+
+/// Counts what some runs keep, exactly, and keeps that; how much it is. The items of a
+/// step that is not over are not among it: they count when it is.
+pub async fn recount(
+    executor: impl Executor<'_, Database = Postgres>,
+    runs: &[(CompanyId, RunId)],
+) -> Result<Vec<(Uuid, i64)>, StoreError> {
+    let rows = sqlx::query!(
+        r#"update runs r
+           set bytes = (
+                   select coalesce(sum(coalesce(s.bytes, octet_length(s.output::text))), 0)::bigint from run_steps s
+                   where s.company_id = r.company_id and s.run_id = r.id
+               ) + (
+                   select coalesce(sum(coalesce(i.bytes, octet_length(i.output::text))), 0)::bigint from run_items i
+                   where i.company_id = r.company_id and i.run_id = r.id
+                       and exists (
+                           select from run_steps s
+                           where s.company_id = i.company_id and s.run_id = i.run_id and s.step = i.step
+                               and s.status in ('completed', 'failed')
+                       )
+               )
+           from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
+           where r.company_id = k.company_id and r.id = any (array[k.id])
+           returning r.id, r.bytes"#,
+        &runs.iter().map(|(company, _)| company.0).collect::<Vec<_>>(),
+        &runs.iter().map(|(_, run)| run.0).collect::<Vec<_>>(),
+    )
+    .fetch_all(executor)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.id, row.bytes)).collect())
 }
 
 /// Lets runs go on whose time has come, each under the lease of its job; says
@@ -329,6 +363,8 @@ pub struct StepCommit {
     pub checkpoint: Option<StepChange>,
     /// What was spent.
     pub cost: Nanos,
+    /// By how much what the run keeps grows, in bytes.
+    pub bytes: i64,
     /// What happened, in order.
     pub events: Vec<Event>,
 }
@@ -392,6 +428,7 @@ pub async fn commit(
         &third.data as &[Option<String>],
         millis(DEADLINE_GRACE),
         session,
+        &commits.iter().map(|c| c.bytes).collect::<Vec<_>>(),
     )
     .fetch_all(executor)
     .await?;

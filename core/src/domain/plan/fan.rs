@@ -55,6 +55,8 @@ pub enum Fanned {
         outputs: Vec<(i32, Option<Value>)>,
         /// What failed, by place, with the reasons of the first few.
         failures: Vec<(i32, Value)>,
+        /// What all of them have said, in bytes.
+        bytes: i64,
     },
 }
 
@@ -96,7 +98,10 @@ impl RunContext {
     pub fn fan(&self, fan: &Fan) -> Outcome {
         match &self.fanned {
             Some(Fanned::Open) => Outcome::Released { delay: FAN_LOOK },
-            Some(Fanned::Over { items, outputs, failures }) => over(fan, *items, outputs, failures),
+            Some(Fanned::Over { items, outputs, failures, bytes }) => match self.fits(*bytes) {
+                Ok(()) => over(fan, *items, outputs, failures),
+                Err(failure) => Outcome::failed(failure),
+            },
             Some(Fanned::Begun(done)) => self.open(fan, done),
             None => self.open(fan, &[]),
         }
@@ -110,6 +115,14 @@ impl RunContext {
                 Some((*items, outputs.len()))
             }
             _ => None,
+        }
+    }
+
+    /// What the items have said that are over, in bytes.
+    pub fn items_bytes(&self) -> i64 {
+        match &self.fanned {
+            Some(Fanned::Over { bytes, .. }) => *bytes,
+            _ => 0,
         }
     }
 

@@ -51,17 +51,20 @@ ended as materialized (
         (dense_rank() over (order by h.company_id, h.run_id, h.step, h.first_lane))::integer as fan,
         (row_number() over (its order by h.place))::integer as nth,
         (count(*) filter (where h.status = 'completed') over its)::integer as completed,
-        (count(*) over its)::integer as over
+        (count(*) over its)::integer as over,
+        (coalesce(sum(octet_length(h.output)) over its, 0))::bigint as said
     from held h
     where h.delay_ms is null
     window its as (partition by h.company_id, h.run_id, h.step, h.first_lane)
 ),
 fan as materialized (
-    select e.company_id, e.run_id, e.step, e.fan, e.over, e.completed, f.begun, f.round, f.todo is not null as has_todo,
+    select e.company_id, e.run_id, e.step, e.fan, e.over, e.completed, e.said, f.begun, f.round, f.todo is not null as has_todo,
         case
             -- To `least` null is nothing.
             when f.begun is null then null
             when f.failed + e.over - e.completed > f.failures_max then 0
+            -- The run would keep more than it may: nothing else begins.
+            when f.bytes + e.said > $19 then 0
             else least(e.over, f.size - f.begun)
         end as handed
     from (select * from ended where nth = 1 order by fan) e
@@ -83,7 +86,8 @@ moved as (
     set begun = f.begun + c.handed,
         completed = f.completed + c.completed,
         failed = f.failed + c.over - c.completed,
-        lanes = f.lanes - (c.over - c.handed)
+        lanes = f.lanes - (c.over - c.handed),
+        bytes = f.bytes + c.said
     from fan c
     where f.company_id = any (array[c.company_id]) and f.run_id = any (array[c.run_id]) and f.step = c.step
         and c.handed is not null

@@ -21,7 +21,7 @@ with d as materialized (
         $24::integer[],
         $25::uuid[], $26::text[], $27::text[],
         $28::uuid[], $29::text[], $30::text[],
-        $31::uuid[], $32::text[], $33::text[]
+        $31::uuid[], $32::text[], $33::text[], $36::bigint[]
     ) with ordinality as d (
         job_id, epoch, company_id, run_id, step,
         job_state, job_kind, next_step, delay_ms, timeout_ms, next_attempt, crash_count,
@@ -30,7 +30,7 @@ with d as materialized (
         event_count,
         event_1_id, event_1, data_1,
         event_2_id, event_2, data_2,
-        event_3_id, event_3, data_3,
+        event_3_id, event_3, data_3, bytes,
         place
     )
 ),
@@ -65,6 +65,7 @@ run as (
     update runs r
     set event_seq = r.event_seq + d.event_count,
         cost_nanos = r.cost_nanos + d.cost_nanos,
+        bytes = r.bytes + d.bytes,
         status = coalesce(d.run_status, r.status),
         waiting_on = d.waiting_on::jsonb,
         output = coalesce(d.run_output::jsonb, r.output),
@@ -77,10 +78,10 @@ run as (
 checkpoint as (
     insert into run_steps as s (
         company_id, run_id, step, status, agent_id, attempt, job_id, lease_epoch,
-        cost_nanos, output, error, started_at, ended_at
+        cost_nanos, output, bytes, error, started_at, ended_at
     )
     select company_id, run_id, step, step_status, agent_id, attempt, job_id, epoch,
-        cost_nanos, output::jsonb, error::jsonb,
+        cost_nanos, output::jsonb, octet_length(output), error::jsonb,
         clock_timestamp() - duration_ms * interval '1 millisecond',
         case when step_status in ('completed', 'failed') then clock_timestamp() end
     from run
@@ -95,6 +96,7 @@ checkpoint as (
         -- In a loop, what the step has said the time before stays until it says
         -- something else.
         output = case when excluded.status in ('waiting', 'running') then s.output else excluded.output end,
+        bytes = case when excluded.status in ('waiting', 'running') then s.bytes else excluded.bytes end,
         error = excluded.error,
         started_at = excluded.started_at,
         ended_at = excluded.ended_at
