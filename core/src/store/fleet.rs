@@ -5,6 +5,7 @@ use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use super::StoreError;
+use super::jobs::queue as queues;
 
 /// A live worker process.
 #[derive(Debug, Clone)]
@@ -131,8 +132,12 @@ pub async fn queues(pool: &PgPool) -> Result<Vec<QueueRow>, StoreError> {
     .await?)
 }
 
-/// Whether a queue is known: some worker serves it, it holds a job, or it is paused.
+/// Whether a queue is known: one of our own, which may be paused before a worker is
+/// there; or some worker serves it, it holds a job, or it is paused.
 pub async fn is_queue(tx: &mut PgConnection, queue: &str) -> Result<bool, StoreError> {
+    if queues::ALL.contains(&queue) {
+        return Ok(true);
+    }
     Ok(sqlx::query_scalar!(
         r#"select exists (select from worker_sessions where ended_at is null and $1 = any (queues))
                or exists (select from jobs where state = 'ready' and queue = $1)
