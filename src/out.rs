@@ -9,6 +9,11 @@ pub fn print(text: impl Display) {
     let _ = std::io::stdout().write_all(text.to_string().as_bytes());
 }
 
+/// The same with bytes.
+pub fn bytes(bytes: &[u8]) {
+    let _ = std::io::stdout().write_all(bytes);
+}
+
 /// The same with the end of a line.
 pub fn line(text: impl Display) {
     print(format_args!("{text}\n"));

@@ -82,6 +82,18 @@ impl Client {
         self.send(Method::GET, path, None).await
     }
 
+    /// The bytes at a path.
+    pub async fn bytes(&self, path: &str) -> anyhow::Result<Vec<u8>> {
+        let answer = self.request(Method::GET, path).send().await.map_err(|error| self.away(&error.into()))?;
+        if !answer.status().is_success() {
+            // Why not.
+            self.answered(answer).await?;
+            bail!(Exit::with(AWAY, "the answer was empty"));
+        }
+        let bytes = answer.bytes().await.map_err(|error| self.away(&error.into()))?;
+        Ok(bytes.into())
+    }
+
     /// Makes a change, once, whatever happens to the answer.
     pub async fn post(&self, path: &str, body: Value) -> anyhow::Result<Value> {
         self.send(Method::POST, path, Some(body)).await

@@ -1,13 +1,17 @@
 //! `capx run …`
 
+use std::io::{IsTerminal, stdout};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use anyhow::bail;
+use capx_core::domain::digest::{hex, sha256};
 use clap::{Args, Subcommand};
 use owo_colors::{OwoColorize, Stream};
 use serde_json::{Map, Value, json};
 
 use super::client::{self, Client, part, path_of, path_of_run};
-use super::exit::{Exit, FAILED};
+use super::exit::{AWAY, Exit, FAILED, WRONG};
 use super::show;
 use super::stream::Events;
 use crate::out;
@@ -54,6 +58,14 @@ pub enum RunCommand {
         /// One JSON object an event, a line each.
         #[arg(long)]
         json: bool,
+    },
+    /// Write the bytes of an artifact, to standard output or into a file.
+    Artifact {
+        /// The digest that stands in an output as `artifact`.
+        artifact: String,
+        /// Write them into this file.
+        #[arg(long)]
+        file: Option<PathBuf>,
     },
     /// Cancel a run; once more, should it still be closing.
     Cancel {
@@ -123,6 +135,13 @@ pub async fn run(client: &Client, command: RunCommand) -> anyhow::Result<()> {
         RunCommand::Watch { run, json } => {
             let run = client.run(&run).await?;
             return watch(client, &run, json).await;
+        }
+        RunCommand::Artifact { artifact, file } => {
+            let bytes = client.bytes(&format!("{}/artifacts/{}", client.company().await?, part(&artifact))).await?;
+            if hex(&sha256(&bytes)) != artifact {
+                bail!(Exit::with(AWAY, "what came is not what the digest names; ask for it again"));
+            }
+            save(&bytes, file.as_deref())?;
         }
         RunCommand::Cancel { run } => {
             let path = path_of_run(&client.run(&run).await?);
@@ -245,4 +264,17 @@ async fn tell(client: &Client, run: &str, event: &Value, as_json: bool) -> anyho
         }
     }
     Ok(())
+}
+
+/// Into a file, or to standard output where that does no harm.
+fn save(bytes: &[u8], file: Option<&Path>) -> anyhow::Result<()> {
+    let Some(path) = file else {
+        let steers = |text: &str| text.chars().any(|c| c.is_control() && !matches!(c, '\n' | '\r' | '\t'));
+        if stdout().is_terminal() && std::str::from_utf8(bytes).map_or(true, steers) {
+            bail!(Exit::with(WRONG, "it is no plain text: write it into a file, with --file or `>`"));
+        }
+        out::bytes(bytes);
+        return Ok(());
+    };
+    std::fs::write(path, bytes).map_err(|error| Exit::with(WRONG, format!("cannot write {}: {error}", path.display())))
 }

@@ -235,3 +235,44 @@ async fn carry(mut client: TcpStream, to: u16, lost: Arc<AtomicUsize>, most: usi
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_go_in_by_a_file_and_artifacts_come_out_as_bytes() {
+    let db = Db::new().await;
+    let (api, _worker) = (db.api().await, db.worker(SHORT_LEASE));
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let terminal = Terminal::of(&api);
+    let value = file("from-a-file-9f3k\n");
+    let said = terminal.types(&["secret", "set", "TOKEN", "--file", &value]).await.ends_with(0);
+    assert_eq!(said.out(), "set TOKEN\n");
+    assert!(terminal.types(&["secret", "list"]).await.ends_with(0).out().contains("TOKEN"));
+    let said = terminal.types(&["secret", "set", "OTHER"]).await.ends_with(2);
+    assert!(said.err().contains("nothing came from stdin"), "{}", said.err());
+    let short = file("short");
+    let said = terminal.types(&["secret", "set", "OTHER", "--file", &short]).await.ends_with(3);
+    assert!(said.err().contains("must be 8 to 16384 bytes"), "{}", said.err());
+    let yaml = "name: tells
+secrets: TOKEN
+inputs: {text: string}
+steps: [{id: a, action: transform, params: {token: '${secrets.TOKEN}', text: '${inputs.text}', same: '${inputs.text}'}}]
+";
+    let playbook = db.playbook(company, yaml).await;
+    let text = "0123456789".repeat(20_000);
+    let run = db.start(company, playbook, json!({"text": text})).await;
+    db.until(company, run, RunStatus::Completed).await;
+    let shown = terminal.types(&["run", "get", &run.to_string(), "--json"]).await.ends_with(0).json();
+    let output = &shown["steps"][0]["output"];
+    assert_eq!(output["token"], json!("[secret TOKEN]"));
+    let artifact = ["text", "same"].iter().find_map(|key| output[*key]["artifact"].as_str()).unwrap();
+    let said = terminal.types(&["run", "artifact", artifact]).await.ends_with(0);
+    assert!(said.out() == text);
+    let into = file("");
+    terminal.types(&["run", "artifact", artifact, "--file", &into]).await.ends_with(0);
+    assert!(std::fs::read_to_string(&into).unwrap() == text);
+    terminal.types(&["run", "artifact", &"0".repeat(64)]).await.ends_with(3);
+    let said = terminal.types(&["run", "artifact", artifact, "--file", "/none/such"]).await.ends_with(2);
+    assert!(said.err().contains("cannot write /none/such"), "{}", said.err());
+    terminal.types(&["secret", "delete", "TOKEN"]).await.ends_with(0);
+    let said = terminal.types(&["secret", "delete", "TOKEN"]).await.ends_with(3);
+    assert!(said.err().contains("there is no such secret"), "{}", said.err());
+}
