@@ -159,7 +159,7 @@ async fn no_place_shows_a_secret_that_a_tool_was_given() {
         r#"
 name: keeps-secrets
 secrets: [TOKEN, PIN]
-inputs: {{text: string}}
+inputs: {{text: string, pad: string}}
 steps:
   - id: call
     action: http.request
@@ -177,6 +177,8 @@ steps:
   - {{id: file, action: file.read, on_failure: continue, params: {{path: 'none/${{secrets.TOKEN}}'}}}}
   - {{id: big, action: http.request, params: {{url: '{url}/big', headers: {{x-token: '${{secrets.TOKEN}}'}}}}, on_failure: continue}}
   - {{id: big-pin, action: http.request, params: {{url: '{url}/big', headers: {{x-token: '${{secrets.PIN}}'}}}}}}
+  - {{id: leave, action: file.write, params: {{path: left.txt, content: '${{secrets.TOKEN}} ${{inputs.pad}}'}}}}
+  - {{id: find, action: file.read, params: {{path: left.txt}}}}
   - {{id: asked, approval: {{message: Really?}}, action: http.request, params: {{url: '{url}/ok?k=${{secrets.TOKEN}}'}}}}
   - {{id: end, action: http.request, params: {{url: '{url}/fails', headers: {{x-token: '${{secrets.PIN}}'}}}}, retry: 1}}
 finally:
@@ -187,7 +189,7 @@ output: '${{steps}}'
     .replace("\noutput: '${steps}'\n", "\n");
     let playbook = db.playbook(company, &yaml).await;
     let text = "${secrets.TOKEN} {{ secrets.TOKEN }}";
-    let run = db.start(company, playbook, json!({"text": text})).await;
+    let run = db.start(company, playbook, json!({"text": text, "pad": "p".repeat(300_000)})).await;
     db.until(company, run, RunStatus::Suspended).await;
     let gate: ApprovalId = ApprovalId(
         sqlx::query_scalar("select id from approvals where status = 'pending'").fetch_one(&db.pool).await.unwrap(),
@@ -214,7 +216,7 @@ output: '${{steps}}'
     let away = shown["data"]["steps"][5]["error"]["message"].as_str().unwrap();
     assert!(!away.is_empty());
     assert_clean("the run", &shown.to_string());
-    assert_eq!(db.count("select count(*) from artifacts where bytes > 300000").await, 1);
+    assert_eq!(db.count("select count(*) from artifacts where bytes > 300000").await, 2, "an answer and a file");
     let rows = all_rows(&db).await;
     assert!(rows.contains("[secret PIN]") && rows.contains("company_secrets"));
     assert_clean("the database", &rows);

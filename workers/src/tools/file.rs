@@ -22,8 +22,13 @@ pub(super) async fn read(hands: &Hands, call: StepCall<'_>) -> Result<Value, Fai
     })
     .await?;
     let _room = if file.bytes > LARGE_BYTES { large().await } else { None };
+    // A file may hold what a step before was given.
+    let secrets = call.secrets.cloned();
     let read = blocking(move || {
-        let bytes = file.read()?;
+        let mut bytes = file.read()?;
+        if let Some(secrets) = secrets {
+            secrets.redactor().bytes(&mut bytes);
+        }
         let is_text = bytes.len() <= OUTPUT_BYTES_MAX && !bytes.contains(&0);
         match is_text.then(|| std::str::from_utf8(&bytes).ok()).flatten() {
             Some(text) => Ok((bytes.len(), Ok(text.to_owned()))),
