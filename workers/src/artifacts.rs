@@ -14,6 +14,7 @@ use capx_core::store::jobs::Lease;
 use serde_json::Value;
 use sqlx::PgPool;
 
+use crate::egress::{Large, room_for};
 use crate::runtime::Watchdog;
 
 /// How often and after which pause bytes are stored again when the database is away:
@@ -31,6 +32,17 @@ pub struct Artifacts<'a> {
     pub(crate) run: RunId,
 }
 
+/// What a reference leads to, with the room that it takes up.
+#[derive(Debug)]
+pub struct Given {
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// What they are, by the reference.
+    pub content_type: String,
+    /// Held while the bytes are, where they are large.
+    pub room: Large,
+}
+
 impl Artifacts<'_> {
     /// Stores bytes, and gives the reference to them.
     pub async fn put(&self, artifact: Artifact, bytes: Vec<u8>) -> Result<Value, Failure> {
@@ -42,8 +54,7 @@ impl Artifacts<'_> {
         }
         let (pool, watchdog) = (self.pool.clone(), self.watchdog.clone());
         let (lease, of, value) = (self.lease, (self.company, self.run), artifact.to_value());
-        // A task of its own: no call of the database is dropped half-way.
-        let put = tokio::spawn(async move {
+        let put = whole("stored", async move {
             let mut tries = 0;
             loop {
                 // What was paid for is not lost for a moment without the database.
@@ -57,12 +68,13 @@ impl Artifacts<'_> {
                 }
             }
         });
-        match put.await.map_err(|error| trouble("stored", &error))?.map_err(|error| trouble("stored", &error))? {
-            Admitted::New | Admitted::Known => Ok(value),
-            Admitted::Lost => Err(Failure::transient("the attempt is no longer this worker's")),
-            Admitted::Full => Err(Failure::invalid(format!(
+        match put.await {
+            Ok(Admitted::New | Admitted::Known) => Ok(value),
+            Ok(Admitted::Lost) => Err(Failure::transient("the attempt is no longer this worker's")),
+            Ok(Admitted::Full) => Err(Failure::invalid(format!(
                 "the artifacts of the run are over the limit of {RUN_ARTIFACTS_BYTES_MAX} bytes together"
             ))),
+            Err(failure) => Err(failure),
         }
     }
 
@@ -70,36 +82,35 @@ impl Artifacts<'_> {
     pub async fn get(&self, artifact: &Artifact) -> Result<Vec<u8>, Failure> {
         let (pool, watchdog, company) = (self.pool.clone(), self.watchdog.clone(), self.company);
         let sha256 = artifact.sha256.clone();
-        let get = tokio::spawn(async move { get(&pool, &watchdog, company, &sha256).await });
-        let bytes = get.await.map_err(|error| trouble("read", &error))?.map_err(|error| trouble("read", &error))?;
+        let bytes = whole("read", async move { get(&pool, &watchdog, company, &sha256).await }).await?;
         bytes.ok_or_else(|| Failure::invalid(format!("the company has no artifact {}", artifact.sha256)))
     }
 
     /// What a value refers to, if it is a reference.
-    pub async fn given(&self, value: Option<&Value>) -> Result<Option<(Artifact, Vec<u8>)>, Failure> {
+    pub async fn given(&self, value: Option<&Value>) -> Result<Option<Given>, Failure> {
         let Some(artifact) = value.and_then(Artifact::of) else { return Ok(None) };
+        let room = room_for(artifact.bytes).await;
         let bytes = self.get(&artifact).await?;
-        Ok(Some((artifact, bytes)))
+        Ok(Some(Given { bytes, content_type: artifact.content_type, room }))
     }
 
     /// What the items of a step have said, in the order of its list, as one artifact.
     pub async fn list(&self, step: i32, round: u32, (items, done): (u32, usize)) -> Outcome {
         let (pool, watchdog, of) = (self.pool.clone(), self.watchdog.clone(), (self.company, self.run));
         let round = i32::try_from(round).unwrap_or(i32::MAX);
-        let read = tokio::spawn(async move {
+        let read = whole("read", async move {
             let outputs = fans::outputs(&pool, of, step, round, ARTIFACT_BYTES_MAX);
             watchdog.answer("the outputs of items", outputs).await
         });
         let outputs = match read.await {
-            Ok(Ok(outputs)) if outputs.len() == done => outputs,
-            Ok(Ok(_)) => {
+            Ok(outputs) if outputs.len() == done => outputs,
+            Ok(_) => {
                 return Outcome::failed(Failure::invalid(format!(
                     "the outputs of {done} items are over the limit of {ARTIFACT_BYTES_MAX} bytes together; \
                      let each item say less"
                 )));
             }
-            Ok(Err(error)) => return Outcome::failed(trouble("read", &error)),
-            Err(error) => return Outcome::failed(trouble("read", &error)),
+            Err(failure) => return Outcome::failed(failure),
         };
         let mut list = String::from("[");
         let mut outputs = outputs.into_iter().peekable();
@@ -167,6 +178,12 @@ async fn get(
     Ok((bytes.len() == artifact.bytes).then_some(bytes))
 }
 
-fn trouble(what: &str, error: &dyn std::error::Error) -> Failure {
-    Failure::transient(format!("the artifact could not be {what}: {error}"))
+/// A call of the database as a task of its own: none is dropped half-way.
+async fn whole<T: Send + 'static>(
+    what: &str,
+    call: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+) -> Result<T, Failure> {
+    let trouble =
+        |error: &dyn std::error::Error| Failure::transient(format!("the artifact could not be {what}: {error}"));
+    tokio::spawn(call).await.map_err(|error| trouble(&error))?.map_err(|error| trouble(&error))
 }

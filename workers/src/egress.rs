@@ -17,7 +17,7 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::{Client, Method, Url};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// From so many bytes on, few bodies are held at once: those of [`large`].
+/// From so many bytes on, few bodies are held at once: see [`room_for`].
 pub const LARGE_BYTES: usize = 1024 * 1024;
 /// How many large bodies a process holds at once.
 const LARGE_MAX: usize = 2;
@@ -74,8 +74,11 @@ pub struct Call {
 /// Room for a large body, while this is held.
 pub type Large = Option<SemaphorePermit<'static>>;
 
-/// Waits for room for a large body.
-pub async fn large() -> Large {
+/// Waits for room for a body of so many bytes, if it is large.
+pub async fn room_for(bytes: usize) -> Large {
+    if bytes <= LARGE_BYTES {
+        return None;
+    }
     // It is never closed.
     LARGE.acquire().await.ok()
 }
@@ -182,8 +185,8 @@ impl Egress {
             if body.len() + chunk.len() > call.limit {
                 return Err(Failure::invalid(format!("the answer is larger than {} bytes", call.limit)));
             }
-            if body.len() + chunk.len() > LARGE_BYTES && large.is_none() {
-                large = self::large().await;
+            if large.is_none() {
+                large = room_for(body.len() + chunk.len()).await;
             }
             body.extend_from_slice(&chunk);
         }

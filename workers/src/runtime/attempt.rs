@@ -175,11 +175,7 @@ async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: In
     let outcome = match ended {
         Some(Ok(Ok(outcome))) => outcome,
         Some(Ok(Err(panic))) => {
-            let said = panic
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| panic.downcast_ref::<&str>().copied())
-                .unwrap_or("no message");
+            let said = panics::said(panic.as_ref());
             Outcome::failed(Failure::transient(format!("the handler panicked: {said}")))
         }
         Some(Err(_)) => Outcome::failed(Failure::new(

@@ -17,7 +17,7 @@ pub async fn given<T>(secrets: Option<Arc<Secrets>>, attempt: impl Future<Output
 }
 
 /// What a panic says, without the secrets of its attempt.
-fn said(payload: &(dyn Any + Send)) -> String {
+pub(super) fn said(payload: &(dyn Any + Send)) -> String {
     let text = payload.downcast_ref::<String>().map(String::as_str);
     let mut text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no message").to_owned();
     let _ = GIVEN.try_with(|given| given.as_ref().map(|secrets| secrets.redactor().text(&mut text)));

@@ -9,7 +9,7 @@ use capx_core::domain::storable::OUTPUT_BYTES_MAX;
 use serde_json::{Value, json};
 
 use super::{blocking, only, text};
-use crate::egress::{LARGE_BYTES, large};
+use crate::egress::room_for;
 use crate::handlers::{Hands, StepCall};
 
 pub(super) async fn read(hands: &Hands, call: StepCall<'_>) -> Result<Value, Failure> {
@@ -21,7 +21,7 @@ pub(super) async fn read(hands: &Hands, call: StepCall<'_>) -> Result<Value, Fai
         move || workspace.file(&path)
     })
     .await?;
-    let _room = if file.bytes > LARGE_BYTES { large().await } else { None };
+    let _room = room_for(file.bytes).await;
     // A file may hold what a step before was given.
     let secrets = call.secrets.cloned();
     let read = blocking(move || {
@@ -47,13 +47,11 @@ pub(super) async fn write(hands: &Hands, call: StepCall<'_>) -> Result<Value, Fa
     only(&call.params, &["path", "content"])?;
     let path = text(&call.params, "path")?.to_owned();
     let given = call.params.get("content");
-    let is_large = given.and_then(Artifact::of).is_some_and(|artifact| artifact.bytes > LARGE_BYTES);
-    let _room = if is_large { large().await } else { None };
-    let content = match (call.artifacts.given(given).await?, given) {
-        (Some((_, bytes)), _) => bytes,
-        (None, Some(Value::String(text))) => text.clone().into_bytes(),
+    let (content, _room) = match (call.artifacts.given(given).await?, given) {
+        (Some(given), _) => (given.bytes, given.room),
+        (None, Some(Value::String(text))) => (text.clone().into_bytes(), None),
         // What a step before has made is written as JSON.
-        (None, Some(other)) if !other.is_null() => other.to_string().into_bytes(),
+        (None, Some(other)) if !other.is_null() => (other.to_string().into_bytes(), None),
         _ => return Err(Failure::invalid("params.content is required")),
     };
     let workspace = hands.workspaces.of(call.company, call.run);

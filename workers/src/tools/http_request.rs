@@ -12,7 +12,7 @@ use reqwest::Method;
 use serde_json::{Map, Value, json};
 
 use super::{blocking, only, text};
-use crate::egress::{Answer, Call, LARGE_BYTES, large};
+use crate::egress::{Answer, Call, LARGE_BYTES};
 use crate::handlers::{Hands, StepCall};
 
 /// What of an output is left for the status and the headers, in bytes.
@@ -29,11 +29,9 @@ pub(super) async fn run(hands: &Hands, call: StepCall<'_>) -> Result<Value, Fail
             .map_err(|_| Failure::invalid("params.method is no HTTP method"))?,
     };
     let given = params.get("body");
-    let is_large = given.and_then(Artifact::of).is_some_and(|artifact| artifact.bytes > LARGE_BYTES);
-    let room = if is_large { large().await } else { None };
-    let body = match call.artifacts.given(given).await? {
-        Some((artifact, bytes)) => Some((bytes, artifact.content_type)),
-        None => body(given),
+    let (body, room) = match call.artifacts.given(given).await? {
+        Some(given) => (Some((given.bytes, given.content_type)), given.room),
+        None => (body(given), None),
     };
     let mut answer = hands
         .egress
