@@ -2,12 +2,11 @@
 //! digest; in its place stands a reference, which is passed on like any other value.
 
 use std::cmp::Reverse;
-use std::io;
 
 use serde_json::{Value, json};
 
 use super::digest::{hex, sha256};
-use super::storable::OUTPUT_BYTES_MAX;
+use super::storable::{ESCAPE_BYTES_MAX, OUTPUT_BYTES_MAX, json_bytes, size_of};
 
 /// The largest artifact, in bytes.
 pub const ARTIFACT_BYTES_MAX: usize = 100 * 1024 * 1024;
@@ -68,28 +67,14 @@ pub fn is_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// How many bytes a value's JSON has.
-pub fn json_bytes(value: &Value) -> usize {
-    struct Count(usize);
-    impl io::Write for Count {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0 += bytes.len();
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-    let mut count = Count(0);
-    // Nothing can fail that only counts.
-    let _ = serde_json::to_writer(&mut count, value);
-    count.0
-}
-
 /// Takes out of an output what is too large to be kept inline, and leaves references:
 /// the largest of its values, where a few are what makes it large, and else the whole.
 /// Gives what is to be stored.
 pub fn take_out(output: &mut Value) -> Vec<(Artifact, Vec<u8>)> {
+    // Most outputs are small, and need not be written out to be measured.
+    if size_of(output) * ESCAPE_BYTES_MAX <= OUTPUT_BYTES_MAX {
+        return Vec::new();
+    }
     let mut bytes = json_bytes(output);
     if bytes <= OUTPUT_BYTES_MAX {
         return Vec::new();

@@ -1,12 +1,17 @@
 //! The one gate that every stored value passes: what Postgres could not keep
 //! must become a failed step with a reason, never a stuck run (hazard H17).
 
+use std::io;
+
 use serde_json::Value;
 
 /// The largest output that is kept inline, in bytes of JSON.
 pub const OUTPUT_BYTES_MAX: usize = 256 * 1024;
 /// How deep a stored value may nest.
 pub const DEPTH_MAX: usize = 64;
+
+/// How many bytes of JSON a byte of text takes at most: `\u0001`.
+pub const ESCAPE_BYTES_MAX: usize = 6;
 
 /// Why a value cannot be stored.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -69,7 +74,7 @@ fn check(value: &Value, path: &mut String, depth: usize) -> Result<(), Unstorabl
     }
 }
 
-/// About as many bytes as a value's JSON has.
+/// About as many bytes as a value's JSON has, without what is escaped in its texts: fast.
 pub fn size_of(value: &Value) -> usize {
     match value {
         Value::String(text) => text.len() + 2,
@@ -77,6 +82,24 @@ pub fn size_of(value: &Value) -> usize {
         Value::Object(map) => 2 + map.iter().map(|(key, item)| key.len() + size_of(item) + 4).sum::<usize>(),
         Value::Null | Value::Bool(_) | Value::Number(_) => 8,
     }
+}
+
+/// How many bytes a value's JSON has.
+pub fn json_bytes(value: &Value) -> usize {
+    struct Count(usize);
+    impl io::Write for Count {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += bytes.len();
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut count = Count(0);
+    // Nothing can fail that only counts.
+    let _ = serde_json::to_writer(&mut count, value);
+    count.0
 }
 
 #[cfg(test)]

@@ -1006,7 +1006,7 @@ impl Facts {
             job: self.job.lease.job,
             fanning,
             timeout: self.step().map_or(self.job.timeout, |step| step.timeout),
-            bytes: self.work.context.bytes,
+            bytes: self.work.context.bytes_begun(),
         };
         let step = self.step();
         let told = json!({

@@ -410,7 +410,8 @@ async fn load_fans(
 }
 
 fn begun(items: &[ItemRow]) -> Fanned {
-    Fanned::Begun(items.iter().filter(|item| item.done).map(|item| item.item).collect())
+    let bytes = items.iter().map(|item| item.bytes).sum();
+    Fanned::Begun { done: items.iter().filter(|item| item.done).map(|item| item.item).collect(), bytes }
 }
 
 fn fanned(count: i32, items: Vec<ItemRow>) -> Fanned {

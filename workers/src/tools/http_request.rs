@@ -5,9 +5,9 @@
 
 use std::sync::Arc;
 
-use capx_core::domain::artifact::{ARTIFACT_BYTES_MAX, Artifact, BINARY, json_bytes};
+use capx_core::domain::artifact::{ARTIFACT_BYTES_MAX, Artifact, BINARY};
 use capx_core::domain::outcome::Failure;
-use capx_core::domain::storable::OUTPUT_BYTES_MAX;
+use capx_core::domain::storable::{self, OUTPUT_BYTES_MAX, json_bytes};
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 
@@ -76,13 +76,15 @@ pub(super) async fn run(hands: &Hands, call: StepCall<'_>) -> Result<Value, Fail
     Ok(json!({"status": status, "headers": headers, "body": body}))
 }
 
-/// A body as the JSON that it says it is, where that is small.
+/// A body as the JSON that it says it is, where that can be kept.
 fn inline_json(content_type: &str, body: &[u8]) -> Option<Value> {
     if !content_type.contains("json") || body.len() > LARGE_BYTES {
         return None;
     }
-    let value = serde_json::from_slice(body).ok()?;
-    (json_bytes(&value) <= OUTPUT_BYTES_MAX - HEADERS_BYTES).then_some(value)
+    // In its place, since it counts how deep that is.
+    let mut output = json!({"body": serde_json::from_slice::<Value>(body).ok()?});
+    storable::to_json(&output, OUTPUT_BYTES_MAX - HEADERS_BYTES).ok()?;
+    Some(output["body"].take())
 }
 
 /// A body as text, where it is text and small; else as it was.

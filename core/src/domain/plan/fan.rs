@@ -44,8 +44,13 @@ impl Item {
 pub enum Fanned {
     /// Lanes are at work.
     Open,
-    /// These are done from before the run failed; the others are to be done.
-    Begun(Vec<i32>),
+    /// Some are done from before the run failed; the others are to be done.
+    Begun {
+        /// Which are done, in order.
+        done: Vec<i32>,
+        /// What they have said, in bytes.
+        bytes: i64,
+    },
     /// No lane is at work any more.
     Over {
         /// How many there are.
@@ -102,7 +107,7 @@ impl RunContext {
                 Ok(()) => over(fan, *items, outputs, failures),
                 Err(failure) => Outcome::failed(failure),
             },
-            Some(Fanned::Begun(done)) => self.open(fan, done),
+            Some(Fanned::Begun { done, .. }) => self.open(fan, done),
             None => self.open(fan, &[]),
         }
     }
@@ -123,6 +128,15 @@ impl RunContext {
         match &self.fanned {
             Some(Fanned::Over { bytes, .. }) => *bytes,
             _ => 0,
+        }
+    }
+
+    /// What the run keeps while items are done: with what some have said before it
+    /// failed, which it counts when all are over.
+    pub fn bytes_begun(&self) -> i64 {
+        match &self.fanned {
+            Some(Fanned::Begun { bytes, .. }) => self.bytes.saturating_add(*bytes),
+            _ => self.bytes,
         }
     }
 
