@@ -226,6 +226,36 @@ async fn an_artifact_is_whole_whoever_dies_over_it() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_run_gives_may_be_large_too() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let text = "\"x".repeat(75_000);
+    for (rest, ends) in [
+        ("", RunStatus::Completed),
+        ("finally:\n  - {id: close, action: transform}\n", RunStatus::Completed),
+        // Its limits count what the output is, not what stands for it.
+        ("rubric: {min_items: 3}\n", RunStatus::Failed),
+    ] {
+        let yaml = format!(
+            "name: gives\ninputs: {{text: string}}\nsteps:\n  - {{id: say, action: transform}}\n\
+             output: {{items: ['${{inputs.text}}', '${{inputs.text}}'], title: t}}\n{rest}"
+        );
+        let playbook = db.playbook(company, &yaml).await;
+        let run = db.start(company, playbook, json!({"text": text})).await;
+        let output = db.until(company, run, ends).await.output.unwrap();
+        assert_eq!(output["title"], json!("t"), "{output}");
+        let items = reference(&output["items"]);
+        let given = fetch(&api, company, &items.sha256, None).await.json::<Value>().await.unwrap();
+        assert_eq!(given, json!([text, text]), "{rest}");
+        db.assert_nothing_stranded().await;
+    }
+    let counted = "select count(*) from run_artifacts";
+    assert_eq!((db.count(counted).await, db.count("select count(*) from artifacts").await), (3, 1));
+}
+
 /// What a run keeps, by its rows.
 async fn kept(db: &Db) -> i64 {
     db.count(

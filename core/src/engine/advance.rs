@@ -16,6 +16,7 @@ use super::gates::{approval_of, waiting_on};
 use super::items::{self, DecidedItem};
 use super::nodes::{self, Beginning};
 use super::{Engine, EngineError, repeating};
+use crate::domain::artifact::{Artifact, take_out};
 use crate::domain::event::{
     APPROVAL_REQUESTED, Event, PLAYBOOK_CANCELLED, PLAYBOOK_CLOSING, PLAYBOOK_COMPLETED, PLAYBOOK_FAILED,
     PLAYBOOK_SUSPENDED, RUBRIC_EVALUATED, STEP_COMPLETED, STEP_FAILED, STEP_STARTED,
@@ -39,7 +40,7 @@ use crate::store::grades::{self, NewGrade};
 use crate::store::jobs::{ClaimedJob, Lease, kind, queue};
 use crate::store::signals::NewWait;
 use crate::store::steps::{NextJob, Passing, RunChange, StepChange, StepCommit};
-use crate::store::{StoreError, approvals, events, jobs, signals, steps};
+use crate::store::{StoreError, approvals, artifacts, events, jobs, signals, steps};
 
 /// So much of what a run went past is told with a step's end.
 const TOLD_MAX: usize = 50;
@@ -100,6 +101,8 @@ pub struct Decided {
     pub closes: bool,
     /// What is kept of a draft, or of how the run has held its limits.
     pub grade: Option<NewGrade>,
+    /// What of the run's own output is too large to be kept inline.
+    pub apart: Vec<(Artifact, Vec<u8>)>,
     /// What is told behind the events of the commit.
     pub told: Vec<Event>,
     /// What this worker goes on with, once that is written.
@@ -459,6 +462,9 @@ pub(super) async fn beside(tx: &mut PgConnection, decided: &Decided) -> Result<(
     if let Some(grade) = &decided.grade {
         grades::put(tx, company, run, grade).await?;
     }
+    for (artifact, bytes) in &decided.apart {
+        artifacts::put(tx, (company, run), artifact, bytes).await?;
+    }
     for event in &decided.told {
         events::append_to_run(&mut *tx, company, run, event).await?;
     }
@@ -482,6 +488,7 @@ impl Decided {
             frees: false,
             closes: false,
             grade: None,
+            apart: Vec::new(),
             told: Vec::new(),
             next: None,
         }
@@ -490,6 +497,7 @@ impl Decided {
     /// One statement writes it.
     fn is_plain(&self) -> bool {
         let alone = self.passed.is_empty() && self.begin.is_empty() && self.withdraw.is_empty();
+        let alone = alone && self.apart.is_empty();
         alone && self.approval.is_none() && self.letter.is_none() && self.fan.is_none() && self.grade.is_none()
     }
 }
@@ -885,11 +893,13 @@ impl Facts {
 
     pub(super) fn complete(
         self,
-        output: Option<Value>,
+        mut output: Option<Value>,
         checkpoint: Option<StepChange>,
         mut events: Vec<Event>,
     ) -> Decided {
         let limits = self.work.context.limits(output.as_ref());
+        // A template makes little enough to be written with the commit.
+        let apart = output.as_mut().map(take_out).unwrap_or_default();
         // All the steps are done, so the run is not failed for an output that
         // cannot be kept; it says why there is none.
         let output = output.map(|value| match storable::to_json(&value, OUTPUT_BYTES_MAX) {
@@ -897,7 +907,9 @@ impl Facts {
             Err(error) => json!({"error": format!("the run's output {error}")}),
         });
         let mut ending = Ending { output, ..Ending::of(RunStatus::Completed) };
-        let Some((told, kept)) = limits else { return self.end(ending, checkpoint, events) };
+        let Some((told, kept)) = limits else {
+            return Decided { apart, ..self.end(ending, checkpoint, events) };
+        };
         events.push(Event::new(RUBRIC_EVALUATED, told.clone()));
         let stage = if kept.is_ok() { Stage::Passed } else { Stage::Blocked };
         if let Err(failure) = kept {
@@ -906,7 +918,7 @@ impl Facts {
         }
         let draft = Draft { stage, count: 0, returns: 0, output: None, evaluation: Some(told) };
         let grade = NewGrade { step: grades::RUN, round: 0, draft };
-        Decided { grade: Some(grade), ..self.end(ending, checkpoint, events) }
+        Decided { apart, grade: Some(grade), ..self.end(ending, checkpoint, events) }
     }
 
     /// The steps are over: the run ends, or what closes it begins.

@@ -1,6 +1,6 @@
 //! Artifacts: large outputs, in chunks, once a company for the same bytes.
 
-use sqlx::{Executor, PgPool, Postgres};
+use sqlx::{Executor, PgConnection, PgPool, Postgres};
 
 use super::StoreError;
 use super::jobs::Lease;
@@ -66,7 +66,7 @@ pub async fn admit(
 
 /// Stores a chunk, from 0 on; the same again is nothing.
 pub async fn put_chunk(
-    pool: &PgPool,
+    db: impl Executor<'_, Database = Postgres>,
     company: CompanyId,
     artifact: &Artifact,
     seq: usize,
@@ -79,13 +79,17 @@ pub async fn put_chunk(
         i32::try_from(seq).unwrap_or(i32::MAX),
         data,
     )
-    .execute(pool)
+    .execute(db)
     .await?;
     Ok(())
 }
 
 /// All chunks are there: from now on it can be read.
-pub async fn finish(pool: &PgPool, company: CompanyId, artifact: &Artifact) -> Result<(), StoreError> {
+pub async fn finish(
+    db: impl Executor<'_, Database = Postgres>,
+    company: CompanyId,
+    artifact: &Artifact,
+) -> Result<(), StoreError> {
     sqlx::query!(
         "insert into artifacts (company_id, sha256, bytes, content_type) values ($1, $2, $3, $4)
          on conflict do nothing",
@@ -94,9 +98,32 @@ pub async fn finish(pool: &PgPool, company: CompanyId, artifact: &Artifact) -> R
         size(artifact),
         artifact.content_type,
     )
-    .execute(pool)
+    .execute(db)
     .await?;
     Ok(())
+}
+
+/// Stores what a run gives as a whole, in the transaction that ends it: whatever its steps
+/// have stored before.
+pub async fn put(
+    tx: &mut PgConnection,
+    (company, run): (CompanyId, RunId),
+    artifact: &Artifact,
+    bytes: &[u8],
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "insert into run_artifacts (company_id, run_id, sha256, bytes) values ($1, $2, $3, $4) on conflict do nothing",
+        company.0,
+        run.0,
+        artifact.sha256,
+        size(artifact),
+    )
+    .execute(&mut *tx)
+    .await?;
+    for (seq, chunk) in bytes.chunks(CHUNK_BYTES).enumerate() {
+        put_chunk(&mut *tx, company, artifact, seq, chunk).await?;
+    }
+    finish(tx, company, artifact).await
 }
 
 /// An artifact of a company, as it was first stored.
