@@ -230,8 +230,14 @@ pub fn summary(name: &str, data: &Value) -> String {
         TASK_CANCELLED => format!("Cancelled task: {}", text("title")),
         TASK_RETRIED => format!("Retried task: {}", text("title")),
         EVENT_RECEIVED => format!("Received event: {}", text("name")),
-        RUBRIC_EVALUATED => format!("Rubric: {}", text("decision")),
-        APPROVAL_REQUESTED => "Approval requested".to_owned(),
+        RUBRIC_EVALUATED => match text("step") {
+            "" => format!("Limits of the run: {}", text("decision")),
+            step => format!("Rubric of step {step}: {}, score {}", text("decision"), data["score"]),
+        },
+        APPROVAL_REQUESTED => match data.pointer("/context/step").and_then(Value::as_str) {
+            Some(step) => format!("Approval requested: {step}"),
+            None => "Approval requested".to_owned(),
+        },
         APPROVAL_RESOLVED => format!("Approval {}", text("decision")),
         other => other.replace(['.', '_'], " "),
     }

@@ -69,6 +69,7 @@ pub(super) fn references(
             all: steps,
             inputs,
             at_last: matches!(place, Place::Undo(_) | Place::Finally(_)),
+            draft: if let Place::Graded(at) = place { steps.get(at) } else { None },
         };
         check(loader, &reference, at, &path, &sees);
     }
@@ -85,6 +86,8 @@ struct Sees<'a> {
     inputs: &'a [InputSpec],
     /// The run's steps are over.
     at_last: bool,
+    /// The step whose draft is graded.
+    draft: Option<&'a Read>,
 }
 
 fn check(loader: &mut Loader, reference: &Reference, at: Pos, path: &str, sees: &Sees<'_>) {
@@ -163,7 +166,11 @@ fn check(loader: &mut Loader, reference: &Reference, at: Pos, path: &str, sees: 
             at,
             path,
             format!("`${{{reference}}}`: there is no `{other}`"),
-            did_you_mean(other, ROOTS.iter().copied()).or_else(|| Some("begin with `inputs` or `steps`".into())),
+            match sees.draft.filter(|_| other == "output") {
+                Some(draft) => Some(format!("write `${{steps.{}.{reference}}}`", draft.step.id)),
+                None => did_you_mean(other, ROOTS.iter().copied())
+                    .or_else(|| Some("begin with `inputs` or `steps`".into())),
+            },
         ),
     }
 }

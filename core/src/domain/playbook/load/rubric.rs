@@ -94,6 +94,11 @@ fn criterion(
         loader.suggest(node.at, &path, "a limit is one of the whole run".into(), hint);
         return None;
     }
+    if matches!(node.kind, Kind::Seq(_)) {
+        let hint = Some("name each criterion as a key of `rubric` itself, such as `tone: 0.8`".to_owned());
+        loader.suggest(key.at, &path, "a criterion is no list".into(), hint);
+        return None;
+    }
     if !matches!(node.kind, Kind::Map(_)) {
         let near = did_you_mean(&name, keys::RUBRIC.iter().map(|key| key.name));
         if let (None, Some(near)) = (number(node), near) {
@@ -159,7 +164,14 @@ fn number(node: &Node) -> Option<f64> {
 fn share(loader: &mut Loader, node: &Node, path: &str) -> Option<f64> {
     let found = number(node).filter(|n| (0.0..=1.0).contains(n));
     if found.is_none() {
-        loader.error(node.at, path, format!("expected a score from 0 to 1, found {}", node.describe()));
+        let percent = match &node.kind {
+            Kind::Str(text) => text.strip_suffix('%').and_then(|text| text.trim().parse::<f64>().ok()),
+            // Of ten or of a hundred, where that can be told.
+            _ => number(node).filter(|n| *n > 10.0),
+        };
+        let percent = percent.filter(|n| (0.0..=100.0).contains(n));
+        let hint = percent.map(|n| format!("write `{}`", n / 100.0));
+        loader.suggest(node.at, path, format!("expected a score from 0 to 1, found {}", node.describe()), hint);
     }
     found
 }
