@@ -168,8 +168,9 @@ fn check(loader: &mut Loader, reference: &Reference, at: Pos, path: &str, sees: 
             format!("`${{{reference}}}`: there is no `{other}`"),
             match sees.draft.filter(|_| other == "output") {
                 Some(draft) => Some(format!("write `${{steps.{}.{reference}}}`", draft.step.id)),
-                None => did_you_mean(other, ROOTS.iter().copied())
-                    .or_else(|| Some("begin with `inputs` or `steps`".into())),
+                None => {
+                    did_you_mean(other, ROOTS.iter().copied()).or_else(|| Some("begin with `inputs` or `steps`".into()))
+                }
             },
         ),
     }
