@@ -57,6 +57,31 @@ async fn data_flows_between_steps_into_a_file_and_the_output() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_put_into_a_url_leads_nowhere_else() {
+    let db = Db::new().await;
+    let witness = Witness::start(&[]).await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let yaml = format!(
+        "name: x\ninputs: {{name: string}}\nsteps:\n  \
+         - {{id: a, action: http.request, params: {{url: '{0}/users/${{inputs.name}}/mail'}}, on_failure: continue, \
+         compensate: {{action: http.request, params: {{url: '{0}/undo/${{inputs.name}}'}}}}}}\n  \
+         - {{id: b, action: file.read, params: {{path: none}}}}\n",
+        witness.url
+    );
+    let playbook = db.playbook(company, &yaml).await;
+    let _worker = db.worker(SHORT_LEASE);
+    for name in ["../admin?x=1#", "..", "ü b"] {
+        let run = db.start(company, playbook, json!({"name": name})).await;
+        db.until(company, run, RunStatus::Failed).await;
+    }
+    let mut paths = witness.paths();
+    paths.sort_unstable();
+    let (one, two) = ("..%2Fadmin%3Fx%3D1%23", "%C3%BC%20b");
+    let users = [format!("/users/{two}/mail"), format!("/users/{one}/mail")];
+    assert_eq!(paths, [format!("/undo/{two}"), format!("/undo/{one}"), users[0].clone(), users[1].clone()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_call_is_repeated_with_the_same_key_until_it_works() {
     let db = Db::new().await;
     let witness = Witness::start(&[503, 500]).await;

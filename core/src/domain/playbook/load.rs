@@ -36,8 +36,11 @@ pub(super) use step::free_id;
 /// that nobody believes in a guard that is not there.
 const TOP_KEYS_LATER: &[&str] = &["execution", "budget", "role"];
 
+/// The tool whose `url` is one, and whose `body` is often JSON.
+pub(super) const HTTP_REQUEST: &str = "http.request";
+
 /// The tools that run without an agent's model.
-pub const TOOLS: &[&str] = &["http.request", "file.read", "file.write", "transform"];
+pub const TOOLS: &[&str] = &[HTTP_REQUEST, "file.read", "file.write", "transform"];
 
 /// How many problems of a playbook are told.
 const PROBLEMS_MAX: usize = 200;

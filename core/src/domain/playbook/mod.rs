@@ -23,6 +23,7 @@ pub mod rubric;
 pub mod schema;
 pub mod shape;
 pub mod template;
+mod url;
 pub mod yaml;
 
 pub use load::{load, read};

@@ -14,6 +14,7 @@ use serde_json::{Map, Value};
 
 use super::expr::functions::written;
 use super::expr::{Budget, EvalError, Expr, RESULT_BYTES_MAX, Reference, Scope, parse_prefix};
+use super::url;
 use crate::domain::storable::size_of;
 
 /// A compiled value: what needs no work is kept as it is.
@@ -25,6 +26,8 @@ pub enum Template {
     Expr(Expr),
     /// Text with expressions inside.
     Text(Vec<Part>),
+    /// The same, and a URL: see [`super::url`].
+    Url(Vec<Part>),
     /// A list with expressions inside.
     List(Vec<Template>),
     /// A map with expressions inside its values.
@@ -124,6 +127,16 @@ impl Template {
         Self::Map(entries)
     }
 
+    /// A map of which one value is a URL.
+    pub fn with_url(self, name: &str) -> Self {
+        let Self::Map(entries) = self else { return self };
+        let as_url = |(key, item): (String, Self)| match item {
+            Self::Text(parts) if key == name => (key, Self::Url(parts)),
+            other => (key, other),
+        };
+        Self::Map(entries.into_iter().map(as_url).collect())
+    }
+
     /// Every reference inside.
     pub fn references(&self) -> Vec<&Reference> {
         self.uses().into_iter().map(|(reference, _)| reference).collect()
@@ -140,7 +153,7 @@ impl Template {
         match self {
             Self::Plain(_) => {}
             Self::Expr(expr) => found.extend(expr.uses()),
-            Self::Text(parts) => found.extend(parts.iter().flat_map(|part| match part {
+            Self::Text(parts) | Self::Url(parts) => found.extend(parts.iter().flat_map(|part| match part {
                 Part::Expr(expr) => expr.uses(),
                 Part::Text(_) => Vec::new(),
             })),
@@ -161,16 +174,24 @@ impl Template {
                 let value = put_in(expr, scope, budget)?;
                 Ok(value.into_owned())
             }
-            Self::Text(parts) => {
+            Self::Text(parts) | Self::Url(parts) => {
+                let is_url = matches!(self, Self::Url(_));
                 let mut out = String::new();
                 for part in parts {
                     match part {
                         Part::Text(text) => out.push_str(text),
                         Part::Expr(expr) => {
                             let value = put_in(expr, scope, budget)?;
-                            out.push_str(&written(&value));
+                            // Whoever has set a secret has a say in the whole of it.
+                            match is_url && !expr.is_secret() {
+                                true => url::put(&mut out, &written(&value))?,
+                                false => out.push_str(&written(&value)),
+                            }
                         }
                     }
+                }
+                if is_url {
+                    url::check(&out)?;
                 }
                 Ok(Value::String(out))
             }
@@ -233,6 +254,21 @@ mod tests {
         assert_eq!(render(json!("${env.HOME}"), json!({})), Err("`env.HOME` is not defined".into()));
         for bad in ["${", "${}", "${a b}", "${a.}", "${a[1}", "${a()}", "{{ a }", "{{", "{{ x | y }}"] {
             assert!(compile(&json!(bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_the_url_of_a_map_is_one() {
+        let params = json!({"url": "http://x/${inputs.a}?q=${inputs.a}", "body": "<${inputs.a}>", "in": {"url": "<${inputs.a}>"}});
+        let render = |a: &str| compile(&params).expect("a map").with_url("url").render(&Inputs(json!({"a": a})));
+        let expected =
+            json!({"url": "http://x/a%2F%24%7Bb?q=a%2F%24%7Bb", "body": "<a/${b>", "in": {"url": "<a/${b>"}});
+        assert_eq!(render("a/${b"), Ok(expected));
+        assert!(render("..").is_err());
+        for alone in ["http://x/a/..", "${inputs.a}"] {
+            let template = compile(&json!({"url": alone})).expect("a map").with_url("url");
+            let value = template.render(&Inputs(json!({"a": "http://x/a/.."})));
+            assert_eq!(value, Ok(json!({"url": "http://x/a/.."})), "its author's, as it is");
         }
     }
 

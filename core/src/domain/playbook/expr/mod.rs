@@ -189,6 +189,11 @@ impl Expr {
         self.eval(scope, budget).map(|value| is_true(&value))
     }
 
+    /// Whether it is a secret, and nothing else.
+    pub fn is_secret(&self) -> bool {
+        matches!(self, Self::Path(reference) if reference.name(0) == Some("secrets"))
+    }
+
     /// Whether a text that stands in it as such looks like a template.
     pub fn quotes_a_template(&self) -> bool {
         match self {

@@ -38,7 +38,7 @@ fn undoing(loader: &mut Loader, node: &Node, path: &str, id: &str, role: Option<
     let role = step::role(loader, &fields, path).or_else(|| role.map(str::to_owned));
     step::check_action(loader, &action, action_node, role.is_some(), path);
     loader.to_tool = step::goes_to_tool(role.as_deref(), Some(&action));
-    Some(step::how(loader, &fields, path).step(format!("{id}.compensate"), role, action))
+    Some(step::how(loader, &fields, path, Some(&action)).step(format!("{id}.compensate"), role, action))
 }
 
 /// The steps of `finally`, in order.

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::closing;
 use super::fan::fan;
 use super::flow::{self, Flow};
-use super::{Fields, Loader, TOOLS, params};
+use super::{Fields, HTTP_REQUEST, Loader, TOOLS, params};
 use super::{graph, rubric, shape};
 use crate::domain::backoff::Backoff;
 use crate::domain::duration;
@@ -17,9 +17,9 @@ use crate::domain::playbook::keys;
 use crate::domain::playbook::model::{
     Approval, IDLE_TIMEOUT, InputKind, MAX_ATTEMPTS_MAX, OnFailure, OnTimeout, Retry, STEP_TIMEOUT, Step, StepKind,
 };
-use crate::domain::playbook::problem::{Pos, did_you_mean, nearest};
+use crate::domain::playbook::problem::{Pos, Problem, did_you_mean, nearest};
 use crate::domain::playbook::shape::Shape;
-use crate::domain::playbook::template::Template;
+use crate::domain::playbook::template::{Part, Template};
 use crate::domain::playbook::yaml::{Kind, Node};
 
 const KEYS_LATER: &[&str] = &["concurrency", "on_unknown", "prompt"];
@@ -66,7 +66,7 @@ pub(super) fn step(loader: &mut Loader, node: &Node, path: &str, taken: &mut Has
     let fan = if works || calls { fan(loader, &fields, path) } else { None };
     loader.each = fan.is_some();
     loader.to_tool = works && goes_to_tool(role.as_deref(), action.as_deref());
-    let how = how(loader, &fields, path);
+    let how = how(loader, &fields, path, action.as_deref());
     loader.each = false;
     let approval = fields.get("approval").and_then(|n| approval(loader, n, &format!("{path}.approval")));
     let given = fields.one_of(loader, &["id", "name"]).and_then(|n| Some((loader.text(n, &format!("{path}.id"))?, n)));
@@ -113,7 +113,7 @@ pub(super) struct How {
     model: Option<String>,
 }
 
-pub(super) fn how(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> How {
+pub(super) fn how(loader: &mut Loader, fields: &Fields<'_>, path: &str, action: Option<&str>) -> How {
     let params_node = fields.one_of(loader, &["params", "with"]);
     let params = params(loader, params_node, &format!("{path}.params"));
     let template = match params_node {
@@ -121,6 +121,13 @@ pub(super) fn how(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> How {
         _ => Template::Plain(Value::Object(Map::new())),
     };
     loader.to_tool = false;
+    let template = match (action, params_node) {
+        (Some(HTTP_REQUEST), Some(node)) => {
+            json_by_hand(loader, node, &template, &format!("{path}.params.body"));
+            template.with_url("url")
+        }
+        _ => template,
+    };
     How {
         params,
         template,
@@ -128,6 +135,22 @@ pub(super) fn how(loader: &mut Loader, fields: &Fields<'_>, path: &str) -> How {
         timeout: timeout(loader, fields, &format!("{path}.timeout")),
         adapter: fields.get("adapter").and_then(|n| loader.text(n, &format!("{path}.adapter"))),
         model: fields.get("model").and_then(|n| loader.text(n, &format!("{path}.model"))),
+    }
+}
+
+/// JSON that is written as a text takes values in as they are: a quote in one would end
+/// the text it stands in.
+fn json_by_hand(loader: &mut Loader, params: &Node, template: &Template, path: &str) {
+    let (Template::Map(values), Kind::Map(nodes)) = (template, &params.kind) else { return };
+    let body = values.iter().find(|(key, _)| key == "body");
+    let node = nodes.iter().find(|(key, _)| key.text == "body");
+    if let (Some((_, Template::Text(parts))), Some((_, node))) = (body, node)
+        && let Some(Part::Text(begin)) = parts.first()
+        && begin.trim_start().starts_with(['{', '['])
+    {
+        let message = "values are put into this JSON as they are, quotes too".to_owned();
+        let hint = Some("write it as a map or a list instead of a text".to_owned());
+        loader.push(Problem { warning: true, ..Problem::error(node.at, path, message).suggest(hint) });
     }
 }
 
