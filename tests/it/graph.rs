@@ -52,7 +52,7 @@ async fn steps_run_beside_each_other_and_after_what_they_need() {
     .await;
     witness.hold(false);
     let row = db.until(company, run, RunStatus::Completed).await;
-    assert_eq!(row.output, Some(json!("/join/a/b")));
+    assert_eq!(row.output, Some(json!("/join%2Fa%2Fb")));
     let told = shown(&api, company, playbook, run).await;
     assert_eq!(statuses(&told), ["completed", "completed", "completed", "skipped", "completed"], "{told}");
     assert_eq!(witness.calls().len(), 3);
