@@ -16,7 +16,7 @@ use capx_core::domain::{backoff, playbook::expr, secret};
 use capx_core::engine::slots::QUEUED_MAX;
 use capx_core::engine::start::PARAMS_BYTES_MAX;
 use capx_workers::WorkerConfig;
-use capx_workers::adapters::custom::ANSWER_BYTES_MAX;
+use capx_workers::adapters::ANSWER_BYTES_MAX;
 use capx_workers::tools::workspace::FILE_BYTES_MAX;
 use clap::Args;
 use serde_json::json;

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use capx_core::domain::address::Rules;
+use capx_core::domain::agent::price::Prices;
 use capx_core::domain::duration;
 use capx_core::domain::secret::seal::Keys;
 use capx_core::engine::secrets::Keyring;
 use capx_core::engine::{Engine, Waker};
 use capx_core::store::{self, PoolKind, SchemaState};
-use capx_workers::adapters::Providers;
+use capx_workers::adapters::{ANTHROPIC_BASE_URL, Account, OPENAI_BASE_URL, Offline, Providers};
 use capx_workers::egress::Egress;
 use capx_workers::{Hands, Worker, WorkerConfig};
 use clap::Args;
@@ -103,15 +104,40 @@ impl WorkerArgs {
     /// What attempts can reach, from the environment.
     pub fn hands(&self, dev: bool) -> anyhow::Result<Hands> {
         let rules = egress_rules(dev)?;
-        let set = |name: &str| std::env::var(name).is_ok_and(|value| !value.is_empty());
-        let providers = Providers {
-            offline: dev || std::env::var("CAPX_OFFLINE_MODEL").is_ok_and(|v| v == "1"),
-            anthropic: set("ANTHROPIC_API_KEY"),
-            openai: set("OPENAI_API_KEY"),
-        };
         let egress = Egress::new(rules).map_err(anyhow::Error::msg)?;
-        Ok(Hands::new(egress, &self.workspace, providers))
+        Ok(Hands::new(egress, &self.workspace, providers(dev)?))
     }
+}
+
+/// Which models may be asked, from the environment, by the names that the providers' own
+/// clients use; and what they cost.
+fn providers(dev: bool) -> anyhow::Result<Providers> {
+    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let account = |key: &str, base: &str, default: &str| -> anyhow::Result<Option<Account>> {
+        let Some(secret) = set(key) else { return Ok(None) };
+        let url = set(base).unwrap_or_else(|| default.to_owned());
+        let parsed = reqwest::Url::parse(&url).with_context(|| format!("{base}: {url}"))?;
+        anyhow::ensure!(matches!(parsed.scheme(), "http" | "https"), "{base}: {url} is no http or https address");
+        Ok(Some(Account::new(secret, &url)))
+    };
+    let offline = match set("CAPX_OFFLINE_MODEL").as_deref() {
+        Some("1") => Offline::Always,
+        _ if dev => Offline::WithoutKey,
+        _ => Offline::Never,
+    };
+    let prices = match set("CAPX_PRICES") {
+        None => Prices::list(),
+        Some(path) => {
+            let own = std::fs::read_to_string(&path).with_context(|| format!("CAPX_PRICES: {path}"))?;
+            Prices::with(&own).map_err(|error| anyhow::anyhow!("CAPX_PRICES: {path}: {error}"))?
+        }
+    };
+    Ok(Providers {
+        offline,
+        anthropic: account("ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", ANTHROPIC_BASE_URL)?,
+        openai: account("OPENAI_API_KEY", "OPENAI_BASE_URL", OPENAI_BASE_URL)?,
+        prices,
+    })
 }
 
 /// Which addresses may be reached from here, from the environment; a developer's

@@ -212,9 +212,13 @@ impl Db {
 
     /// A worker of this process, offline model on, loopback allowed.
     pub fn worker(&self, lease: Duration) -> Running {
+        self.worker_with(lease, Providers::offline())
+    }
+
+    /// The same with models of its own.
+    pub fn worker_with(&self, lease: Duration, providers: Providers) -> Running {
         let pool = store::pool(&self.url, PoolKind::Queue, 6).unwrap();
         let egress = Egress::new(Rules::default().with_loopback()).unwrap();
-        let providers = Providers { offline: true, anthropic: false, openai: false };
         let config = WorkerConfig { slots: 16, lease, drain: Duration::from_secs(20), ..WorkerConfig::default() };
         let engine = Engine::new(pool.clone()).with_waker(Waker::start(&self.url)).with_keyring(self.keyring());
         let worker = Worker::new(engine, &self.url, config, Hands::new(egress, &self.files, providers)).listening(pool);

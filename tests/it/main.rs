@@ -3,6 +3,7 @@
 //! processes that are killed at named points.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a test that cannot go on stops")]
 
+mod agents;
 mod api;
 mod artifacts;
 mod calls;
@@ -25,6 +26,7 @@ mod ops;
 mod outage;
 mod playbooks;
 mod process;
+mod provider;
 mod proxy;
 mod queue;
 mod retries;

@@ -8,6 +8,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("core/src/domain", &["crate::store", "crate::engine", "sqlx", "tokio"]),
     ("core/src/store", &["crate::engine"]),
     ("workers/src/handlers", &["sqlx", "crate::runtime"]),
+    ("workers/src/agent", &["sqlx", "crate::runtime"]),
     ("workers/src/tools", &["sqlx", "crate::runtime", "crate::adapters"]),
     ("workers/src/adapters", &["sqlx", "crate::runtime", "crate::tools"]),
     ("workers/src/egress.rs", &["sqlx", "crate::"]),

@@ -37,7 +37,7 @@ impl Mortal {
         runtime.spawn(async move {
             let pool = store::pool(&url, PoolKind::Queue, 5).unwrap();
             let egress = Egress::new(Rules::default().with_loopback()).unwrap();
-            let providers = Providers { offline: true, ..Providers::default() };
+            let providers = Providers::offline();
             let config =
                 WorkerConfig { slots: 4, lease: LEASE, poll: Duration::from_millis(100), ..WorkerConfig::default() };
             let claims = store::pool(&url, PoolKind::Claims, 1).unwrap();

@@ -14,7 +14,7 @@ use capx_core::domain::address::{Refused, Rules, WrongUrl};
 use capx_core::domain::duration;
 use capx_core::domain::outcome::{ErrorClass, Failure};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
-use reqwest::{Client, Method, Url};
+use reqwest::{Client, Method, Response, Url};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// From so many bytes on, few bodies are held at once: see [`room_for`].
@@ -29,6 +29,8 @@ const USER_AGENT: &str = concat!("capx/", env!("CARGO_PKG_VERSION"));
 #[derive(Debug, Clone)]
 pub struct Egress {
     client: Client,
+    /// For addresses that the operator has set.
+    unguarded: Client,
     rules: Arc<Rules>,
 }
 
@@ -69,6 +71,8 @@ pub struct Call {
     pub limit: usize,
     /// Held already, where the call's own body is large.
     pub large: Large,
+    /// The operator has set the address: no rule is asked.
+    pub trusted: bool,
 }
 
 /// Room for a large body, while this is held.
@@ -97,8 +101,9 @@ pub struct Answer {
 }
 
 impl Answer {
-    fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str())
+    /// The value of a header, by its lower-case name.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        header(&self.headers, name)
     }
 
     /// The failure that a status of 400 or above is.
@@ -136,15 +141,16 @@ impl Egress {
         // May have been installed by another part of the process.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let rules = Arc::new(rules);
-        let client = Client::builder()
-            .dns_resolver(Arc::new(Guard(Arc::clone(&rules))))
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .user_agent(USER_AGENT)
-            .build()
-            .map_err(|error| format!("no HTTP client: {error}"))?;
-        Ok(Self { client, rules })
+        let plain = || {
+            Client::builder()
+                .redirect(reqwest::redirect::Policy::none())
+                .no_proxy()
+                .connect_timeout(CONNECT_TIMEOUT)
+                .user_agent(USER_AGENT)
+        };
+        let no_client = |error| format!("no HTTP client: {error}");
+        let client = plain().dns_resolver(Arc::new(Guard(Arc::clone(&rules)))).build().map_err(no_client)?;
+        Ok(Self { client, unguarded: plain().build().map_err(no_client)?, rules })
     }
 
     fn check(&self, url: &str) -> Result<Url, Failure> {
@@ -157,8 +163,18 @@ impl Egress {
     /// Makes a call. An answer of any status is an answer; trouble on the way
     /// is a failure with its class.
     pub async fn call(&self, call: Call) -> Result<Answer, Failure> {
-        let url = self.check(&call.url)?;
-        let mut request = self.client.request(call.method, url).timeout(call.timeout);
+        self.open(call).await.map_err(|unanswered| unanswered.failure)?.whole().await
+    }
+
+    /// Makes a call whose answer is read as it comes.
+    pub async fn open(&self, call: Call) -> Result<Open, Unanswered> {
+        let (client, url) = match call.trusted {
+            true => {
+                (&self.unguarded, call.url.parse().map_err(|error| Failure::invalid(format!("{}: {error}", call.url)))?)
+            }
+            false => (&self.client, self.check(&call.url)?),
+        };
+        let mut request = client.request(call.method, url).timeout(call.timeout);
         for (name, value) in &call.headers {
             request = request.header(name, value);
         }
@@ -174,35 +190,95 @@ impl Egress {
         // Ours and last, so that no header of a playbook can take its place.
         let key = call.idempotency_key.parse().map_err(|_| Failure::invalid("no valid idempotency key"))?;
         request.headers_mut().insert("idempotency-key", key);
-        let mut response = within(call.idle, self.client.execute(request)).await?;
+        let response = match tokio::time::timeout(call.idle, client.execute(request)).await {
+            Ok(Ok(response)) => response,
+            Ok(Err(error)) => return Err(Unanswered { sent: !error.is_connect(), failure: trouble(&error) }),
+            Err(_) => return Err(Unanswered { sent: true, failure: idle(call.idle) }),
+        };
         let headers = response
             .headers()
             .iter()
             .filter_map(|(name, value)| Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned())))
             .collect();
-        let (mut body, mut large) = (Vec::new(), call.large);
-        while let Some(chunk) = within(call.idle, response.chunk()).await? {
-            if body.len() + chunk.len() > call.limit {
-                return Err(Failure::invalid(format!("the answer is larger than {} bytes", call.limit)));
-            }
-            if large.is_none() {
-                large = room_for(body.len() + chunk.len()).await;
-            }
-            body.extend_from_slice(&chunk);
-        }
-        Ok(Answer { status: response.status().as_u16(), headers, body, large })
+        let status = response.status().as_u16();
+        Ok(Open { status, headers, response, idle: call.idle, limit: call.limit, read: 0, large: call.large })
     }
 }
 
-/// A part of a call, as long as something comes of it in time.
-async fn within<T>(idle: Duration, part: impl Future<Output = reqwest::Result<T>>) -> Result<T, Failure> {
-    match tokio::time::timeout(idle, part).await {
-        Ok(done) => done.map_err(|error| trouble(&error)),
-        Err(_) => {
-            let idle = duration::written(idle);
-            Err(Failure::new(ErrorClass::Timeout, format!("nothing came for {idle}, the limit of `timeout.idle`")))
-        }
+/// A call without an answer.
+#[derive(Debug)]
+pub struct Unanswered {
+    /// Why.
+    pub failure: Failure,
+    /// The other side may have heard of it.
+    pub sent: bool,
+}
+
+impl From<Failure> for Unanswered {
+    /// Refused here, before anything was sent.
+    fn from(failure: Failure) -> Self {
+        Self { failure, sent: false }
     }
+}
+
+/// An answer that is under way.
+#[derive(Debug)]
+pub struct Open {
+    /// The status.
+    pub status: u16,
+    /// Headers whose values are text.
+    pub headers: Vec<(String, String)>,
+    response: Response,
+    idle: Duration,
+    limit: usize,
+    read: usize,
+    large: Large,
+}
+
+impl Open {
+    /// The value of a header, by its lower-case name.
+    pub fn header(&self, name: &str) -> Option<&str> {
+        header(&self.headers, name)
+    }
+
+    /// What comes next of the body; nothing at its end.
+    pub async fn next(&mut self) -> Result<Option<impl AsRef<[u8]> + use<>>, Failure> {
+        let Some(chunk) = within(self.idle, self.response.chunk()).await? else { return Ok(None) };
+        self.read += chunk.len();
+        if self.read > self.limit {
+            return Err(Failure::invalid(format!("the answer is larger than {} bytes", self.limit)));
+        }
+        if self.large.is_none() {
+            self.large = room_for(self.read).await;
+        }
+        Ok(Some(chunk))
+    }
+
+    /// All of it.
+    pub async fn whole(mut self) -> Result<Answer, Failure> {
+        let mut body = Vec::new();
+        while let Some(chunk) = self.next().await? {
+            body.extend_from_slice(chunk.as_ref());
+        }
+        Ok(Answer { status: self.status, headers: self.headers, body, large: self.large })
+    }
+}
+
+fn header<'a>(headers: &'a [(String, String)], name: &str) -> Option<&'a str> {
+    headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+}
+
+/// A part of a call, as long as something comes of it in time.
+async fn within<T>(limit: Duration, part: impl Future<Output = reqwest::Result<T>>) -> Result<T, Failure> {
+    match tokio::time::timeout(limit, part).await {
+        Ok(done) => done.map_err(|error| trouble(&error)),
+        Err(_) => Err(idle(limit)),
+    }
+}
+
+fn idle(limit: Duration) -> Failure {
+    let limit = duration::written(limit);
+    Failure::new(ErrorClass::Timeout, format!("nothing came for {limit}, the limit of `timeout.idle`"))
 }
 
 /// The whole chain of an error, since the outermost says only "error sending
@@ -319,6 +395,7 @@ mod tests {
             idle: Duration::from_secs(5),
             limit: 1,
             large: None,
+            trusted: false,
         };
         let failure = egress.call(call).await.expect_err("refused");
         assert_eq!(failure.class, ErrorClass::Governance, "{}", failure.message);

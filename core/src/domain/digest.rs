@@ -36,6 +36,15 @@ pub fn draft_key(of: String, before: u32, grades: bool) -> String {
     }
 }
 
+/// That of a call inside an agent's work: `of` is the key of the work, which the first turn
+/// of the model carries itself.
+pub fn call_key(of: &str, turn: u32, call: u32) -> String {
+    match (turn, call) {
+        (0, 0) => of.to_owned(),
+        _ => hex(&sha256(format!("capx/call/v1\0{of}\0{turn}\0{call}"))[..16]),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

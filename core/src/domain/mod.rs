@@ -3,6 +3,7 @@
 //! be tested as a function.
 
 pub mod address;
+pub mod agent;
 pub mod artifact;
 pub mod backoff;
 pub mod company;

@@ -24,6 +24,12 @@ impl Nanos {
         (0.0..=COST_USD_MAX).contains(&usd).then_some(Self((usd * NANOS_PER_USD).round() as i64))
     }
 
+    /// What is left without a part of it.
+    #[must_use]
+    pub fn without(self, part: Self) -> Self {
+        Self(self.0.saturating_sub(part.0).max(0))
+    }
+
     /// USD for an answer, rounded to a micro-dollar.
     pub fn to_usd(self) -> f64 {
         (self.0 as f64 / 1e3).round() / 1e6

@@ -163,6 +163,15 @@ impl Outcome {
         }
     }
 
+    /// The same, having cost at least so much.
+    #[must_use]
+    pub fn having_cost(mut self, least: Nanos) -> Self {
+        if let Self::Done { cost, .. } | Self::Failed { cost, .. } = &mut self {
+            *cost = (*cost).max(least);
+        }
+        self
+    }
+
     /// A failure without cost.
     pub fn failed(failure: Failure) -> Self {
         Self::Failed { failure, cost: Nanos::ZERO }

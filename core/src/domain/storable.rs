@@ -32,6 +32,24 @@ pub enum Unstorable {
     },
 }
 
+/// Puts U+FFFD where a text holds a NUL: for what others have said and is kept as it is.
+pub fn without_nul(value: &mut Value) {
+    match value {
+        Value::String(text) if text.contains('\0') => *text = text.replace('\0', "\u{fffd}"),
+        Value::Array(items) => items.iter_mut().for_each(without_nul),
+        Value::Object(map) => {
+            if map.keys().any(|key| key.contains('\0')) {
+                *map = std::mem::take(map)
+                    .into_iter()
+                    .map(|(key, value)| (key.replace('\0', "\u{fffd}"), value))
+                    .collect();
+            }
+            map.values_mut().for_each(without_nul);
+        }
+        _ => {}
+    }
+}
+
 /// Checks a value and gives its JSON text, at most `limit` bytes.
 pub fn to_json(value: &Value, limit: usize) -> Result<String, Unstorable> {
     check(value, &mut String::from("$"), 0)?;

@@ -56,6 +56,8 @@ pub struct Finished {
     pub work: Box<StepWork>,
     /// How the attempt ended.
     pub outcome: Outcome,
+    /// What of its cost is booked already.
+    pub booked: Nanos,
     /// How long it took.
     pub took: Duration,
 }
@@ -505,7 +507,7 @@ impl Decided {
 /// One attempt: pure, but for the ids of its events. `draw` in `[0, 1)` is the
 /// jitter.
 pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
-    let Finished { job, mut work, outcome, took } = finished;
+    let Finished { job, mut work, outcome, booked, took } = finished;
     let declared = usize::try_from(job.step).ok().and_then(|at| work.context.playbook.step(at));
     // Of a list, each item was held to it; and what grades or settles a draft is not the
     // step's output.
@@ -524,7 +526,7 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
     let (outcome, output) = work.context.keep(outcome, output);
     if let Some(Graded { holds: Some(hold), .. }) = &graded {
         let hold = hold.clone();
-        let facts = Facts { job, work, outcome, output, took, agent, refused: None, graded, stay };
+        let facts = Facts { job, work, outcome, output, booked, took, agent, refused: None, graded, stay };
         return match hold {
             Hold::Again => facts.again(),
             Hold::Ask(gate) => facts.escalate(&gate),
@@ -541,7 +543,7 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
         .then(|| work.context.turn());
     // It was about this step and no other.
     let refused = work.context.refused.take();
-    let facts = Facts { job, work, outcome, output, took, agent, refused, graded, stay };
+    let facts = Facts { job, work, outcome, output, booked, took, agent, refused, graded, stay };
     if let Some(turn) = turn {
         return facts.turn(turn);
     }
@@ -581,6 +583,8 @@ pub(super) struct Facts {
     pub(super) work: Box<StepWork>,
     outcome: Outcome,
     output: Option<String>,
+    /// What of the cost is booked already.
+    booked: Nanos,
     took: Duration,
     agent: Option<AgentId>,
     refused: Option<Refusal>,
@@ -713,7 +717,7 @@ impl Facts {
             job,
             change,
             checkpoint,
-            cost: self.cost(),
+            cost: self.cost().without(self.booked),
             bytes: i64::try_from(said).unwrap_or(i64::MAX) + self.work.context.items_bytes(),
             events,
         }

@@ -21,7 +21,7 @@ pub struct DecidedItem {
 /// One attempt: pure. `draw` in `[0, 1)` is the jitter; `stay` lets the lane stay
 /// with this worker.
 pub fn decide(finished: Finished, item: i32, stay: bool, draw: f64) -> DecidedItem {
-    let Finished { job, work, outcome, took } = finished;
+    let Finished { job, work, outcome, booked, took } = finished;
     let at = usize::try_from(job.step).unwrap_or(usize::MAX);
     let declared = work.context.playbook.step(at).and_then(|step| step.output.as_ref());
     let (outcome, output) = super::advance::storable_outcome(outcome, declared);
@@ -59,7 +59,8 @@ pub fn decide(finished: Finished, item: i32, stay: bool, draw: f64) -> DecidedIt
         agent: work.agent(at).map(|agent| agent.agent),
         attempt: job.attempt,
         took,
-        cost: outcome.cost(),
+        cost: outcome.cost().without(booked),
+        booked,
     };
     DecidedItem { commit, job, work }
 }

@@ -337,8 +337,10 @@ pub struct ItemCommit {
     pub attempt: i32,
     /// How long the attempt took.
     pub took: Duration,
-    /// What was spent.
+    /// What was spent, and is to be booked.
     pub cost: Nanos,
+    /// What was spent besides, and is booked already.
+    pub booked: Nanos,
 }
 
 /// What becomes of an item.
@@ -407,6 +409,7 @@ pub async fn commit(
         session,
         millis(DEADLINE_GRACE),
         RUN_BYTES_MAX,
+        &commits.iter().map(|c| c.booked.0).collect::<Vec<_>>(),
     )
     .fetch_all(executor)
     .await?;

@@ -23,6 +23,7 @@ pub mod grades;
 pub mod grants;
 pub mod idempotency;
 pub mod jobs;
+pub mod journal;
 pub mod nodes;
 pub mod playbooks;
 pub mod purge;

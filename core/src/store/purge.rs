@@ -34,6 +34,7 @@ const TABLES: &[&str] = &[
     "run_grades",
     "run_items",
     "run_children",
+    "journal",
     // Last, since no index finds them by their company: work that is still
     // claimed finds no run, and ends.
     "jobs",

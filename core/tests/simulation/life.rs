@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use capx_core::domain::digest;
+use capx_core::domain::money::Nanos;
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
 use capx_core::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 use capx_core::domain::playbook::model::OnTimeout;
@@ -210,7 +211,7 @@ impl World {
         } else {
             outcome(&mut self.random, calm, attempt.job.step)
         };
-        let finished = Finished { job: attempt.job.clone(), work, outcome, took: Duration::ZERO };
+        let finished = Finished { job: attempt.job.clone(), work, outcome, booked: Nanos::ZERO, took: Duration::ZERO };
         let decided = Rc::new(advance::decide(finished, stay, self.random.draw()));
         attempt.decided = Some(Rc::clone(&decided));
         self.send(life, Request::Commit(id, decided));

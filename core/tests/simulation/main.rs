@@ -20,6 +20,7 @@ mod world;
 use std::sync::Arc;
 use std::time::Duration;
 
+use capx_core::domain::money::Nanos;
 use capx_core::domain::outcome::Outcome;
 use capx_core::domain::playbook::{self, Playbook};
 use capx_core::engine::advance::{self, Decided, Finished};
@@ -156,7 +157,7 @@ fn done(db: &mut Database, session: i64) -> Decided {
     let job = db.claim(session, 1).pop().expect("a ready job");
     let work = Box::new(db.load(&job).expect("a running run"));
     let outcome = Outcome::done(json!({}));
-    advance::decide(Finished { job, work, outcome, took: Duration::ZERO }, false, 0.0)
+    advance::decide(Finished { job, work, outcome, booked: Nanos::ZERO, took: Duration::ZERO }, false, 0.0)
 }
 
 /// The product asks for the session itself: what was taken back is nobody's to

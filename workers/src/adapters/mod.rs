@@ -1,38 +1,187 @@
-//! Who does a step that is no tool: the role's agent, through its adapter.
+//! The ways to a model: each turns one form of a conversation into what its provider
+//! speaks, and the answer back.
 
-use capx_core::domain::outcome::{Failure, Outcome};
+use std::time::Duration;
+
+use capx_core::domain::agent::message::{Message, Reply};
+use capx_core::domain::agent::price::Prices;
+use capx_core::domain::duration;
+use capx_core::domain::money::Nanos;
+use capx_core::domain::outcome::Failure;
 use capx_core::store::agents::AgentRow;
+use futures_util::future::BoxFuture;
+use serde_json::Value;
 
-use crate::handlers::{Hands, StepCall};
+use crate::egress::Egress;
 
-pub mod custom;
+mod claude;
+mod custom;
 mod offline;
+mod openai;
+mod provider;
+mod sse;
 
-/// Which models may be asked.
-#[derive(Debug, Clone, Default)]
-pub struct Providers {
-    /// The built-in offline model stands in for every provider.
-    pub offline: bool,
-    /// A key for Anthropic is configured.
-    pub anthropic: bool,
-    /// A key for OpenAI is configured.
-    pub openai: bool,
+pub use claude::BASE_URL as ANTHROPIC_BASE_URL;
+pub use openai::BASE_URL as OPENAI_BASE_URL;
+pub use provider::Account;
+
+/// The largest answer of a model, in bytes: it is read as a whole.
+pub const ANSWER_BYTES_MAX: usize = 10 * 1024 * 1024;
+/// The time of one turn where the agent's `config.timeout` names none.
+const TURN_TIMEOUT: Duration = Duration::from_secs(600);
+/// What a model may say in one turn, in tokens, where nothing else is said.
+const MAX_TOKENS: u64 = 4_096;
+/// The same, whatever is said.
+const MAX_TOKENS_MAX: u64 = 128_000;
+
+/// When the offline model answers in the place of a provider's.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Offline {
+    /// It never does.
+    #[default]
+    Never,
+    /// Where no key of the provider is set.
+    WithoutKey,
+    /// It always does.
+    Always,
 }
 
-/// An adapter by any of its names.
+/// Which models may be asked, and what they cost.
+#[derive(Debug, Clone)]
+pub struct Providers {
+    /// When the built-in model stands in for them.
+    pub offline: Offline,
+    /// Anthropic, where a key is set.
+    pub anthropic: Option<Account>,
+    /// OpenAI, or what speaks like it, where a key is set.
+    pub openai: Option<Account>,
+    /// What models cost.
+    pub prices: Prices,
+}
+
+impl Default for Providers {
+    fn default() -> Self {
+        Self { offline: Offline::default(), anthropic: None, openai: None, prices: Prices::list() }
+    }
+}
+
+impl Providers {
+    /// None but the offline model, which answers for all.
+    pub fn offline() -> Self {
+        Self { offline: Offline::Always, ..Self::default() }
+    }
+}
+
+/// A tool that a model may ask for.
+#[derive(Debug)]
+pub struct Offer<'a> {
+    /// Its name: nothing but letters, digits, `_` and `-`.
+    pub name: String,
+    /// What it does.
+    pub description: &'a str,
+    /// The JSON Schema of its arguments.
+    pub schema: &'a Value,
+}
+
+/// What a model is asked.
+#[derive(Debug)]
+pub struct Ask<'a> {
+    /// Who asks.
+    pub agent: &'a AgentRow,
+    /// Which model.
+    pub model: &'a str,
+    /// How it is to behave.
+    pub system: &'a str,
+    /// What was said so far.
+    pub messages: &'a [Message],
+    /// What it may ask for.
+    pub tools: &'a [Offer<'a>],
+    /// What it may say, in tokens.
+    pub max_tokens: u64,
+    /// The same whenever this turn is asked for.
+    pub key: &'a str,
+    /// It must have answered by then.
+    pub timeout: Duration,
+    /// Something must come so often.
+    pub idle: Duration,
+    /// The task itself, for endpoints that are not given words.
+    pub task: &'a Task<'a>,
+}
+
+/// A piece of work as it was given, before it was put into words.
+#[derive(Debug)]
+pub struct Task<'a> {
+    /// `co_…`
+    pub company: String,
+    /// `run_…`
+    pub run: String,
+    /// The playbook's name.
+    pub playbook: &'a str,
+    /// The id of the step.
+    pub step: &'a str,
+    /// What is to be done.
+    pub action: &'a str,
+    /// With what.
+    pub params: &'a Value,
+    /// What a draft before lacked.
+    pub feedback: Option<&'a Value>,
+}
+
+/// A turn that came.
+#[derive(Debug)]
+pub struct Answered {
+    /// What the model said.
+    pub reply: Reply,
+    /// What it cost, where the other side says so.
+    pub cost: Option<Nanos>,
+}
+
+/// A turn that did not come.
+#[derive(Debug)]
+pub struct Trouble {
+    /// Why.
+    pub failure: Failure,
+    /// The provider takes nothing for so long, from anybody with the same key.
+    pub closed_for: Option<Duration>,
+    /// The other side may have done the work all the same.
+    pub maybe_paid: bool,
+}
+
+impl From<Failure> for Trouble {
+    fn from(failure: Failure) -> Self {
+        Self { failure, closed_for: None, maybe_paid: false }
+    }
+}
+
+/// A way to a model.
+pub trait Adapter: Send + Sync {
+    /// One turn.
+    fn turn<'a>(&'a self, egress: &'a Egress, ask: &'a Ask<'a>) -> BoxFuture<'a, Result<Answered, Trouble>>;
+
+    /// The model that is asked where nobody names one.
+    fn default_model(&self) -> &'static str;
+
+    /// How long one turn may take where the agent does not say.
+    fn default_timeout(&self) -> Duration {
+        TURN_TIMEOUT
+    }
+
+    /// Whether what it says is paid for by the table of prices.
+    fn is_priced(&self) -> bool {
+        true
+    }
+}
+
+/// Which kind of adapter goes by a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Adapter {
-    /// Anthropic.
+enum Kind {
     Claude,
-    /// OpenAI and what speaks like it.
     OpenAi,
-    /// An HTTP endpoint of the owner's.
     Custom,
 }
 
-impl Adapter {
-    /// From the name in a request or a playbook.
-    pub fn from_name(name: &str) -> Option<Self> {
+impl Kind {
+    fn from_name(name: &str) -> Option<Self> {
         match name {
             "claude" | "anthropic" => Some(Self::Claude),
             "gpt" | "openai" => Some(Self::OpenAi),
@@ -40,59 +189,54 @@ impl Adapter {
             _ => None,
         }
     }
-
-    /// The names that requests may use.
-    pub const NAMES: &'static [&'static str] = &["claude", "gpt", "openai", "custom", "http"];
 }
 
-/// Asks the agent of the step's role.
-pub async fn ask(hands: &Hands, call: StepCall<'_>) -> Outcome {
-    let role = call.step.role.as_deref().unwrap_or_default();
-    let Some(agent) = call.agent else {
-        return Outcome::failed(Failure::invalid(format!(
-            "no agent of this company has the role `{role}`; add one, or correct the playbook's role"
-        )));
-    };
-    if agent.status == "errored" {
-        let why = agent.error.as_deref().unwrap_or("no reason is known");
-        return Outcome::failed(Failure::invalid(format!("the agent `{role}` is errored: {why}")));
-    }
-    let name = call.step.adapter.as_deref().unwrap_or(&agent.adapter);
-    match Adapter::from_name(name) {
-        Some(Adapter::Custom) => custom::ask(hands, call, agent).await,
-        Some(Adapter::Claude | Adapter::OpenAi) if hands.providers.offline => offline::answer(&call, agent),
-        Some(adapter) => {
-            let why = provider_trouble(&hands.providers, adapter).unwrap_or_default();
-            Outcome::failed(Failure::invalid(why))
+/// The names that requests may use.
+pub const NAMES: &[&str] = &["claude", "anthropic", "gpt", "openai", "custom", "http"];
+
+impl Providers {
+    /// The adapter of a name, or why it cannot be used here.
+    pub fn adapter(&self, name: &str) -> Result<Box<dyn Adapter>, String> {
+        let (account, variable): (Option<Box<dyn Adapter>>, _) = match Kind::from_name(name) {
+            None => return Err(format!("there is no adapter `{name}`; use one of {}", NAMES.join(", "))),
+            Some(Kind::Custom) => return Ok(Box::new(custom::Custom)),
+            Some(Kind::Claude) => (
+                self.anthropic.clone().map(|account| Box::new(claude::Claude(account)) as Box<dyn Adapter>),
+                "ANTHROPIC_API_KEY",
+            ),
+            Some(Kind::OpenAi) => (
+                self.openai.clone().map(|account| Box::new(openai::OpenAi(account)) as Box<dyn Adapter>),
+                "OPENAI_API_KEY",
+            ),
+        };
+        match (self.offline, account) {
+            (Offline::Always, _) | (Offline::WithoutKey, None) => Ok(Box::new(offline::OfflineModel)),
+            (_, Some(account)) => Ok(account),
+            (Offline::Never, None) => Err(format!(
+                "{variable} is not set; set it and restart the workers, or set CAPX_OFFLINE_MODEL=1 to try playbooks without a model"
+            )),
         }
-        None => Outcome::failed(Failure::invalid(format!("there is no adapter `{name}`"))),
+    }
+
+    /// Why an agent cannot work here, or nothing.
+    pub fn cannot_work(&self, agent: &AgentRow) -> Option<String> {
+        if Kind::from_name(&agent.adapter) == Some(Kind::Custom) && custom::endpoint(agent).is_err() {
+            return Some("the adapter needs `config.endpoint`, the URL that it calls".into());
+        }
+        self.adapter(&agent.adapter).err()
     }
 }
 
-/// Why an agent cannot work here, or nothing.
-pub fn cannot_work(providers: &Providers, agent: &AgentRow) -> Option<String> {
-    match Adapter::from_name(&agent.adapter) {
-        None => Some(format!("there is no adapter `{}`; use one of {}", agent.adapter, Adapter::NAMES.join(", "))),
-        Some(Adapter::Custom) => match agent.config.get("endpoint").and_then(|v| v.as_str()) {
-            Some(_) => None,
-            None => Some("the adapter needs `config.endpoint`, the URL that it calls".into()),
-        },
-        Some(_) if providers.offline => None,
-        Some(adapter) => provider_trouble(providers, adapter),
+/// How long a turn may take by an agent's settings.
+pub(crate) fn turn_timeout(adapter: &dyn Adapter, agent: &AgentRow) -> Result<Duration, Failure> {
+    match agent.config.get("timeout").and_then(Value::as_str) {
+        None => Ok(adapter.default_timeout()),
+        Some(text) => duration::parse(text).map_err(|e| Failure::invalid(format!("config.timeout: {e}"))),
     }
 }
 
-fn provider_trouble(providers: &Providers, adapter: Adapter) -> Option<String> {
-    let (variable, configured) = match adapter {
-        Adapter::Claude => ("ANTHROPIC_API_KEY", providers.anthropic),
-        Adapter::OpenAi => ("OPENAI_API_KEY", providers.openai),
-        Adapter::Custom => return None,
-    };
-    Some(if configured {
-        "this version reaches models through the `custom` adapter only; give the agent one, or set CAPX_OFFLINE_MODEL=1 to try playbooks without a model".into()
-    } else {
-        format!(
-            "{variable} is not set; set it and restart the workers, or set CAPX_OFFLINE_MODEL=1 to try playbooks without a model"
-        )
-    })
+/// What a model may say in one turn, by an agent's settings, in tokens.
+pub(crate) fn max_tokens(agent: &AgentRow) -> u64 {
+    let said = agent.config.get("max_tokens").and_then(Value::as_u64);
+    said.filter(|tokens| *tokens > 0).unwrap_or(MAX_TOKENS).min(MAX_TOKENS_MAX)
 }

@@ -1,34 +1,81 @@
 //! The built-in model for trying playbooks without a provider: deterministic,
 //! costs nothing, and says of every output that it is simulated.
 //!
-//! It follows a script where the agent has one: `config.script` maps an
-//! action to its output.
+//! It follows a script where the agent has one: `config.script` maps an action to its
+//! output, or to a list of turns, each `{tool_calls: [{name, input}]}` or `{output}`.
 
-use capx_core::domain::outcome::Outcome;
+use capx_core::domain::agent::message::{Block, Message, Reply, Stop};
 use capx_core::domain::playbook::rubric::GRADE;
-use capx_core::store::agents::AgentRow;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, ready};
 use serde_json::{Value, json};
 
-use crate::handlers::StepCall;
+use super::{Adapter, Answered, Ask, Trouble};
+use crate::egress::Egress;
+
+/// The adapter that stands in for a provider's.
+#[derive(Debug)]
+pub(super) struct OfflineModel;
+
+impl Adapter for OfflineModel {
+    fn turn<'a>(&'a self, _: &'a Egress, ask: &'a Ask<'a>) -> BoxFuture<'a, Result<Answered, Trouble>> {
+        ready(Ok(Answered { reply: reply(ask), cost: None })).boxed()
+    }
+
+    fn default_model(&self) -> &'static str {
+        "offline"
+    }
+
+    fn is_priced(&self) -> bool {
+        false
+    }
+}
 
 /// Nobody has looked at it: what is tried without a model goes on.
-fn full_marks(call: &StepCall<'_>) -> Value {
-    let asked = call.params.get("criteria").and_then(Value::as_array).into_iter().flatten();
+fn full_marks(ask: &Ask<'_>) -> Value {
+    let asked = ask.task.params.get("criteria").and_then(Value::as_array).into_iter().flatten();
     asked.filter_map(|criterion| Some((criterion["name"].as_str()?.to_owned(), Value::from(1.0)))).collect()
 }
 
-pub(super) fn answer(call: &StepCall<'_>, agent: &AgentRow) -> Outcome {
-    let scripted = agent.config.get("script").and_then(|script| script.get(&call.step.action));
-    let mut output = match scripted {
-        Some(Value::Object(map)) => Value::Object(map.clone()),
-        Some(Value::String(text)) => json!({"text": text}),
-        Some(other) => json!({"value": other}),
-        None if call.step.action == GRADE => json!({"scores": full_marks(call), "feedback": "simulated"}),
+fn reply(ask: &Ask<'_>) -> Reply {
+    let turn = ask.messages.iter().filter(|message| matches!(message, Message::Assistant(_))).count();
+    let scripted = ask.agent.config.get("script").and_then(|script| script.get(ask.task.action));
+    let said = |content: Vec<Block>, output: Option<Value>| Reply {
+        stop: if content.is_empty() { Stop::End } else { Stop::Tools },
+        content,
+        usage: None,
+        model: "offline".to_owned(),
+        id: None,
+        output,
+        simulated: true,
+    };
+    let output = match scripted {
+        Some(Value::Array(turns)) if turns.iter().all(is_turn) => {
+            let calls = turns.get(turn).and_then(|turn| turn.get("tool_calls")).and_then(Value::as_array);
+            if let Some(calls) = calls {
+                return said(calls.iter().enumerate().map(|(at, call)| asked(turn, at, call)).collect(), None);
+            }
+            let last = || json!({"text": "The script has no more turns."});
+            turns.get(turn).and_then(|turn| turn.get("output")).cloned().unwrap_or_else(last)
+        }
+        Some(output) => output.clone(),
+        None if ask.task.action == GRADE => json!({"scores": full_marks(ask), "feedback": "simulated"}),
         None => json!({
-            "text": format!("The {} carried out `{}` for the playbook {}.", agent.role, call.step.action, call.playbook),
-            "params": call.params,
+            "text": format!("The {} carried out `{}` for the playbook {}.", ask.agent.role, ask.task.action, ask.task.playbook),
+            "params": ask.task.params,
         }),
     };
-    output["simulated"] = true.into();
-    Outcome::done(output)
+    said(Vec::new(), Some(output))
+}
+
+fn is_turn(value: &Value) -> bool {
+    value.get("tool_calls").is_some_and(Value::is_array) || value.get("output").is_some()
+}
+
+fn asked(turn: usize, at: usize, call: &Value) -> Block {
+    Block::ToolUse {
+        id: format!("call_{turn}_{at}"),
+        name: call["name"].as_str().unwrap_or_default().to_owned(),
+        input: call.get("input").cloned().unwrap_or_else(|| json!({})),
+    }
 }

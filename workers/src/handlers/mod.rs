@@ -19,11 +19,13 @@ use capx_core::store::agents::AgentRow;
 use capx_core::store::jobs::{ClaimedJob, kind};
 use serde_json::{Map, Value, json};
 
-use crate::adapters::{self, Providers};
+use crate::adapters::Providers;
+use crate::agent;
 use crate::artifacts::Artifacts;
 use crate::egress::Egress;
-use crate::tools;
+use crate::journal::Journals;
 use crate::tools::workspace::Workspaces;
+use crate::tools::{self, ToolCall};
 
 /// What the attempts of a worker can reach.
 #[derive(Debug)]
@@ -67,6 +69,22 @@ pub struct StepCall<'a> {
     pub began: Instant,
 }
 
+impl<'a> StepCall<'a> {
+    /// As a call of a tool.
+    fn of_tool(self) -> ToolCall<'a> {
+        ToolCall {
+            company: self.company,
+            run: self.run,
+            params: self.params,
+            secrets: self.secrets,
+            artifacts: self.artifacts,
+            idempotency_key: self.idempotency_key,
+            timeout: self.timeout,
+            idle: self.idle,
+        }
+    }
+}
+
 impl Hands {
     /// Hands that keep files under a directory.
     pub fn new(egress: Egress, workspaces: impl Into<PathBuf>, providers: Providers) -> Self {
@@ -74,7 +92,13 @@ impl Hands {
     }
 
     /// Does a step.
-    pub async fn step(&self, job: &ClaimedJob, work: &StepWork, artifacts: &Artifacts<'_>) -> Outcome {
+    pub async fn step(
+        &self,
+        job: &ClaimedJob,
+        work: &StepWork,
+        artifacts: &Artifacts<'_>,
+        journals: &Journals<'_>,
+    ) -> Outcome {
         if let Some(why) = &work.context.playbook.unreadable {
             return Outcome::failed(Failure::invalid(why.clone()));
         }
@@ -160,20 +184,27 @@ impl Hands {
             began: Instant::now(),
         };
         if let Some(draft) = work.context.to_grade() {
-            return self.grade(call, draft, work.judge(index)).await;
+            return self.grade(call, draft, work.judge(index), journals).await;
         }
         // The one step without effects needs nothing of what follows.
         if step.action == tools::TRANSFORM {
             return Outcome::done(Value::Object(call.params));
         }
         if TOOLS.contains(&step.action.as_str()) {
-            return tools::run(self, call).await;
+            let action = step.action.as_str();
+            return tools::run(self, action, call.of_tool()).await;
         }
-        adapters::ask(self, call).await
+        agent::work(self, call, journals, "inference").await
     }
 
     /// Asks whoever grades what a draft of a step is worth.
-    async fn grade(&self, call: StepCall<'_>, draft: &Draft, judge: Option<&AgentRow>) -> Outcome {
+    async fn grade(
+        &self,
+        call: StepCall<'_>,
+        draft: &Draft,
+        judge: Option<&AgentRow>,
+        journals: &Journals<'_>,
+    ) -> Outcome {
         let Some(rubric) = &call.step.rubric else { return Outcome::failed(Failure::invalid("nothing is graded")) };
         let params = json!({
             "step": call.step.id, "action": call.step.action, "params": call.params,
@@ -189,11 +220,12 @@ impl Hands {
             model: call.step.model.clone().filter(|_| own),
             ..call.step.clone()
         };
-        adapters::ask(self, StepCall { step: &step, params, agent: judge, feedback: None, ..call }).await
+        let call = StepCall { step: &step, params, agent: judge, feedback: None, ..call };
+        agent::work(self, call, journals, "rubric").await
     }
 
     /// Why an agent cannot work here, or nothing.
     pub fn cannot_work(&self, agent: &AgentRow) -> Option<String> {
-        adapters::cannot_work(&self.providers, agent)
+        self.providers.cannot_work(agent)
     }
 }

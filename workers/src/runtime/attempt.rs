@@ -3,9 +3,11 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
 use std::time::{Duration, Instant};
 
 use capx_core::domain::ids::{AgentId, RunId, SignalId};
+use capx_core::domain::money::Nanos;
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
 use capx_core::domain::plan::{CRASHES_MAX, FAN_LOOK, SUSPECT_CRASHES};
 use capx_core::domain::playbook::Step;
@@ -23,6 +25,7 @@ use super::committer::{Attempted, PlainOutcome};
 use super::load::{Held, Slot};
 use super::{Assignment, Shared, panics};
 use crate::artifacts::Artifacts;
+use crate::journal::Journals;
 
 /// An attempt that lives longer than this is shown as started; a shorter one
 /// is over before anybody could look, and its `step.completed` carries how
@@ -48,17 +51,17 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
     }
     let plain = match work {
         Work::Step(work) => {
-            let began = Instant::now();
+            let (began, mut booked) = (Instant::now(), Nanos::ZERO);
             // Boxed: what a tool or an adapter keeps is kilobytes, and apalis
             // moves the attempt's future about several times.
             let outcome = match calls(&work, &job) {
                 Some((step, playbook)) => call(shared, &job, &work, (step, playbook)).await,
-                None => Some(Box::pin(step(shared, &job, &work, began, &mut slot)).await),
+                None => Some(Box::pin(step(shared, &job, &work, began, &mut slot, &mut booked)).await),
             };
             drop(slot);
             held.finish();
             let Some(outcome) = outcome else { return Attempted::Plain(job, PlainOutcome::Nothing, held) };
-            let finished = Finished { job, work, outcome, took: began.elapsed() };
+            let finished = Finished { job, work, outcome, booked, took: began.elapsed() };
             return Attempted::Step(finished, held);
         }
         Work::Noop | Work::Stale => PlainOutcome::Done,
@@ -125,13 +128,20 @@ fn give_back(job: ClaimedJob, work: Work, held: Held, delay: Duration) -> Attemp
     match work {
         Work::Step(work) => {
             let outcome = Outcome::Released { delay };
-            Attempted::Step(Finished { job, work, outcome, took: Duration::ZERO }, held)
+            Attempted::Step(Finished { job, work, outcome, booked: Nanos::ZERO, took: Duration::ZERO }, held)
         }
         _ => Attempted::Plain(job, PlainOutcome::Again { delay, charged: false }, held),
     }
 }
 
-async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: Instant, slot: &mut Slot) -> Outcome {
+async fn step(
+    shared: &Arc<Shared>,
+    job: &ClaimedJob,
+    work: &StepWork,
+    began: Instant,
+    slot: &mut Slot,
+    booked: &mut Nanos,
+) -> Outcome {
     if shared.lost.is_cancelled() {
         // Others may have it already: nothing begins any more.
         return Outcome::Released { delay: Duration::ZERO };
@@ -157,7 +167,14 @@ async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: In
         company: job.company,
         run: work.context.run,
     };
-    let handler = panics::given(secrets.clone(), shared.hands.step(job, work, &artifacts));
+    let journals = Journals {
+        pool: &shared.engine.pool,
+        watchdog: &shared.watchdog,
+        job,
+        run: work.context.run,
+        booked: AtomicI64::new(0),
+    };
+    let handler = panics::given(secrets.clone(), shared.hands.step(job, work, &artifacts, &journals));
     let handler = AssertUnwindSafe(handler).catch_unwind();
     let handler = tokio::time::timeout(job.timeout, handler);
     tokio::pin!(handler);
@@ -184,6 +201,9 @@ async fn step(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: In
         )),
         None => Outcome::Released { delay: Duration::ZERO },
     };
+    // Money that was spent is, even if nothing came of it.
+    *booked = journals.booked();
+    let outcome = outcome.having_cost(*booked);
     // Whatever comes of it holds no secret that it was given.
     let outcome = match secrets {
         Some(secrets) => secrets.redact(outcome),

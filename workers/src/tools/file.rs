@@ -8,11 +8,11 @@ use capx_core::domain::outcome::Failure;
 use capx_core::domain::storable::OUTPUT_BYTES_MAX;
 use serde_json::{Value, json};
 
-use super::{blocking, only, text};
+use super::{ToolCall, blocking, only, text};
 use crate::egress::room_for;
-use crate::handlers::{Hands, StepCall};
+use crate::handlers::Hands;
 
-pub(super) async fn read(hands: &Hands, call: StepCall<'_>) -> Result<Value, Failure> {
+pub(super) async fn read(hands: &Hands, call: ToolCall<'_>) -> Result<Value, Failure> {
     only(&call.params, &["path"])?;
     let path = text(&call.params, "path")?.to_owned();
     let workspace = hands.workspaces.of(call.company, call.run);
@@ -43,7 +43,7 @@ pub(super) async fn read(hands: &Hands, call: StepCall<'_>) -> Result<Value, Fai
     Ok(json!({"path": path, "bytes": bytes, "content": content}))
 }
 
-pub(super) async fn write(hands: &Hands, call: StepCall<'_>) -> Result<Value, Failure> {
+pub(super) async fn write(hands: &Hands, call: ToolCall<'_>) -> Result<Value, Failure> {
     only(&call.params, &["path", "content"])?;
     let path = text(&call.params, "path")?.to_owned();
     let given = call.params.get("content");

@@ -11,14 +11,14 @@ use capx_core::domain::storable::{self, OUTPUT_BYTES_MAX, json_bytes};
 use reqwest::Method;
 use serde_json::{Map, Value, json};
 
-use super::{blocking, only, text};
+use super::{ToolCall, blocking, only, text};
 use crate::egress::{Answer, Call, LARGE_BYTES};
-use crate::handlers::{Hands, StepCall};
+use crate::handlers::Hands;
 
 /// What of an output is left for the status and the headers, in bytes.
 const HEADERS_BYTES: usize = 32 * 1024;
 
-pub(super) async fn run(hands: &Hands, call: StepCall<'_>) -> Result<Value, Failure> {
+pub(super) async fn run(hands: &Hands, call: ToolCall<'_>) -> Result<Value, Failure> {
     let params = &call.params;
     only(params, &["method", "url", "headers", "body"])?;
     let method = match params.get("method") {
@@ -45,6 +45,7 @@ pub(super) async fn run(hands: &Hands, call: StepCall<'_>) -> Result<Value, Fail
             idle: call.idle,
             limit: ARTIFACT_BYTES_MAX,
             large: room,
+            trusted: false,
         })
         .await?;
     let told = |name: &str| answer.headers.iter().find(|(it, _)| it == name).map(|(_, value)| value.clone());

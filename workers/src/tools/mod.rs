@@ -1,29 +1,68 @@
-//! The tools that a step can run without a model: a file a tool.
+//! The tools that a step can run without a model, and that a model may ask for: a file a
+//! tool.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use capx_core::domain::ids::{CompanyId, RunId};
 use capx_core::domain::outcome::{Failure, Outcome};
+use capx_core::domain::secret::Secrets;
 use serde_json::{Map, Value};
 
-use crate::handlers::{Hands, StepCall};
+use crate::artifacts::Artifacts;
+use crate::handlers::Hands;
 
 mod file;
 mod http_request;
+pub mod registry;
 pub mod workspace;
+
+/// One call of a tool.
+#[derive(Debug)]
+pub struct ToolCall<'a> {
+    /// Whose.
+    pub company: CompanyId,
+    /// Of which run.
+    pub run: RunId,
+    /// Its arguments.
+    pub params: Map<String, Value>,
+    /// What its arguments may hold, to be taken out of answers before they are cut.
+    pub secrets: Option<&'a Arc<Secrets>>,
+    /// Where what is large is kept.
+    pub artifacts: &'a Artifacts<'a>,
+    /// The same whenever the call is repeated.
+    pub idempotency_key: String,
+    /// How long is left.
+    pub timeout: Duration,
+    /// How long nothing may come of it.
+    pub idle: Duration,
+}
 
 /// Returns its rendered parameters; nothing else happens.
 pub const TRANSFORM: &str = "transform";
+/// Calls an address.
+pub const HTTP_REQUEST: &str = "http.request";
+/// Reads a file of the workspace.
+pub const FILE_READ: &str = "file.read";
+/// Writes one.
+pub const FILE_WRITE: &str = "file.write";
 
-/// Runs a registered tool.
-pub async fn run(hands: &Hands, call: StepCall<'_>) -> Outcome {
-    let done = match call.step.action.as_str() {
-        TRANSFORM => Ok(Value::Object(call.params)),
-        "http.request" => http_request::run(hands, call).await,
-        "file.read" => file::read(hands, call).await,
-        "file.write" => file::write(hands, call).await,
-        other => Err(Failure::invalid(format!("the tool `{other}` is not part of this version"))),
-    };
-    match done {
+/// Runs a registered tool as a step.
+pub async fn run(hands: &Hands, tool: &str, call: ToolCall<'_>) -> Outcome {
+    match use_tool(hands, tool, call).await {
         Ok(output) => Outcome::done(output),
         Err(failure) => Outcome::failed(failure),
+    }
+}
+
+/// Runs a registered tool.
+pub async fn use_tool(hands: &Hands, tool: &str, call: ToolCall<'_>) -> Result<Value, Failure> {
+    match tool {
+        TRANSFORM => Ok(Value::Object(call.params)),
+        HTTP_REQUEST => http_request::run(hands, call).await,
+        FILE_READ => file::read(hands, call).await,
+        FILE_WRITE => file::write(hands, call).await,
+        other => Err(Failure::invalid(format!("the tool `{other}` is not part of this version"))),
     }
 }
 

@@ -10,11 +10,11 @@ with d as materialized (
     from unnest(
         $1::bigint[], $2::bigint[], $3::uuid[], $4::uuid[], $5::integer[], $6::integer[],
         $7::bigint[], $8::integer[], $9::boolean[], $10::text[], $11::uuid[], $12::integer[],
-        $13::text[], $14::text[], $15::bigint[], $16::bigint[]
+        $13::text[], $14::text[], $15::bigint[], $16::bigint[], $20::bigint[]
     ) with ordinality as d (
         job_id, epoch, company_id, run_id, step, item,
         delay_ms, again_attempt, stay, status, agent_id, attempt,
-        output, error, duration_ms, cost_nanos, place
+        output, error, duration_ms, cost_nanos, booked_nanos, place
     )
 ),
 held as materialized (
@@ -119,7 +119,7 @@ item as (
         company_id, run_id, step, item, round, status, agent_id, attempt, cost_nanos, output, bytes, error, duration_ms,
         ended_at
     )
-    select company_id, run_id, step, item, round, status, agent_id, attempt, cost_nanos, output::jsonb,
+    select company_id, run_id, step, item, round, status, agent_id, attempt, cost_nanos + booked_nanos, output::jsonb,
         octet_length(output), error::jsonb, duration_ms, clock_timestamp()
     from lane
     where round is not null

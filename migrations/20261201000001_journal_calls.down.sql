@@ -1,0 +1,2 @@
+alter table ledger drop column model;
+drop table journal;

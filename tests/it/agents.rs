@@ -1,0 +1,352 @@
+//! Agents at work: turns of a model that are paid for once, tools that it asks for, and
+//! whatever its provider does to it.
+
+use std::time::Duration;
+
+use capx_core::domain::ids::{CompanyId, RunId};
+use capx_core::domain::run::RunStatus;
+use serde_json::{Value, json};
+
+use crate::harness::{Db, Running, SHORT_LEASE};
+use crate::process::Process;
+use crate::provider::{API_KEY, Provider, Says, Trouble, USED};
+
+const STEP: &str = "name: work\nsteps:\n  - {id: do, role: a, action: research, params: {topic: tea}, retry: {max_attempts: 3, initial: 20ms}}\n";
+/// What a turn of the fixture costs, by the list prices of the two default models.
+const CLAUDE_TURN: i64 = (1_001 * 3_000 + 37 * 15_000 + 11 * 300 + 7 * 3_750) as i64;
+const GPT_TURN: i64 = (1_001 * 2_500 + 37 * 10_000 + 11 * 1_250) as i64;
+
+async fn begin(db: &Db, adapter: &str, config: Value) -> (CompanyId, RunId) {
+    let company = db.company(&["a"], adapter, config).await;
+    let playbook = db.playbook(company, STEP).await;
+    (company, db.start(company, playbook, json!({})).await)
+}
+
+fn worker(db: &Db, provider: &Provider) -> Running {
+    db.worker_with(SHORT_LEASE, provider.providers())
+}
+
+/// The output, or the error's message, of the one step.
+async fn outcome(db: &Db, run: RunId) -> Value {
+    let row: (Option<Value>, Option<Value>) = sqlx::query_as("select output, error from run_steps where run_id = $1")
+        .bind(run.0)
+        .fetch_one(&db.pool)
+        .await
+        .unwrap();
+    row.0.or(row.1).unwrap_or_default()
+}
+
+/// What was spent, by the run, its step, the ledger and the journal: always the same.
+async fn spent(db: &Db, run: RunId) -> i64 {
+    let sums: Vec<i64> = sqlx::query_scalar(
+        "select cost_nanos from runs where id = $1
+         union all select sum(cost_nanos)::bigint from run_steps where run_id = $1
+         union all select coalesce(sum(nanos), 0)::bigint from ledger where run_id = $1
+         union all select coalesce(sum(cost_nanos), 0)::bigint from journal where run_id = $1",
+    )
+    .bind(run.0)
+    .fetch_all(&db.pool)
+    .await
+    .unwrap();
+    assert!(sums.windows(2).all(|pair| pair[0] == pair[1]), "run, step, ledger and journal: {sums:?}");
+    sums[0]
+}
+
+fn tool_loop() -> Vec<Says> {
+    vec![
+        Says::Asks(vec![("file_write", json!({"path": "notes.txt", "content": "green tea"}))]),
+        Says::Asks(vec![("file_read", json!({"path": "notes.txt"})), ("file_read", json!({"path": "gone.txt"}))]),
+        Says::Words(r#"{"found": "green tea"}"#),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_uses_tools_until_it_answers_and_each_turn_is_paid_to_the_nano_dollar() {
+    assert_eq!(USED, [1_001, 37, 11, 7], "as the prices above are computed");
+    let provider = Provider::start(tool_loop()).await;
+    let db = Db::new().await;
+    let _worker = worker(&db, &provider);
+    for (adapter, turn, model) in [("claude", CLAUDE_TURN, "claude-sonnet-4-6"), ("gpt", GPT_TURN, "gpt-4o")] {
+        for stream in [true, false] {
+            let (company, run) = begin(&db, adapter, json!({"stream": stream})).await;
+            db.until(company, run, RunStatus::Completed).await;
+            assert_eq!(outcome(&db, run).await, json!({"found": "green tea"}), "{adapter}");
+            assert_eq!(spent(&db, run).await, 3 * turn, "{adapter}, stream {stream}");
+            let models: Vec<String> = sqlx::query_scalar("select distinct model from ledger where run_id = $1")
+                .bind(run.0)
+                .fetch_all(&db.pool)
+                .await
+                .unwrap();
+            assert_eq!(models, [model]);
+        }
+    }
+    // What the tools gave, and what they could not, was told to the model.
+    let last = provider.seen().last().unwrap().body.to_string();
+    assert!(last.contains("green tea") && last.contains("gone.txt"), "{last}");
+    assert!(provider.seen().iter().all(|seen| seen.path.starts_with("/v1/")));
+    assert_eq!(provider.seen().len(), 12);
+    let keys = provider.keys();
+    assert!(keys.len() == 12 && keys.values().all(|times| *times == 1), "a key a turn");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_of_the_owners_may_use_tools_too() {
+    let provider = Provider::start(tool_loop()).await;
+    let db = Db::new().await;
+    let _worker = worker(&db, &provider);
+    let (company, run) = begin(&db, "custom", json!({"endpoint": format!("{}/custom", provider.url)})).await;
+    db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(spent(&db, run).await, 750_000_000);
+    let last = provider.seen().last().unwrap().body.clone();
+    let told: Vec<_> =
+        last["messages"].as_array().unwrap().iter().map(|message| message["role"].as_str().unwrap()).collect();
+    assert_eq!(told, ["assistant", "tool", "assistant", "tool", "tool"]);
+    assert_eq!(last["params"], json!({"topic": "tea"}));
+    assert!(last["messages"][4]["is_error"].as_bool().unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_provider_refuses_is_waited_for_or_told() {
+    let busy = r#"{"type": "error", "error": {"type": "rate_limit_error", "message": "slow down"}}"#;
+    let quota = r#"{"error": {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": "insufficient_quota"}}"#;
+    let cases: [(&str, Trouble, Option<&str>); 12] = [
+        ("claude", Trouble::Refuses(429, &[("retry-after", "1")], busy), None),
+        (
+            "claude",
+            Trouble::Refuses(
+                529,
+                &[("retry-after", "0")],
+                r#"{"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}"#,
+            ),
+            None,
+        ),
+        ("gpt", Trouble::Refuses(429, &[("x-ratelimit-reset-requests", "20ms")], busy), None),
+        ("gpt", Trouble::Refuses(500, &[], "{}"), None),
+        ("claude", Trouble::BreaksOff, None),
+        ("gpt", Trouble::Refuses(429, &[], quota), Some("You exceeded your current quota")),
+        (
+            "claude",
+            Trouble::Refuses(
+                401,
+                &[],
+                r#"{"error": {"type": "authentication_error", "message": "invalid x-api-key"}}"#,
+            ),
+            Some("invalid x-api-key"),
+        ),
+        ("claude", Trouble::Raw("application/json", "{\"content\": ["), Some("cannot be read")),
+        ("gpt", Trouble::Raw("text/event-stream", "data: {\"choices\": 3}\n\n"), Some("cannot be read")),
+        (
+            "claude",
+            Trouble::Raw(
+                "application/json",
+                r#"{"model": "m", "content": [], "usage": {"input_tokens": -1, "output_tokens": 1}}"#,
+            ),
+            Some("cannot be read"),
+        ),
+        ("gpt", Trouble::Endless(1 << 20, Duration::ZERO), Some("larger than")),
+        (
+            "custom",
+            Trouble::Raw("application/json", r#"{"output": 1, "usage": {"input_tokens": -5}}"#),
+            Some("negative"),
+        ),
+    ];
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    let db = Db::new().await;
+    let _worker = worker(&db, &provider);
+    for (adapter, trouble, told) in cases {
+        provider.troubled(&[trouble]);
+        let (company, run) = begin(&db, adapter, json!({"endpoint": format!("{}/custom", provider.url)})).await;
+        let wanted = if told.is_some() { RunStatus::Failed } else { RunStatus::Completed };
+        db.until(company, run, wanted).await;
+        let outcome = outcome(&db, run).await;
+        match told {
+            Some(told) => assert!(outcome["message"].as_str().is_some_and(|said| said.contains(told)), "{outcome}"),
+            None => assert_eq!(outcome, json!({"text": "done"})),
+        }
+        spent(&db, run).await;
+    }
+    db.assert_nothing_stranded().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_drips_ends_at_its_time() {
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    let db = Db::new().await;
+    let _worker = worker(&db, &provider);
+    for adapter in ["claude", "custom"] {
+        provider.troubled(&vec![Trouble::Endless(1, Duration::from_millis(50)); 3]);
+        let config = json!({"endpoint": format!("{}/custom", provider.url), "timeout": "300ms"});
+        let (company, run) = begin(&db, adapter, config).await;
+        db.until(company, run, RunStatus::Failed).await;
+        let outcome = outcome(&db, run).await;
+        assert_eq!(outcome["code"], "timeout", "{outcome}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_arguments_are_told_to_the_model_and_not_for_ever() {
+    let wrong = || Says::Asks(vec![("file_read", json!({"pth": "a"}))]);
+    let provider = Provider::start(vec![
+        wrong(),
+        Says::Garbles("file_read", "{\"path\": "),
+        Says::Asks(vec![("fly", json!({}))]),
+        Says::Words("done"),
+    ])
+    .await;
+    let db = Db::new().await;
+    {
+        let _worker = worker(&db, &provider);
+        // Anthropic's stream with broken JSON in it is no answer at all; OpenAI gives a text.
+        let (company, run) = begin(&db, "gpt", json!({})).await;
+        db.until(company, run, RunStatus::Completed).await;
+        let last = provider.seen().last().unwrap().body.to_string();
+        for told in ["pth", "there is no tool `fly`; you have http_request, file_read, file_write"] {
+            assert!(last.contains(told), "{last}");
+        }
+    }
+    let stubborn = Provider::start((0..20).map(|_| wrong()).collect()).await;
+    let db = Db::new().await;
+    let _worker = worker(&db, &stubborn);
+    let (company, run) = begin(&db, "claude", json!({})).await;
+    db.until(company, run, RunStatus::Failed).await;
+    let outcome = outcome(&db, run).await;
+    assert!(outcome["message"].as_str().unwrap().contains("5 turns in a row"), "{outcome}");
+    assert_eq!(stubborn.seen().len(), 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_end_what_would_not_end_itself() {
+    let endless =
+        Provider::start((0..20).map(|_| Says::Asks(vec![("file_read", json!({"path": "a"}))])).collect()).await;
+    let cut = Provider::start(vec![Says::Stops("I was about to")]).await;
+    let fine = Provider::start(vec![Says::Words("done")]).await;
+    let db = Db::new().await;
+    for (provider, config, told) in [
+        (&endless, json!({"max_turns": 3}), "no answer after 3 turns"),
+        (&cut, json!({"max_tokens": 5}), "max_tokens"),
+        (&fine, json!({"model": "x"}), ""),
+    ] {
+        let _worker = worker(&db, provider);
+        let (company, run) = begin(&db, "claude", config).await;
+        if told.is_empty() {
+            db.until(company, run, RunStatus::Completed).await;
+            continue;
+        }
+        db.until(company, run, RunStatus::Failed).await;
+        let outcome = outcome(&db, run).await;
+        assert!(outcome["message"].as_str().unwrap().contains(told), "{outcome}");
+    }
+    assert_eq!(cut.seen()[0].body["max_tokens"], 5);
+    // A model that nobody can name the price of is not asked.
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let playbook = db.playbook(company, &STEP.replace("role: a,", "role: a, model: claude-next,")).await;
+    let run = db.start(company, playbook, json!({})).await;
+    let _worker = worker(&db, &fine);
+    db.until(company, run, RunStatus::Failed).await;
+    let outcome = outcome(&db, run).await;
+    assert!(outcome["message"].as_str().unwrap().contains("CAPX_PRICES"), "{outcome}");
+    assert_eq!(fine.seen().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_goes_on_with_what_was_paid_for() {
+    let provider = Provider::start(tool_loop()).await;
+    let broken = Trouble::Refuses(500, &[], "{}");
+    provider.troubled(&[Trouble::Nothing, Trouble::Nothing, broken.clone(), broken]);
+    let db = Db::new().await;
+    let _worker = worker(&db, &provider);
+    let (company, run) = begin(&db, "claude", json!({})).await;
+    db.until(company, run, RunStatus::Completed).await;
+    assert_eq!((provider.seen().len(), provider.keys().len()), (5, 3), "only the third turn was asked for again");
+    assert_eq!(spent(&db, run).await, 3 * CLAUDE_TURN);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_after_an_answer_that_is_no_good_asks_anew() {
+    let provider = Provider::start(vec![Says::Stops("I was about to")]).await;
+    let db = Db::new().await;
+    let _worker = worker(&db, &provider);
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let playbook = db.playbook(company, &STEP.replace("initial: 20ms", "initial: 20ms, on: [invalid]")).await;
+    let run = db.start(company, playbook, json!({})).await;
+    db.until(company, run, RunStatus::Failed).await;
+    assert_eq!((provider.seen().len(), provider.keys().len()), (3, 3), "each try is another question");
+    assert_eq!(spent(&db, run).await, 3 * CLAUDE_TURN);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs the providers' clients from PyPI: .ci/sdks runs it"]
+async fn the_official_clients_read_the_fixture() {
+    let provider = Provider::start(tool_loop()).await;
+    // Of 3 turns in two ways with two clients; what the fixture refuses comes by itself.
+    let before = vec![Trouble::Nothing; 15];
+    provider.troubled(&before);
+    let busy = r#"{"type": "error", "error": {"type": "rate_limit_error", "message": "slow down"}}"#;
+    let overloaded = r#"{"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}"#;
+    let quota = r#"{"error": {"message": "no money", "type": "insufficient_quota", "code": "insufficient_quota"}}"#;
+    provider.troubled(&[
+        Trouble::Refuses(429, &[("retry-after", "7")], busy),
+        Trouble::Refuses(529, &[], overloaded),
+        Trouble::Refuses(429, &[], quota),
+    ]);
+    let python = std::env::var("CAPX_SDK_PYTHON").expect("CAPX_SDK_PYTHON");
+    let (url, script) = (provider.url.clone(), concat!(env!("CARGO_MANIFEST_DIR"), "/.ci/sdks.py"));
+    let run = move || std::process::Command::new(python).args([script, &url, API_KEY]).output().unwrap();
+    let done = tokio::task::spawn_blocking(run).await.unwrap();
+    assert!(
+        done.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&done.stdout),
+        String::from_utf8_lossy(&done.stderr)
+    );
+    assert_eq!(provider.seen().len(), 18);
+}
+
+/// Where a worker may die over an agent's call.
+const POINTS: &[&str] = &[
+    "agent.turn_begun",
+    "agent.turn_answered",
+    "agent.turn_stored",
+    "agent.call_begun",
+    "agent.call_made",
+    "agent.call_stored",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_dies_over_a_call_no_stored_answer_is_bought_again() {
+    let script = || {
+        vec![
+            Says::Asks(vec![("file_write", json!({"path": "a", "content": "1"})), ("file_read", json!({"path": "a"}))]),
+            Says::Asks(vec![("file_write", json!({"path": "b", "content": "2"}))]),
+            Says::Words("done"),
+        ]
+    };
+    for point in POINTS {
+        for hit in 1..=3 {
+            let provider = Provider::start(script()).await;
+            let db = Db::new().await;
+            let (company, run) = begin(&db, "claude", json!({})).await;
+            let order = format!("{point}=kill@{hit}");
+            let environment = provider.environment();
+            let mut environment: Vec<(&str, &str)> =
+                environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
+            environment.push(("CAPX_FAILPOINTS", &order));
+            let args = &["worker", "--concurrency", "8"];
+            Process::start_with(&db, args, &environment).dies_at(point).await;
+            environment.pop();
+            let _other = Process::start_with(&db, args, &environment);
+            db.until(company, run, RunStatus::Completed).await;
+            // An answer that came and could not be stored any more is asked for again, under
+            // its key; any other only once.
+            let keys = provider.keys();
+            assert_eq!(keys.len(), 3, "{point}@{hit}: a key a turn");
+            let again = u32::from(*point == "agent.turn_answered");
+            let calls: u32 = keys.values().sum();
+            assert_eq!(calls, 3 + again, "{point}@{hit}: {keys:?}");
+            assert_eq!(spent(&db, run).await, 3 * CLAUDE_TURN, "{point}@{hit}");
+            let results: i64 = db.count("select count(*) from journal where state = 'done'").await;
+            assert_eq!(results, 6, "{point}@{hit}: three turns and three calls");
+            db.assert_nothing_stranded().await;
+        }
+    }
+}
