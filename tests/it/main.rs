@@ -6,6 +6,7 @@
 mod agents;
 mod api;
 mod artifacts;
+mod budgets;
 mod calls;
 mod cli;
 mod client;

@@ -4,19 +4,18 @@
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use capx_core::domain::agent::conversation::{Called, Turn};
-use capx_core::domain::agent::message::{Reply, ToolResult};
+use capx_core::domain::agent::conversation::{self, Called};
+use capx_core::domain::agent::message::ToolResult;
 use capx_core::domain::ids::{AgentId, RunId};
 use capx_core::domain::money::Nanos;
 use capx_core::domain::outcome::Failure;
 use capx_core::domain::storable;
-use capx_core::store::StoreError;
+use capx_core::engine::spending::{self, Asked, Came, Turn};
+use capx_core::engine::{Engine, EngineError};
 use capx_core::store::jobs::ClaimedJob;
-use capx_core::store::journal::{self as store, End, Entry, Place, Work};
-use chrono::NaiveDate;
+use capx_core::store::journal::{self as store, Begun, End, Ended, Entry, Place, Work};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sqlx::PgPool;
 
 use crate::runtime::Watchdog;
 
@@ -28,7 +27,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// The journals of an attempt, which may work and grade.
 #[derive(Debug)]
 pub struct Journals<'a> {
-    pub(crate) pool: &'a PgPool,
+    pub(crate) engine: &'a Engine,
     pub(crate) watchdog: &'a Watchdog,
     pub(crate) job: &'a ClaimedJob,
     pub(crate) run: RunId,
@@ -57,7 +56,7 @@ impl Journals<'_> {
             run: self.run,
             step: self.job.step,
             attempt: self.job.attempt,
-            agent: Some(agent),
+            agent,
             key: key.to_owned(),
             category,
         };
@@ -69,7 +68,7 @@ impl Journals<'_> {
 #[derive(Debug, Default)]
 pub struct Written {
     /// The turns so far, with their calls.
-    pub turns: Vec<Turn>,
+    pub turns: Vec<conversation::Turn>,
     /// The number of the first of them.
     pub base: u32,
     /// An attempt before this one has made the last of them.
@@ -88,49 +87,35 @@ struct Stored {
 impl Journal<'_> {
     /// What was done so far.
     pub async fn read(&self) -> Result<Written, Failure> {
-        let (pool, work) = (self.of.pool.clone(), self.work.clone());
+        let (pool, work) = (self.of.engine.pool.clone(), self.work.clone());
         let entries = self.again("read", move || {
             let (pool, work) = (pool.clone(), work.clone());
-            async move { store::load(&pool, &work).await }
+            async move { Ok(store::load(&pool, &work).await?) }
         });
         written(entries.await?)
     }
 
-    /// Notes that a call is to be made; says which day it is, for its price.
-    pub async fn begin(&self, place: Place, name: &str, key: &str, fresh: bool) -> Result<NaiveDate, Failure> {
-        let (pool, work) = (self.of.pool.clone(), self.work.clone());
-        let (name, key) = (name.to_owned(), key.to_owned());
-        let begun = self.again("begun", move || {
-            let (pool, work, name, key) = (pool.clone(), work.clone(), name.clone(), key.clone());
-            async move { store::begin(&pool, &work, place, (&name, &key), fresh).await }
-        });
-        begun.await?.ok_or_else(lost)
+    /// Reserves what a turn may cost and notes that it is to be asked for, if it may be.
+    pub async fn turn_begins(&self, turn: &Turn) -> Result<Asked, Failure> {
+        let (engine, work, turn) = (self.of.engine.clone(), self.work.clone(), turn.clone());
+        self.again("begun", move || {
+            let (engine, work, turn) = (engine.clone(), work.clone(), turn.clone());
+            async move { spending::begin(&engine, &work, &turn).await }
+        })
+        .await
     }
 
-    /// Writes down what a turn gave.
-    pub async fn turn_ended(&self, turn: u32, reply: &Reply, cost: Nanos) -> Result<(), Failure> {
-        let response = json!(reply);
-        self.ended(Place { turn, call: 0 }, End { done: true, response, cost, model: Some(reply.model.clone()) }).await
-    }
-
-    /// Writes down why a turn did not come; it may be asked for again.
-    pub async fn turn_failed(&self, turn: u32, failure: &Failure) -> Result<(), Failure> {
-        let end = End { done: false, response: json!(failure), cost: Nanos::ZERO, model: None };
-        self.ended(Place { turn, call: 0 }, end).await
-    }
-
-    /// Writes down what a call of a tool gave.
-    pub async fn call_ended(&self, place: Place, result: &ToolResult, refused: bool) -> Result<(), Failure> {
-        let response = json!(Stored { result: result.clone(), refused });
-        self.ended(place, End { done: true, response, cost: Nanos::ZERO, model: None }).await
-    }
-
-    async fn ended(&self, place: Place, mut end: End) -> Result<(), Failure> {
-        storable::without_nul(&mut end.response);
-        let (pool, work, cost) = (self.of.pool.clone(), self.work.clone(), end.cost);
+    /// Writes down what a turn came to, and books what it cost.
+    pub async fn turn_ended(&self, turn: &Turn, mut came: Came) -> Result<(), Failure> {
+        let mut cost = Nanos::ZERO;
+        if let Came::Answer { response, cost: paid } = &mut came {
+            storable::without_nul(response);
+            cost = *paid;
+        }
+        let (engine, work, turn) = (self.of.engine.clone(), self.work.clone(), turn.clone());
         let ended = self.again("ended", move || {
-            let (pool, work, end) = (pool.clone(), work.clone(), end.clone());
-            async move { store::end(&pool, &work, place, &end).await }
+            let (engine, work, turn, came) = (engine.clone(), work.clone(), turn.clone(), came.clone());
+            async move { spending::end(&engine, &work, &turn, &came).await }
         });
         if !ended.await? {
             return Err(lost());
@@ -139,19 +124,56 @@ impl Journal<'_> {
         Ok(())
     }
 
+    /// Notes that a tool is to be called.
+    pub async fn call_begins(&self, place: Place, name: &str, key: &str) -> Result<(), Failure> {
+        let (pool, work) = (self.of.engine.pool.clone(), self.work.clone());
+        let (name, key) = (name.to_owned(), key.to_owned());
+        let begun = self.again("begun", move || {
+            let (pool, work, name, key) = (pool.clone(), work.clone(), name.clone(), key.clone());
+            async move { Ok(store::begin(&pool, &work, place, (&name, &key), &Begun::default()).await?) }
+        });
+        begun.await?.map(drop).ok_or_else(lost)
+    }
+
+    /// Writes down what a call of a tool gave.
+    pub async fn call_ended(&self, place: Place, result: &ToolResult, refused: bool) -> Result<(), Failure> {
+        let mut response = json!(Stored { result: result.clone(), refused });
+        storable::without_nul(&mut response);
+        let end = End { done: true, response, cost: Nanos::ZERO, model: None, frees: true };
+        let (pool, work) = (self.of.engine.pool.clone(), self.work.clone());
+        let ended = self.again("ended", move || {
+            let (pool, work, end) = (pool.clone(), work.clone(), end.clone());
+            async move { Ok(store::end(&pool, &work, place, &end).await?) }
+        });
+        match ended.await? {
+            Ended::Now | Ended::Before => Ok(()),
+            Ended::Lost => Err(lost()),
+        }
+    }
+
+    /// The agent is paused: its job is woken when it goes on.
+    pub async fn hold(&self) -> Result<(), Failure> {
+        let (engine, work) = (self.of.engine.clone(), self.work.clone());
+        self.again("held", move || {
+            let (engine, work) = (engine.clone(), work.clone());
+            async move { spending::hold(&engine, &work).await }
+        })
+        .await
+    }
+
     /// A call of the database as a task of its own, so that none is dropped half-way, and
     /// again while the database is away: what was paid for is not lost for a moment without it.
     async fn again<T, F>(&self, what: &str, call: impl Fn() -> F + Send + 'static) -> Result<T, Failure>
     where
         T: Send + 'static,
-        F: Future<Output = Result<T, StoreError>> + Send,
+        F: Future<Output = Result<T, EngineError>> + Send,
     {
         let watchdog = self.of.watchdog.clone();
         let tried = tokio::spawn(async move {
             let mut tries = 0;
             loop {
                 match watchdog.answer("a journal", call()).await {
-                    Err(error) if error.is_passing() && tries < TRIES_MAX => {
+                    Err(EngineError::Store(error)) if error.is_passing() && tries < TRIES_MAX => {
                         tracing::warn!(%error, "a journal waits for the database");
                         tries += 1;
                         tokio::time::sleep(PAUSE).await;
@@ -184,7 +206,7 @@ fn written(entries: Vec<Entry>) -> Result<Written, Failure> {
             // One that is not over is asked for again.
             if done {
                 let reply = read(entry.response.clone())?;
-                written.turns.push(Turn { reply, calls: Vec::new() });
+                written.turns.push(conversation::Turn { reply, calls: Vec::new() });
             }
             continue;
         }

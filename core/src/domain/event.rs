@@ -32,6 +32,8 @@ pub const COMPANY_STATUS_CHANGED: &str = "company.status_changed";
 pub const AGENT_STATE_CHANGED: &str = "agent.state_changed";
 /// An agent beat.
 pub const HEARTBEAT_FIRED: &str = "heartbeat.fired";
+/// So much of a cap is spent: `data.percent` of `data.limit`.
+pub const COSTS_THRESHOLD_REACHED: &str = "costs.threshold_reached";
 /// A run began.
 pub const PLAYBOOK_STARTED: &str = "playbook.started";
 /// A run waits for its turn, among others of its playbook.
@@ -87,6 +89,7 @@ pub const NAMES: &[&str] = &[
     COMPANY_STATUS_CHANGED,
     AGENT_STATE_CHANGED,
     HEARTBEAT_FIRED,
+    COSTS_THRESHOLD_REACHED,
     PLAYBOOK_STARTED,
     PLAYBOOK_QUEUED,
     PLAYBOOK_SUSPENDED,
@@ -113,9 +116,6 @@ pub const NAMES: &[&str] = &[
     APPROVAL_RESOLVED,
 ];
 
-/// Names that are documented, and written by what is still to come.
-pub const NAMES_TO_COME: &[&str] = &["costs.threshold_reached"];
-
 /// Whether a pattern (`step.failed`, `step.*`, `*`) takes a name in.
 pub fn matches(pattern: &str, name: &str) -> bool {
     match pattern.strip_suffix('*') {
@@ -127,7 +127,7 @@ pub fn matches(pattern: &str, name: &str) -> bool {
 /// What is wrong with a pattern, when it takes in nothing that happens.
 pub fn pattern_problem(pattern: &str) -> Option<String> {
     let whole = pattern == "*" || pattern.ends_with(".*") || !pattern.contains('*');
-    let all = || NAMES.iter().chain(NAMES_TO_COME).copied();
+    let all = || NAMES.iter().copied();
     if whole && all().any(|name| matches(pattern, name)) {
         return None;
     }
@@ -214,6 +214,7 @@ pub fn summary(name: &str, data: &Value) -> String {
         COMPANY_STATUS_CHANGED => format!("Company is {}", text("to")),
         AGENT_STATE_CHANGED => format!("Agent is {}", text("to")),
         HEARTBEAT_FIRED => "Heartbeat".to_owned(),
+        COSTS_THRESHOLD_REACHED => format!("Spent {} % of {}", data["percent"], text("rule")),
         PLAYBOOK_STARTED => format!("Started playbook: {}", text("playbook")),
         PLAYBOOK_SUSPENDED => "Run waits".to_owned(),
         PLAYBOOK_RESUMED => "Run goes on".to_owned(),

@@ -6,6 +6,7 @@ pub mod address;
 pub mod agent;
 pub mod artifact;
 pub mod backoff;
+pub mod budget;
 pub mod company;
 pub mod digest;
 pub mod duration;

@@ -55,10 +55,34 @@ pub async fn change(
         return Err(EngineError::Conflict("the agent is initializing; try again in a moment".into()));
     }
     let at = agents::set_agent_status(tx, company, agent, target).await?;
+    if target != "paused" {
+        // What waited for it goes on, or is told that it is gone.
+        jobs::unhold(tx, company, agent).await?;
+    }
     let happened =
         Event::new(AGENT_STATE_CHANGED, json!({"agent_id": agent, "from": status, "to": target, "error": null}));
     events::append(&mut *tx, company, &[happened]).await?;
     Ok(at)
+}
+
+/// Agents whose money was used up go on, since somebody has changed what they may spend, or a
+/// new period has begun: one, or all of a company. Where there still is none they are paused
+/// again at their next call.
+pub async fn reconsider(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    agent: Option<AgentId>,
+    only_due: bool,
+) -> Result<(), EngineError> {
+    for agent in agents::resume_for_money(tx, company, agent, only_due).await? {
+        jobs::unhold(tx, company, agent).await?;
+        let happened = Event::new(
+            AGENT_STATE_CHANGED,
+            json!({"agent_id": agent, "from": "paused", "to": "active", "error": null}),
+        );
+        events::append(&mut *tx, company, &[happened]).await?;
+    }
+    Ok(())
 }
 
 /// Lets an agent beat at once; says when that beat was asked for. While one is
@@ -84,6 +108,15 @@ pub async fn wake(tx: &mut PgConnection, company_status: &str, agent: &AgentRow)
     };
     jobs::enqueue(&mut *tx, &beat).await?;
     Ok(jobs::live_since(tx, agent.company, &format!("heartbeat:{}", agent.agent)).await?)
+}
+
+/// The period is over in which an agent's money was used up.
+pub async fn period_over(engine: &Engine, company: CompanyId, agent: AgentId) -> Result<(), EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    reconsider(&mut tx, company, Some(agent), true).await?;
+    tx.commit().await?;
+    engine.waker.wake();
+    Ok(())
 }
 
 /// Until an agent that was woken before it was ready is looked at again.

@@ -47,6 +47,8 @@ pub enum Work {
     Slot,
     /// An agent beats.
     Heartbeat,
+    /// An agent whose money was used up goes on.
+    Resume,
     /// An event goes to the runs that wait for it.
     Signal,
     /// A schedule fires.
@@ -251,6 +253,7 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
                 kind::GATE_TIMEOUT => Work::GateTimeout,
                 kind::PROVISION => Work::Provision,
                 kind::HEARTBEAT => Work::Heartbeat,
+                kind::RESUME => Work::Resume,
                 kind::SIGNAL => Work::Signal,
                 kind::SCHEDULE => Work::Schedule,
                 kind::PURGE => Work::Purge,

@@ -30,6 +30,7 @@ pub mod retry;
 pub mod secrets;
 pub mod signals;
 pub mod slots;
+pub mod spending;
 pub mod start;
 pub mod sweep;
 pub mod tasks;

@@ -77,8 +77,12 @@ pub struct AgentRow {
     pub heartbeat_count: i64,
     /// When it last did.
     pub last_heartbeat_at: Option<DateTime<Utc>>,
-    /// All that it has spent, where that was asked for.
+    /// Why it is paused, and until when, where nobody has asked for it.
+    pub paused: Option<(String, Option<DateTime<Utc>>)>,
+    /// All that it has spent, where that was asked for,
     pub cost: Nanos,
+    /// and what of it in this month.
+    pub used: Nanos,
     /// When it was made.
     pub created_at: DateTime<Utc>,
     /// When it last changed.
@@ -101,7 +105,9 @@ macro_rules! agent_row {
             error: row.error,
             heartbeat_count: row.heartbeat_count,
             last_heartbeat_at: row.last_heartbeat_at,
+            paused: row.paused_reason.map(|reason| (reason, row.paused_until)),
             cost: Nanos::ZERO,
+            used: Nanos::ZERO,
             created_at: row.created_at,
             updated_at: row.updated_at,
         }
@@ -131,7 +137,7 @@ pub async fn agents(
 ) -> Result<Vec<AgentRow>, StoreError> {
     let rows = sqlx::query!(
         r#"select a.company_id, a.id, a.role, a.adapter, a.instructions, a.model, a.budget, a.config, s.status as "status!",
-                a.error, a.heartbeat_count, a.last_heartbeat_at, a.created_at, a.updated_at
+                a.error, a.heartbeat_count, a.last_heartbeat_at, a.created_at, a.updated_at, a.paused_reason, a.paused_until
          from agents a
          join companies c on c.id = a.company_id
          cross join lateral (
@@ -174,7 +180,7 @@ pub async fn agents_of(
 ) -> Result<Vec<AgentRow>, StoreError> {
     let rows = sqlx::query!(
         "select company_id, id, role, adapter, instructions, model, budget, config, status, error,
-                heartbeat_count, last_heartbeat_at, created_at, updated_at
+                heartbeat_count, last_heartbeat_at, created_at, updated_at, paused_reason, paused_until
          from agents where company_id = any ($1) and status <> 'removed'",
         companies,
     )
@@ -265,7 +271,8 @@ pub async fn set_agent_status(
 ) -> Result<DateTime<Utc>, StoreError> {
     Ok(sqlx::query_scalar!(
         "update agents
-         set status = $3, error = case when $3 = 'errored' then error end, updated_at = clock_timestamp()
+         set status = $3, error = case when $3 = 'errored' then error end,
+             paused_by = null, paused_reason = null, paused_until = null, updated_at = clock_timestamp()
          where company_id = $1 and id = $2 and status <> 'removed' returning updated_at",
         company.0,
         agent.0,
@@ -273,6 +280,66 @@ pub async fn set_agent_status(
     )
     .fetch_one(tx)
     .await?)
+}
+
+/// Pauses an agent whose money is used up; false when it is not active.
+pub async fn pause_for_money(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    agent: AgentId,
+    reason: &str,
+    until: Option<DateTime<Utc>>,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update agents
+         set status = 'paused', paused_by = 'budget', paused_reason = $3, paused_until = $4,
+             updated_at = clock_timestamp()
+         where company_id = $1 and id = $2 and status = 'active'",
+        company.0,
+        agent.0,
+        reason,
+        until,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Agents whose money was used up go on: all, one, or those whose next period has begun.
+pub async fn resume_for_money(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    agent: Option<AgentId>,
+    only_due: bool,
+) -> Result<Vec<AgentId>, StoreError> {
+    let agents = sqlx::query_scalar!(
+        "update agents
+         set status = 'active', paused_by = null, paused_reason = null, paused_until = null,
+             updated_at = clock_timestamp()
+         where company_id = $1 and ($2::uuid is null or id = $2) and status = 'paused' and paused_by = 'budget'
+             and (not $3 or paused_until <= clock_timestamp())
+         returning id",
+        company.0,
+        agent.map(|agent| agent.0),
+        only_due,
+    )
+    .fetch_all(tx)
+    .await?;
+    Ok(agents.into_iter().map(AgentId).collect())
+}
+
+/// Remembers what the dearest call of an agent has cost.
+pub async fn dearest(tx: &mut PgConnection, company: CompanyId, agent: AgentId, cost: Nanos) -> Result<(), StoreError> {
+    sqlx::query!(
+        "update agents set dearest_nanos = greatest(coalesce(dearest_nanos, 0), $3)
+         where company_id = $1 and id = $2",
+        company.0,
+        agent.0,
+        cost.0,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
 }
 
 /// Whether an agent, or the company around it, is being made ready.

@@ -8,7 +8,7 @@ use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
-use crate::domain::ids::CompanyId;
+use crate::domain::ids::{AgentId, CompanyId};
 use crate::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 
 /// The kinds of job, as in the table.
@@ -27,6 +27,8 @@ pub mod kind {
     pub const PROVISION: &str = "provision";
     /// An agent beats.
     pub const HEARTBEAT: &str = "heartbeat";
+    /// An agent whose money was used up goes on.
+    pub const RESUME: &str = "resume";
     /// An event goes to the runs that wait for it.
     pub const SIGNAL: &str = "signal";
     /// A lane goes through the items of a step.
@@ -568,6 +570,39 @@ pub async fn live_since(tx: &mut PgConnection, company: CompanyId, key: &str) ->
     Ok(sqlx::query_scalar!("select created_at from jobs where company_id = $1 and unique_key = $2", company.0, key)
         .fetch_one(tx)
         .await?)
+}
+
+/// Notes that a job waits for an agent, under its lease.
+pub async fn hold(tx: &mut PgConnection, lease: Lease, agent: AgentId) -> Result<(), StoreError> {
+    sqlx::query!(
+        "update jobs set held_for = $4
+         where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running'",
+        lease.job,
+        lease.epoch,
+        lease.session,
+        agent.0,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Jobs that wait for an agent are due.
+pub async fn unhold(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<u64, StoreError> {
+    let done = sqlx::query!(
+        "update jobs
+         set held_for = null, due_at = now(), state = 'ready'
+         where id = any (array(
+             -- One that is locked is under way, and looks for itself.
+             select id from jobs
+             where company_id = $1 and held_for = $2 and state = 'scheduled' and due_at < 'infinity'
+             for update skip locked))",
+        company.0,
+        agent.0,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected())
 }
 
 /// How many parked jobs one statement makes ready.

@@ -24,7 +24,7 @@ pub struct Work {
     /// The attempt, from 1.
     pub attempt: i32,
     /// Who works.
-    pub agent: Option<AgentId>,
+    pub agent: AgentId,
     /// The key of the work: the same over all tries of it.
     pub key: String,
     /// What it is booked as.
@@ -90,19 +90,21 @@ pub async fn begin(
     work: &Work,
     place: Place,
     (name, key): (&str, &str),
-    fresh: bool,
+    begun: &Begun,
 ) -> Result<Option<NaiveDate>, StoreError> {
     let Lease { job, epoch, session } = work.lease;
     let day = sqlx::query_scalar!(
         r#"with held as (
              select from jobs where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' for update
          )
-         insert into journal as j (company_id, work, turn, call, name, state, key, run_id, step, agent_id, job_id, lease_epoch, attempt, fresh)
-         select $4, $5, $6, $7, $8, 'begun', $9, $10, $11, $12, $1, $2, $13, $14 from held
+         insert into journal as j (company_id, work, turn, call, name, state, key, run_id, step, agent_id, job_id, lease_epoch, attempt, fresh,
+             reserved_nanos, kept_nanos, day, month)
+         select $4, $5, $6, $7, $8, 'begun', $9, $10, $11, $12, $1, $2, $13, $14, $15, $16, $17, $18 from held
          on conflict (company_id, work, turn, call) do update
          set name = excluded.name, state = 'begun', job_id = excluded.job_id, lease_epoch = excluded.lease_epoch,
              attempt = excluded.attempt, tries = j.tries + 1,
-             response = null, began_at = clock_timestamp(), ended_at = null
+             reserved_nanos = excluded.reserved_nanos, kept_nanos = j.kept_nanos + excluded.kept_nanos,
+             day = excluded.day, month = excluded.month, response = null, began_at = clock_timestamp(), ended_at = null
          where j.state <> 'done'
          returning (began_at at time zone 'utc')::date as "day!""#,
         job,
@@ -116,13 +118,32 @@ pub async fn begin(
         key,
         work.run.0,
         work.step,
-        work.agent.map(|agent| agent.0),
+        work.agent.0,
         work.attempt,
-        fresh,
+        begun.fresh,
+        begun.reserved.0,
+        begun.kept.0,
+        begun.day,
+        begun.month,
     )
     .fetch_optional(executor)
     .await?;
     Ok(day)
+}
+
+/// How a call is begun.
+#[derive(Debug, Clone, Default)]
+pub struct Begun {
+    /// The work is begun anew with it.
+    pub fresh: bool,
+    /// What is reserved for it,
+    pub reserved: Nanos,
+    /// and for one before of which nobody heard.
+    pub kept: Nanos,
+    /// In which day,
+    pub day: Option<NaiveDate>,
+    /// and month.
+    pub month: Option<NaiveDate>,
 }
 
 /// What came of a call.
@@ -136,26 +157,37 @@ pub struct End {
     pub cost: Nanos,
     /// The model that was paid.
     pub model: Option<String>,
+    /// What was reserved is free again; else it stays so, since nobody knows what it cost.
+    pub frees: bool,
+}
+
+/// What became of the end of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It is written.
+    Now,
+    /// It was written before, and nobody was told.
+    Before,
+    /// The lease is gone.
+    Lost,
 }
 
 /// Writes what came of a call, and books what it cost: on the ledger, the run and its step.
-/// False when the lease is gone. What was written before, and was answered by nobody, is not
-/// written again.
 pub async fn end(
     executor: impl Executor<'_, Database = Postgres>,
     work: &Work,
     place: Place,
     end: &End,
-) -> Result<bool, StoreError> {
+) -> Result<Ended, StoreError> {
     let Lease { job, epoch, session } = work.lease;
-    let row = sqlx::query_scalar!(
+    let row = sqlx::query!(
         r#"with held as (
              select id from jobs where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' for update
          ),
          entry as (
              update journal j
              set state = case when $8 then 'done' else 'failed' end, response = $9, cost_nanos = j.cost_nanos + $10,
-                 ended_at = clock_timestamp()
+                 reserved_nanos = case when $14 then 0 else j.reserved_nanos end, ended_at = clock_timestamp()
              from held
              where j.company_id = $4 and j.work = $5 and j.turn = $6 and j.call = $7
                  and j.state = 'begun' and j.lease_epoch = $2
@@ -185,13 +217,11 @@ pub async fn end(
              from entry where $10 > 0 and (select count(*) from run) > 0
              on conflict (company_id, run_id, step) do update set cost_nanos = s.cost_nanos + $10
          )
-         select count(*) as "count!" from (
-             select from entry
-             union all
+         select exists (select from entry) as "now!", exists (
              select from journal j, held
              where j.company_id = $4 and j.work = $5 and j.turn = $6 and j.call = $7
                  and j.state <> 'begun' and j.lease_epoch = $2 and j.job_id = $1
-         ) written"#,
+         ) as "before!""#,
         job,
         epoch,
         session,
@@ -205,8 +235,13 @@ pub async fn end(
         work.category,
         end.model,
         work.attempt,
+        end.frees,
     )
     .fetch_one(executor)
     .await?;
-    Ok(row == 1)
+    Ok(match (row.now, row.before) {
+        (true, _) => Ended::Now,
+        (false, true) => Ended::Before,
+        (false, false) => Ended::Lost,
+    })
 }

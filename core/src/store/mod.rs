@@ -13,6 +13,7 @@ use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 pub mod agents;
 pub mod approvals;
 pub mod artifacts;
+pub mod budgets;
 pub mod children;
 pub mod dead_letters;
 pub mod error;

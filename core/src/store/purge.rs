@@ -35,6 +35,7 @@ const TABLES: &[&str] = &[
     "run_items",
     "run_children",
     "journal",
+    "budgets",
     // Last, since no index finds them by their company: work that is still
     // claimed finds no run, and ends.
     "jobs",

@@ -7,7 +7,9 @@ use uuid::Uuid;
 
 use super::StoreError;
 use super::agents::AgentRow;
+use super::budgets;
 use super::playbooks::PlaybookRow;
+use crate::domain::budget::days;
 use crate::domain::ids::{AgentId, CompanyId};
 use crate::domain::money::Nanos;
 
@@ -27,11 +29,25 @@ pub async fn add_agent_totals(
         company.0,
         &ids,
     )
-    .fetch_all(tx)
+    .fetch_all(&mut *tx)
     .await?;
     for row in rows {
         for agent in agents.iter_mut().filter(|agent| agent.agent.0 == row.id) {
             agent.cost = Nanos(row.nanos);
+        }
+    }
+    let now = sqlx::query!(
+        r#"select (extract(epoch from now()) * 1000000)::bigint as "now_us!", config ->> 'timezone' as zone
+           from companies where id = $1"#,
+        company.0,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(now) = now else { return Ok(()) };
+    let (_, month) = days(now.now_us, now.zone.as_deref());
+    for (id, used) in budgets::spent_in_month(&mut *tx, company, &ids, month).await? {
+        for agent in agents.iter_mut().filter(|agent| agent.agent == id) {
+            agent.used = used;
         }
     }
     Ok(())

@@ -4,6 +4,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use capx_core::domain::address::Rules;
+use capx_core::domain::budget::CREDIT;
 use capx_core::domain::ids::{AgentId, CompanyId};
 use capx_core::engine::FieldProblem;
 use capx_core::engine::agents as engine;
@@ -259,21 +260,30 @@ pub(super) struct AgentItem {
     /// Why it is errored.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
+    /// Why it is paused, where nobody has asked for it: its money is used up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    paused_reason: Option<String>,
+    /// When it goes on by itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    paused_until: Option<Time>,
 }
 
 impl AgentItem {
     fn new(row: AgentRow) -> Self {
+        let (paused_reason, paused_until) = row.paused.map_or((None, None), |(reason, until)| (Some(reason), until));
         Self {
             id: row.agent,
             role: row.role,
             adapter: row.adapter,
             model: row.model,
             budget: row.budget,
-            used: 0,
+            used: row.used.0 / CREDIT,
             status: row.status,
             last_heartbeat: row.last_heartbeat_at.map(Time),
             total_cost: row.cost.to_usd(),
             error: row.error,
+            paused_reason,
+            paused_until: paused_until.map(Time),
         }
     }
 
@@ -290,6 +300,8 @@ impl AgentItem {
             last_heartbeat: None,
             total_cost: 0.0,
             error: None,
+            paused_reason: None,
+            paused_until: None,
         }
     }
 }
@@ -451,6 +463,9 @@ async fn update(
         config: body.config.map(Value::Object),
     };
     agents::update_agent(command.tx(), company, row.agent, &changes).await?;
+    // It may have more to spend now.
+    engine::reconsider(command.tx(), company, Some(row.agent), false).await?;
+    command.wake();
     let row = find(command.tx(), company, &row.agent.to_string()).await?;
     command.finish(StatusCode::OK, Agent::new(row)).await
 }

@@ -6,6 +6,7 @@ use axum::response::Response;
 use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{AccountId, CompanyId};
 use capx_core::engine::FieldProblem;
+use capx_core::engine::agents::reconsider;
 use capx_core::engine::lifecycle::{self, Change};
 use capx_core::engine::tenants::{CreateCompany, create_company_in};
 use capx_core::store::tenants::{self, CompanyRow};
@@ -447,6 +448,9 @@ async fn update(
     let config = body.config.map(Value::Object);
     let name = body.name.as_deref().map(str::trim);
     tenants::update_company(command.tx(), company, name, body.description.as_deref(), config.as_ref()).await?;
+    // Its agents may have more to spend now.
+    reconsider(command.tx(), company, None, false).await?;
+    command.wake();
     let row = caller.company_row(command.tx(), &company.to_string()).await?;
     command.finish(StatusCode::OK, Company::new(row)).await
 }

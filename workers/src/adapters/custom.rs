@@ -13,7 +13,7 @@ use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{ANSWER_BYTES_MAX, Adapter, Answered, Ask, Trouble};
+use super::{ANSWER_BYTES_MAX, Adapter, Answered, Ask, Payment, Trouble};
 use crate::egress::{Call, Egress, Unanswered};
 
 /// The time of one turn when the agent's `config.timeout` names none.
@@ -61,8 +61,8 @@ impl Adapter for Custom {
         TIMEOUT
     }
 
-    fn is_priced(&self) -> bool {
-        false
+    fn payment(&self) -> Payment {
+        Payment::Told
     }
 }
 

@@ -153,6 +153,18 @@ impl From<Failure> for Trouble {
     }
 }
 
+/// How the turns of an adapter are paid for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Payment {
+    /// By the table of prices.
+    Priced,
+    /// As the other side says with its answer; it knows a turn that is asked for again by its
+    /// key.
+    Told,
+    /// Not at all.
+    Free,
+}
+
 /// A way to a model.
 pub trait Adapter: Send + Sync {
     /// One turn.
@@ -166,9 +178,9 @@ pub trait Adapter: Send + Sync {
         TURN_TIMEOUT
     }
 
-    /// Whether what it says is paid for by the table of prices.
-    fn is_priced(&self) -> bool {
-        true
+    /// How what it says is paid for.
+    fn payment(&self) -> Payment {
+        Payment::Priced
     }
 }
 

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, ready};
 use serde_json::{Value, json};
 
-use super::{Adapter, Answered, Ask, Trouble};
+use super::{Adapter, Answered, Ask, Payment, Trouble};
 use crate::egress::Egress;
 
 /// The adapter that stands in for a provider's.
@@ -26,8 +26,8 @@ impl Adapter for OfflineModel {
         "offline"
     }
 
-    fn is_priced(&self) -> bool {
-        false
+    fn payment(&self) -> Payment {
+        Payment::Free
     }
 }
 

@@ -11,13 +11,13 @@ use capx_core::domain::agent::price::Price;
 use capx_core::domain::digest;
 use capx_core::domain::money::Nanos;
 use capx_core::domain::outcome::{Failure, Outcome};
+use capx_core::engine::spending::{self, Asked, Came, HELD};
 use capx_core::failpoint;
 use capx_core::store::agents::AgentRow;
 use capx_core::store::journal::Place;
-use chrono::NaiveDate;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::adapters::{self, Adapter, Answered, Ask, Offer, Task};
+use crate::adapters::{self, Adapter, Answered, Ask, Offer, Payment, Task, Trouble};
 use crate::handlers::{Hands, StepCall};
 use crate::journal::{Journal, Journals};
 use crate::tools::registry::{self, OnUnknown, Tool};
@@ -48,7 +48,22 @@ pub async fn work(hands: &Hands, call: StepCall<'_>, journals: &Journals<'_>, ca
     let params = Value::Object(call.params.clone());
     match converse(hands, &call, &params, (journals, category)).await {
         Ok(output) => Outcome::Done { output, cost: journals.booked() },
-        Err(failure) => Outcome::Failed { failure, cost: journals.booked() },
+        Err(Halt::Failed(failure)) => Outcome::Failed { failure, cost: journals.booked() },
+        Err(Halt::Waits(delay)) => Outcome::Released { delay },
+    }
+}
+
+/// Why an attempt goes no further.
+enum Halt {
+    /// It has failed.
+    Failed(Failure),
+    /// It is not its time: it is taken up again after a while, and no try is charged.
+    Waits(Duration),
+}
+
+impl From<Failure> for Halt {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
     }
 }
 
@@ -57,7 +72,7 @@ async fn converse(
     call: &StepCall<'_>,
     params: &Value,
     (journals, category): (&Journals<'_>, &'static str),
-) -> Result<Value, Failure> {
+) -> Result<Value, Halt> {
     let role = call.step.role.as_deref().unwrap_or_default();
     let agent = call.agent.ok_or_else(|| {
         Failure::invalid(format!(
@@ -66,7 +81,7 @@ async fn converse(
     })?;
     if agent.status == "errored" {
         let why = agent.error.as_deref().unwrap_or("no reason is known");
-        return Err(Failure::invalid(format!("the agent `{role}` is errored: {why}")));
+        return Err(Failure::invalid(format!("the agent `{role}` is errored: {why}")).into());
     }
     let name = call.step.adapter.as_deref().unwrap_or(&agent.adapter);
     let adapter = hands.providers.adapter(name).map_err(Failure::invalid)?;
@@ -74,6 +89,10 @@ async fn converse(
     let own = (name == agent.adapter).then_some(agent.model.as_deref()).flatten();
     let model = call.step.model.as_deref().or(own);
     let journal = journals.of(&call.idempotency_key, agent.agent, category);
+    if agent.status == "paused" {
+        journal.hold().await?;
+        return Err(Halt::Waits(HELD));
+    }
     let written = journal.read().await?;
     let turns_max = agent.config.get("max_turns").and_then(Value::as_u64).and_then(|turns| u32::try_from(turns).ok());
     let mut attempt = Attempt {
@@ -88,7 +107,7 @@ async fn converse(
         task: Task {
             company: call.company.to_string(),
             run: call.run.to_string(),
-            playbook: call.playbook,
+            playbook: &call.playbook.name,
             step: &call.step.id,
             action: &call.step.action,
             params,
@@ -108,7 +127,7 @@ async fn converse(
 }
 
 impl Attempt<'_> {
-    async fn run(mut self) -> Result<Value, Failure> {
+    async fn run(mut self) -> Result<Value, Halt> {
         loop {
             match next(&self.turns, self.turns_max) {
                 Next::Turn(turn) => {
@@ -124,7 +143,7 @@ impl Attempt<'_> {
                     }
                 }
                 Next::Done(output) => return Ok(output),
-                Next::Stuck(failure) => return Err(failure),
+                Next::Stuck(failure) => return Err(failure.into()),
             }
         }
     }
@@ -139,21 +158,13 @@ impl Attempt<'_> {
     }
 
     /// Asks the model once more.
-    async fn turn(&self, turn: u32) -> Result<Turn, Failure> {
-        let number = self.base + turn;
+    async fn turn(&self, number: u32) -> Result<Turn, Halt> {
+        let fresh = number == 0 && self.base > 0;
+        let number = self.base + number;
         let place = Place { turn: number, call: 0 };
         let key = self.key(place);
         let messages = messages(prompt::task(&self.task), &self.turns);
         let timeout = adapters::turn_timeout(self.adapter.as_ref(), self.agent)?.min(self.left());
-        let max_tokens = adapters::max_tokens(self.agent);
-        let day = self.journal.begin(place, self.model, &key, turn == 0 && number > 0).await?;
-        let price = match self.price(day) {
-            Ok(price) => price,
-            Err(failure) => {
-                self.journal.turn_failed(number, &failure).await?;
-                return Err(failure);
-            }
-        };
         let offers: Vec<Offer<'_>> = self.tools.iter().map(|tool| offer(tool)).collect();
         let ask = Ask {
             agent: self.agent,
@@ -161,20 +172,38 @@ impl Attempt<'_> {
             system: &self.system,
             messages: &messages,
             tools: &offers,
-            max_tokens,
+            max_tokens: adapters::max_tokens(self.agent),
             key: &key,
             timeout,
             idle: self.call.idle,
             task: &self.task,
         };
+        let (table, price) = self.price(&ask)?;
+        let turn = spending::Turn {
+            place,
+            model: self.model.to_owned(),
+            key: key.clone(),
+            fresh,
+            price,
+            keyed: self.adapter.payment() == Payment::Told,
+            run_cap: self.call.playbook.budget,
+            step_cap: self.call.step.budget,
+            playbook_cap: self.call.playbook.execution.spend_cap,
+        };
+        match self.journal.turn_begins(&turn).await? {
+            Asked::Go => {}
+            Asked::Wait(delay) => return Err(Halt::Waits(delay)),
+            Asked::Refused(failure) => return Err(failure.into()),
+            Asked::Lost => return Err(Halt::Waits(Duration::ZERO)),
+        }
         failpoint::reach("agent.turn_begun").await;
         let began = Instant::now();
         let answered = self.adapter.turn(&self.hands.egress, &ask).await;
         failpoint::reach("agent.turn_answered").await;
         match answered {
             Ok(Answered { reply, cost }) => {
-                let cost = cost.or_else(|| self.cost(price, &reply, &ask)).unwrap_or(Nanos::ZERO);
-                self.journal.turn_ended(number, &reply, cost).await?;
+                let cost = cost.unwrap_or_else(|| paid(table, price, &reply));
+                self.journal.turn_ended(&turn, Came::Answer { response: json!(reply), cost }).await?;
                 failpoint::reach("agent.turn_stored").await;
                 tracing::debug!(
                     run.id = %self.task.run, agent.id = %self.agent.agent, model = self.model, turn = number,
@@ -182,34 +211,59 @@ impl Attempt<'_> {
                 );
                 Ok(Turn { reply, calls: Vec::new() })
             }
-            Err(trouble) => {
-                self.journal.turn_failed(number, &trouble.failure).await?;
-                Err(trouble.failure)
+            Err(Trouble { failure, maybe_paid, .. }) => {
+                let came = Came::Trouble { failure: failure.clone(), maybe_paid };
+                self.journal.turn_ended(&turn, came).await?;
+                Err(failure.into())
             }
         }
     }
 
-    /// What the model costs; one without a price is not asked.
-    fn price(&self, day: NaiveDate) -> Result<Option<&Price>, Failure> {
+    /// What the model's tokens cost, and what the turn may: a model without a price is not
+    /// asked.
+    fn price(&self, ask: &Ask<'_>) -> Result<(Option<&Price>, spending::Price), Failure> {
         let prices = &self.hands.providers.prices;
-        let price = prices.of(self.model, day);
-        if price.is_none() && self.adapter.is_priced() {
-            return Err(Failure::invalid(format!(
+        // Prices change by days: which clock says so does not matter.
+        let price = prices.of(self.model, chrono::Utc::now().date_naive());
+        match (self.adapter.payment(), price) {
+            (Payment::Free, _) => Ok((None, spending::Price::AtMost(Nanos::ZERO))),
+            (Payment::Told, price) => Ok((price, spending::Price::Afterwards)),
+            (Payment::Priced, Some(price)) => {
+                let worst = price.worst(self.read_at_most(ask), ask.max_tokens);
+                let worst =
+                    worst.ok_or_else(|| Failure::invalid("a turn of the model costs more than can be counted"))?;
+                Ok((Some(price), spending::Price::AtMost(worst)))
+            }
+            (Payment::Priced, None) => Err(Failure::invalid(format!(
                 "the model `{}` has no price, so nobody could say what it costs: name it in the file of CAPX_PRICES, or use one of {}",
                 self.model,
                 prices.models().join(", ")
-            )));
+            ))),
         }
-        Ok(price)
     }
 
-    /// What a turn cost by what it used; at its worst, where the provider does not say.
-    fn cost(&self, price: Option<&Price>, reply: &Reply, ask: &Ask<'_>) -> Option<Nanos> {
-        match (&reply.usage, price?) {
-            (Some(usage), price) => price.cost(usage),
-            (None, price) if self.adapter.is_priced() => price.worst(read_at_most(ask), ask.max_tokens),
-            (None, _) => None,
+    /// What the provider can read at most, in tokens: none is shorter than a byte. Of what it
+    /// has read before it has told how much that was.
+    fn read_at_most(&self, ask: &Ask<'_>) -> u64 {
+        let mut known = 0;
+        let mut said = ask.messages;
+        if let Some(usage) = self.turns.last().and_then(|turn| turn.reply.usage) {
+            known = usage.read().saturating_add(usage.output);
+            // Its own words are counted; what came after them is not.
+            let last = ask.messages.iter().rposition(|message| matches!(message, Message::Assistant(_)));
+            said = ask.messages.get(last.map_or(0, |at| at + 1)..).unwrap_or_default();
         }
+        let bytes = |message: &Message| match message {
+            Message::User(text) => text.len(),
+            Message::Assistant(blocks) => serde_json::to_string(blocks).map_or(0, |text| text.len()),
+            Message::Results(results) => results.iter().map(|result| result.content.len() + result.id.len()).sum(),
+        };
+        let mut bytes: usize = said.iter().map(bytes).sum();
+        if known == 0 {
+            bytes += ask.system.len();
+            bytes += ask.tools.iter().map(|tool| tool.schema.to_string().len() + tool.description.len()).sum::<usize>();
+        }
+        u64::try_from(bytes).unwrap_or(u64::MAX).saturating_add(known).saturating_add(OVERHEAD_TOKENS)
     }
 
     /// Makes a call that the model has asked for; what is wrong with it is told to the model.
@@ -227,7 +281,7 @@ impl Attempt<'_> {
             Ok(checked) => checked,
             Err(problem) => {
                 let result = told(problem, true);
-                self.journal.begin(place, &name, &self.key(place), false).await?;
+                self.journal.call_begins(place, &name, &self.key(place)).await?;
                 self.journal.call_ended(place, &result, true).await?;
                 return Ok(Called::Done { result, refused: true });
             }
@@ -239,7 +293,7 @@ impl Attempt<'_> {
             )));
         }
         let key = self.key(place);
-        self.journal.begin(place, tool.name, &key, false).await?;
+        self.journal.call_begins(place, tool.name, &key).await?;
         failpoint::reach("agent.call_begun").await;
         let call = ToolCall {
             company: self.call.company,
@@ -283,19 +337,13 @@ fn offer(tool: &Tool) -> Offer<'_> {
     Offer { name: tool.wire_name(), description: tool.description, schema: &tool.schema }
 }
 
-/// What a provider can read at most, in tokens: none is shorter than a byte.
-fn read_at_most(ask: &Ask<'_>) -> u64 {
-    let said: usize = ask
-        .messages
-        .iter()
-        .map(|message| match message {
-            Message::User(text) => text.len(),
-            Message::Assistant(blocks) => serde_json::to_string(blocks).map_or(0, |text| text.len()),
-            Message::Results(results) => results.iter().map(|result| result.content.len() + result.id.len()).sum(),
-        })
-        .sum();
-    let tools: usize = ask.tools.iter().map(|tool| tool.schema.to_string().len() + tool.description.len()).sum();
-    u64::try_from(ask.system.len() + said + tools).unwrap_or(u64::MAX).saturating_add(OVERHEAD_TOKENS)
+/// What a turn has cost by what it has used; at its worst, where the provider does not say.
+fn paid(table: Option<&Price>, price: spending::Price, reply: &Reply) -> Nanos {
+    match (table, &reply.usage, price) {
+        (Some(table), Some(usage), _) => table.cost(usage).unwrap_or(Nanos::ZERO),
+        (_, None, spending::Price::AtMost(worst)) => worst,
+        _ => Nanos::ZERO,
+    }
 }
 
 /// What providers add around it: the prompt that explains tools is some hundred tokens

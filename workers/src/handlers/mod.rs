@@ -9,10 +9,10 @@ use capx_core::domain::digest;
 use capx_core::domain::ids::{CompanyId, RunId};
 use capx_core::domain::outcome::{Failure, Outcome};
 use capx_core::domain::plan::{Draft, JUNCTION};
-use capx_core::domain::playbook::Step;
 use capx_core::domain::playbook::load::TOOLS;
 use capx_core::domain::playbook::model::StepKind;
 use capx_core::domain::playbook::rubric::GRADE;
+use capx_core::domain::playbook::{Playbook, Step};
 use capx_core::domain::secret::Secrets;
 use capx_core::engine::claim::StepWork;
 use capx_core::store::agents::AgentRow;
@@ -45,8 +45,8 @@ pub struct StepCall<'a> {
     pub company: CompanyId,
     /// Of which run.
     pub run: RunId,
-    /// The playbook's name.
-    pub playbook: &'a str,
+    /// By which playbook.
+    pub playbook: &'a Playbook,
     /// The step.
     pub step: &'a Step,
     /// Its parameters, every reference looked up.
@@ -167,7 +167,7 @@ impl Hands {
         let call = StepCall {
             company: job.company,
             run: work.context.run,
-            playbook: &work.context.playbook.name,
+            playbook: &work.context.playbook,
             step,
             params,
             secrets,

@@ -77,6 +77,7 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
         Work::Queued => shared.watchdog.answer("an admission", Box::pin(admit(shared, &job, FAN_LOOK))).await,
         Work::Slot => shared.watchdog.answer("an admission", Box::pin(admit(shared, &job, Duration::ZERO))).await,
         Work::Heartbeat => shared.watchdog.answer("a beat", Box::pin(heartbeat(shared, &job))).await,
+        Work::Resume => shared.watchdog.answer("a resumption", Box::pin(resume(shared, &job))).await,
         Work::Schedule => shared.watchdog.answer("a fire", Box::pin(fire(shared, &job))).await,
         Work::Signal => shared.watchdog.answer("an event", Box::pin(signal(shared, &job))).await,
         Work::Purge => shared.watchdog.answer("a purge", Box::pin(purge(shared, &job))).await,
@@ -168,7 +169,7 @@ async fn step(
         run: work.context.run,
     };
     let journals = Journals {
-        pool: &shared.engine.pool,
+        engine: &shared.engine,
         watchdog: &shared.watchdog,
         job,
         run: work.context.run,
@@ -286,6 +287,17 @@ async fn heartbeat(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
         Ok(()) => PlainOutcome::Nothing,
         Err(error) => {
             tracing::warn!(%error, agent.id = %AgentId(agent), "a beat waits");
+            PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
+        }
+    }
+}
+
+async fn resume(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
+    let Some(agent) = job.ref_id else { return PlainOutcome::Done };
+    match agents::period_over(&shared.engine, job.company, AgentId(agent)).await {
+        Ok(()) => PlainOutcome::Done,
+        Err(error) => {
+            tracing::warn!(%error, agent.id = %AgentId(agent), "a resumption waits");
             PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
         }
     }

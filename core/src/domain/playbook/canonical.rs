@@ -30,6 +30,12 @@ pub fn canonical(root: &Node) -> Node {
         order(&mut inner, keys::CONCURRENCY);
         rule.kind = Kind::Map(inner);
     }
+    if let Some(execution) = value_mut(&mut top, "execution") {
+        written_out(execution, "mode");
+        let mut inner = entries(execution);
+        order(&mut inner, keys::EXECUTION);
+        execution.kind = Kind::Map(inner);
+    }
     let mut taken = HashSet::new();
     for list in ["steps", "finally"] {
         if let Some(Node { kind: Kind::Seq(items), .. }) = value_mut(&mut top, list) {

@@ -35,6 +35,7 @@ const DURATION: &str = r##"{"$ref": "#/$defs/duration"}"##;
 const TIMEOUT_SHAPE: &str = r##"{"anyOf": [{"$ref": "#/$defs/duration"}, {"$ref": "#/$defs/timeout"}]}"##;
 const DURATION_OR_TEMPLATE: &str =
     r##"{"anyOf": [{"$ref": "#/$defs/duration"}, {"type": "string", "pattern": "\\$\\{|\\{\\{"}]}"##;
+const CREDITS: &str = r#"{"type": "integer", "minimum": 0, "maximum": 1000000000}"#;
 const TRIES: &str = r#"{"type": "integer", "minimum": 1, "maximum": 100}"#;
 
 /// Of a playbook.
@@ -58,6 +59,12 @@ pub const TOP: &[Key] = &[
         "How many runs may be under way at once, of all or with the same key.",
         r##"{"anyOf": [{"type": "integer", "minimum": 1, "maximum": 10000}, {"type": "string"}, {"$ref": "#/$defs/concurrency"}]}"##,
     ),
+    key(
+        "execution",
+        "How it may be run: `auto`, `review` holds it before its first step, `blocked` runs nothing.",
+        r##"{"anyOf": [{"enum": ["auto", "review", "blocked"]}, {"$ref": "#/$defs/execution"}]}"##,
+    ),
+    key("budget", "Credits that one run may cost; 1 credit is 0.01 USD.", CREDITS),
     key(
         "secrets",
         "The company's secrets that `${secrets.NAME}` gives to tools.",
@@ -133,6 +140,7 @@ pub const STEP: &[Key] = &[
     other("with", "params", MAP),
     key("adapter", "Overrides the agent's adapter.", TEXT),
     key("model", "Overrides the agent's model.", TEXT),
+    key("budget", "Credits that the step may cost; 1 credit is 0.01 USD.", CREDITS),
     key(
         "output",
         "What the step says, by name; what it does not hold to fails the step.",
@@ -250,6 +258,21 @@ pub const CONCURRENCY: &[Key] = &[
         "What becomes of one more: it waits, is refused, cancels the oldest, takes the place of those that wait, or is \
          the last that is there. `queue` without.",
         r#"{"enum": ["queue", "reject", "cancel_running", "replace_pending", "coalesce"]}"#,
+    ),
+];
+
+/// Of `execution`.
+pub const EXECUTION: &[Key] = &[
+    key(
+        "mode",
+        "`review` asks a person before the first step, `blocked` refuses to run; `auto` without.",
+        r#"{"enum": ["auto", "review", "blocked"]}"#,
+    ),
+    key("spend_cap", "USD that all its runs may cost in a month.", r#"{"type": "number", "minimum": 0}"#),
+    key(
+        "notify",
+        "Who is told when a person is asked; named in the event.",
+        r#"{"anyOf": [{"type": "string"}, {"type": "array", "maxItems": 50, "items": {"type": "string"}}]}"#,
     ),
 ];
 

@@ -19,6 +19,7 @@ use super::{INPUTS_MAX, STEPS_MAX};
 mod check;
 mod closing;
 mod concurrency;
+mod execution;
 mod fan;
 mod fields;
 mod flow;
@@ -34,7 +35,7 @@ pub(super) use step::free_id;
 
 /// Keys of the language that this version does not carry out yet; refused, so
 /// that nobody believes in a guard that is not there.
-const TOP_KEYS_LATER: &[&str] = &["execution", "budget", "role"];
+const TOP_KEYS_LATER: &[&str] = &["role"];
 
 /// The tool whose `url` is one, and whose `body` is often JSON.
 pub(super) const HTTP_REQUEST: &str = "http.request";
@@ -155,6 +156,8 @@ impl Loader {
             Some(template)
         });
         let concurrency = fields.get("concurrency").and_then(|node| concurrency::concurrency(self, node));
+        let execution = execution::execution(self, fields.get("execution"));
+        let budget = fields.get("budget").and_then(|node| execution::budget(self, node, "budget"));
         let mut taken = HashSet::new();
         let steps = self.steps(root, fields.get("steps"), &mut taken);
         let finally = closing::finally(self, fields.get("finally"), &mut taken);
@@ -173,6 +176,8 @@ impl Loader {
             inputs,
             idempotency_key,
             concurrency,
+            execution,
+            budget,
             secrets,
             steps: with_uses(steps, output.as_ref()),
             graph,

@@ -9,6 +9,7 @@ use super::rubric::{Limit, Measure, Rubric};
 use super::shape::Shape;
 use super::template::Template;
 use crate::domain::backoff::Backoff;
+use crate::domain::money::Nanos;
 use crate::domain::outcome::ErrorClass;
 use crate::domain::run::RunStatus;
 use crate::domain::schedule::ScheduleSpec;
@@ -28,6 +29,10 @@ pub struct Playbook {
     pub idempotency_key: Option<Template>,
     /// How many of its runs may be under way at once.
     pub concurrency: Option<Concurrency>,
+    /// How it may be run.
+    pub execution: Execution,
+    /// What one run may cost.
+    pub budget: Option<Nanos>,
     /// The company's secrets that its tools are given, by name, each with what stands for
     /// it wherever else it would be seen.
     pub secrets: Map<String, Value>,
@@ -180,6 +185,8 @@ pub struct Step {
     pub adapter: Option<String>,
     /// Overrides the agent's model.
     pub model: Option<String>,
+    /// What it may cost.
+    pub budget: Option<Nanos>,
     /// What it must say, each item of a list by itself.
     pub output: Option<Shape>,
     /// What its output must come up to.
@@ -277,6 +284,35 @@ pub enum Pause {
     Fixed(Duration),
     /// As it turns out: a text such as `2h`, or a number of seconds.
     Computed(Template),
+}
+
+/// How a playbook may be run.
+#[derive(Debug, Clone, Default)]
+pub struct Execution {
+    /// Whether a person is asked.
+    pub mode: Mode,
+    /// What all its runs may cost in a month.
+    pub spend_cap: Option<Nanos>,
+    /// Who is told when a person is asked.
+    pub notify: Vec<String>,
+}
+
+/// Whether a person is asked before a playbook does anything.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Nobody is.
+    #[default]
+    Auto,
+    /// Before its first step.
+    Review,
+    /// It does not run.
+    Blocked,
+}
+
+impl Mode {
+    /// Name and mode.
+    pub const NAMES: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("review", Self::Review), ("blocked", Self::Blocked)];
 }
 
 /// How many runs with the same key may be under way at once.
@@ -442,6 +478,8 @@ impl Playbook {
             inputs: Vec::new(),
             idempotency_key: None,
             concurrency: None,
+            execution: Execution::default(),
+            budget: None,
             secrets: Map::new(),
             steps: Vec::new(),
             graph: false,

@@ -41,6 +41,7 @@ pub fn schema() -> Value {
         "retry": of(keys::RETRY),
         "compensate": of(keys::COMPENSATE),
         "concurrency": of(keys::CONCURRENCY),
+        "execution": of(keys::EXECUTION),
         "approval": of(keys::APPROVAL),
         "wait_for": of(keys::WAIT_FOR),
         "timeout": of(keys::TIMEOUT),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use super::closing;
+use super::execution;
 use super::fan::fan;
 use super::flow::{self, Flow};
 use super::{Fields, HTTP_REQUEST, Loader, TOOLS, params};
@@ -82,12 +83,23 @@ pub(super) fn step(loader: &mut Loader, node: &Node, path: &str, taken: &mut Has
         fields: Some(shape::properties(loader, n, &format!("{path}.output"))),
         ..Shape::of(InputKind::Object)
     });
+    let budget = fields.get("budget").and_then(|n| execution::budget(loader, n, &format!("{path}.budget")));
     let rubric = rubric::rubric(loader, &fields, &kind, role.as_deref(), path);
     let undo = fields.get("compensate").and_then(|n| closing::compensate(loader, n, path, &id, role.as_deref()));
     let once = Retry { max_attempts: 1, ..Retry::default() };
     let retry = how.retry.clone().unwrap_or_else(|| if works { Retry::default() } else { once });
-    let step =
-        Step { kind, condition, fan, on_failure, retry, approval, output, rubric, ..how.step(id, role, action?) };
+    let step = Step {
+        kind,
+        condition,
+        fan,
+        on_failure,
+        retry,
+        approval,
+        budget,
+        output,
+        rubric,
+        ..how.step(id, role, action?)
+    };
     Some(Read { step, undo, at: node.at, flow })
 }
 
@@ -173,6 +185,7 @@ impl How {
             approval: None,
             adapter: self.adapter,
             model: self.model,
+            budget: None,
             output: None,
             rubric: None,
             needs: Vec::new(),

@@ -1,0 +1,207 @@
+//! What is spent and reserved, and what is said about limits.
+
+use chrono::NaiveDate;
+use serde_json::Value;
+use sqlx::PgConnection;
+
+use super::StoreError;
+use super::jobs::Lease;
+use super::journal::{Place, Work};
+use crate::domain::budget::{Account, Balance};
+use crate::domain::ids::{AgentId, CompanyId, PlaybookId};
+use crate::domain::money::Nanos;
+
+/// All that decides about a call, as it stands now; read under the lock of the job that
+/// makes it.
+#[derive(Debug)]
+pub struct Facts {
+    /// The database's time, in microseconds since 1970.
+    pub now_us: i64,
+    /// The company's status.
+    pub company_status: String,
+    /// Its `config`.
+    pub config: Value,
+    /// Its policy.
+    pub governance: Option<Value>,
+    /// The agent's own status.
+    pub agent_status: String,
+    /// Its budget, in credits a month.
+    pub agent_budget: Option<i64>,
+    /// Its `config`.
+    pub agent_config: Value,
+    /// The most that one of its calls has cost.
+    pub dearest: Option<Nanos>,
+    /// Whose run it is.
+    pub playbook: PlaybookId,
+    /// The call, where it was begun before.
+    pub before: Option<Before>,
+}
+
+/// A call that was begun before.
+#[derive(Debug, Clone, Copy)]
+pub struct Before {
+    /// What is reserved for it.
+    pub reserved: Nanos,
+    /// In which day,
+    pub day: NaiveDate,
+    /// and month.
+    pub month: NaiveDate,
+    /// By this very attempt, which has not heard that it was.
+    pub unheard: bool,
+}
+
+/// What decides about a call; nothing when the lease is gone.
+pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<Option<Facts>, StoreError> {
+    let Lease { job, epoch, session } = work.lease;
+    let row = sqlx::query!(
+        r#"with held as (
+               select from jobs where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' for update
+           )
+           select (extract(epoch from now()) * 1000000)::bigint as "now_us!", c.status as company_status, c.config,
+                  c.governance, a.status as agent_status, a.budget, a.config as agent_config, a.dearest_nanos,
+                  r.playbook_id, j.reserved_nanos as "reserved_nanos?", j.day as "day?", j.month as "month?",
+                  coalesce(j.job_id = $1 and j.lease_epoch = $2, false) as "unheard!"
+           from held
+           join companies c on c.id = $4
+           join agents a on a.company_id = $4 and a.id = $5
+           join runs r on r.id = $6 and r.company_id = $4
+           left join journal j on j.company_id = $4 and j.work = $7 and j.turn = $8 and j.call = $9"#,
+        job,
+        epoch,
+        session,
+        work.company.0,
+        work.agent.0,
+        work.run.0,
+        work.key,
+        i32::try_from(place.turn).unwrap_or(i32::MAX),
+        i32::try_from(place.call).unwrap_or(i32::MAX),
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(row.map(|row| Facts {
+        now_us: row.now_us,
+        company_status: row.company_status,
+        config: row.config,
+        governance: row.governance,
+        agent_status: row.agent_status,
+        agent_budget: row.budget,
+        agent_config: row.agent_config,
+        dearest: row.dearest_nanos.map(Nanos),
+        playbook: PlaybookId(row.playbook_id),
+        before: match (row.reserved_nanos, row.day, row.month) {
+            (Some(reserved), Some(day), Some(month)) => {
+                Some(Before { reserved: Nanos(reserved), day, month, unheard: row.unheard })
+            }
+            _ => None,
+        },
+    }))
+}
+
+/// A change of what an account has spent and reserved.
+#[derive(Debug, Clone, Copy)]
+pub struct Change {
+    /// Which.
+    pub account: Account,
+    /// So much more is spent,
+    pub spent: i64,
+    /// and so much more is reserved, or less.
+    pub reserved: i64,
+}
+
+/// Changes accounts and says how they stand; those that are not there yet begin at nothing.
+/// They are locked in the order in which they are given.
+pub async fn apply(tx: &mut PgConnection, company: CompanyId, changes: &[Change]) -> Result<Vec<Balance>, StoreError> {
+    let rows = sqlx::query!(
+        r#"insert into budgets as b (company_id, scope, ref_id, step, period, starts, spent_nanos, reserved_nanos)
+           select $1, d.scope, d.ref_id, d.step, d.period, d.starts, d.spent, d.reserved
+           from unnest($2::text[], $3::uuid[], $4::integer[], $5::text[], $6::date[], $7::bigint[], $8::bigint[])
+               with ordinality as d (scope, ref_id, step, period, starts, spent, reserved, place)
+           order by d.place
+           on conflict (company_id, scope, ref_id, step, period, starts) do update
+           set spent_nanos = b.spent_nanos + excluded.spent_nanos,
+               reserved_nanos = b.reserved_nanos + excluded.reserved_nanos
+           returning scope, ref_id, step, period, starts, spent_nanos, reserved_nanos, told"#,
+        company.0,
+        &changes.iter().map(|c| c.account.scope.as_str().to_owned()).collect::<Vec<_>>(),
+        &changes.iter().map(|c| c.account.id).collect::<Vec<_>>(),
+        &changes.iter().map(|c| c.account.step).collect::<Vec<_>>(),
+        &changes.iter().map(|c| c.account.period.as_str().to_owned()).collect::<Vec<_>>(),
+        &changes.iter().map(|c| c.account.starts).collect::<Vec<_>>(),
+        &changes.iter().map(|c| c.spent).collect::<Vec<_>>(),
+        &changes.iter().map(|c| c.reserved).collect::<Vec<_>>(),
+    )
+    .fetch_all(tx)
+    .await?;
+    let same = |account: &Account, scope: &str, period: &str| {
+        account.scope.as_str() == scope && account.period.as_str() == period
+    };
+    Ok(rows
+        .into_iter()
+        .filter_map(|row| {
+            let account = changes.iter().map(|change| change.account).find(|account| {
+                same(account, &row.scope, &row.period)
+                    && (account.id, account.step, account.starts) == (row.ref_id, row.step, row.starts)
+            })?;
+            let (spent, reserved) = (Nanos(row.spent_nanos), Nanos(row.reserved_nanos));
+            Some(Balance { account, spent, reserved, told: row.told })
+        })
+        .collect())
+}
+
+/// Whether a call of another run that is under way holds money of the company, which may
+/// come back.
+pub async fn others_under_way(tx: &mut PgConnection, work: &Work) -> Result<bool, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"select exists (
+               select from journal j join runs r on r.id = j.run_id and r.company_id = j.company_id
+               where j.company_id = $1 and j.reserved_nanos > 0 and j.run_id <> $2
+                   and r.status not in ('completed', 'failed', 'cancelled')
+           ) as "exists!""#,
+        work.company.0,
+        work.run.0,
+    )
+    .fetch_one(tx)
+    .await?)
+}
+
+/// Remembers that a threshold of an account was told.
+pub async fn told(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    account: &Account,
+    percent: i16,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "update budgets set told = greatest(told, $7)
+         where company_id = $1 and scope = $2 and ref_id = $3 and step = $4 and period = $5 and starts = $6",
+        company.0,
+        account.scope.as_str(),
+        account.id,
+        account.step,
+        account.period.as_str(),
+        account.starts,
+        percent,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// What an agent has spent in the month that has begun on a day.
+pub async fn spent_in_month(
+    executor: impl sqlx::Executor<'_, Database = sqlx::Postgres>,
+    company: CompanyId,
+    agents: &[uuid::Uuid],
+    starts: NaiveDate,
+) -> Result<Vec<(AgentId, Nanos)>, StoreError> {
+    let rows = sqlx::query!(
+        "select ref_id, spent_nanos from budgets
+         where company_id = $1 and scope = 'agent' and ref_id = any ($2) and step = -1 and period = 'month' and starts = $3",
+        company.0,
+        agents,
+        starts,
+    )
+    .fetch_all(executor)
+    .await?;
+    Ok(rows.into_iter().map(|row| (AgentId(row.ref_id), Nanos(row.spent_nanos))).collect())
+}

@@ -1,0 +1,242 @@
+//! Money: no call is begun that could pass a cap, whoever dies over it, and all that counts
+//! says the same.
+
+use std::time::Duration;
+
+use capx_core::domain::ids::{CompanyId, RunId};
+use capx_core::domain::run::RunStatus;
+use capx_workers::adapters::Providers;
+use serde_json::{Value, json};
+
+use crate::harness::{Api, Db, SHORT_LEASE, eventually};
+use crate::process::Process;
+use crate::provider::{Provider, Says};
+
+const STEP: &str = "name: work\nsteps:\n  - {id: do, role: a, action: research}\n";
+const CLAUDE_TURN: i64 = 1_001 * 3_000 + 37 * 15_000 + 11 * 300 + 7 * 3_750;
+
+/// The spending that each kind of row counts, which must be the same; and what is reserved.
+async fn balances(db: &Db, company: CompanyId) -> (i64, i64) {
+    let sums: Vec<(String, Option<i64>)> = sqlx::query_as(
+        "select 'ledger', sum(nanos)::bigint from ledger where company_id = $1
+         union all select 'runs', sum(cost_nanos)::bigint from runs where company_id = $1
+         union all select 'steps', sum(cost_nanos)::bigint from run_steps where company_id = $1
+         union all select 'journal', sum(cost_nanos)::bigint from journal where company_id = $1
+         union all select scope || period, sum(spent_nanos)::bigint from budgets where company_id = $1 group by scope, period",
+    )
+    .bind(company.0)
+    .fetch_all(&db.pool)
+    .await
+    .unwrap();
+    let spent = sums[0].1.unwrap_or(0);
+    assert!(sums.iter().all(|(_, sum)| sum.unwrap_or(0) == spent), "{sums:?}");
+    let reserved: Vec<(String, i64)> = sqlx::query_as(
+        "select scope || period, sum(reserved_nanos)::bigint from budgets where company_id = $1 group by scope, period
+         union all select 'journal', coalesce(sum(reserved_nanos + kept_nanos), 0)::bigint from journal where company_id = $1",
+    )
+    .bind(company.0)
+    .fetch_all(&db.pool)
+    .await
+    .unwrap();
+    let held = reserved[0].1;
+    assert!(reserved.iter().all(|(_, sum)| *sum == held), "{reserved:?}");
+    (spent, held)
+}
+
+async fn events(db: &Db, company: CompanyId, name: &str) -> Vec<Value> {
+    sqlx::query_scalar("select data from events where company_id = $1 and event = $2 order by xid, id")
+        .bind(company.0)
+        .bind(name)
+        .fetch_all(&db.pool)
+        .await
+        .unwrap()
+}
+
+async fn company(api: &Api, body: Value) -> CompanyId {
+    let (status, made) = api.post("/v1/companies", body).await;
+    assert_eq!(status, 201, "{made}");
+    let id = made["data"]["id"].as_str().unwrap().to_owned();
+    eventually("the company to run", || async {
+        api.get(&format!("/v1/companies/{id}")).await.1["data"]["status"] == "running"
+    })
+    .await;
+    id.parse().unwrap()
+}
+
+async fn agent(api: &Api, company: CompanyId) -> Value {
+    api.get(&format!("/v1/companies/{company}/agents/a")).await.1["data"].clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_stops_before_its_cap_says_so_and_goes_on_when_that_is_raised() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+    let api = db.api().await;
+    // A turn may cost some 5,000 tokens read and 200 said, as far as anybody can know before.
+    let body = json!({"name": "c", "agents": [{"role": "a", "adapter": "claude", "instructions": "Work.",
+        "config": {"budget_limit_daily": 0.04, "max_tokens": 200}}]});
+    let company = company(&api, body).await;
+    let playbook = db.playbook(company, STEP).await;
+    let mut runs: Vec<RunId> = Vec::new();
+    for _ in 0..20 {
+        let run = db.start(company, playbook, json!({})).await;
+        runs.push(run);
+        eventually("the run to end, or its agent to be paused", || async {
+            db.run(company, run).await.status == RunStatus::Completed
+                || agent(&api, company).await["status"] == "paused"
+        })
+        .await;
+        if agent(&api, company).await["status"] == "paused" {
+            break;
+        }
+    }
+    let shown = agent(&api, company).await;
+    assert_eq!(shown["paused_reason"], "the agent's config.budget_limit_daily of 0.04 USD is used up", "{shown}");
+    assert!(shown["paused_until"].as_str().unwrap().ends_with("T00:00:00Z"), "{shown}");
+    let (spent, reserved) = balances(&db, company).await;
+    assert!(spent <= 40_000_000 && spent > 20_000_000 && reserved == 0, "spent {spent}, reserved {reserved}");
+    assert_eq!(spent % CLAUDE_TURN, 0);
+    assert_eq!(shown["used"], spent / 10_000_000);
+    let told: Vec<i64> =
+        events(&db, company, "costs.threshold_reached").await.iter().map(|e| e["percent"].as_i64().unwrap()).collect();
+    assert!(!told.is_empty() && told.is_sorted() && told[0] == 50, "{told:?}");
+    // Other work of it waits too, and costs no try.
+    let waits = db.start(company, playbook, json!({})).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let last = *runs.last().unwrap();
+    for run in [waits, last] {
+        assert_eq!(db.run(company, run).await.status, RunStatus::Running);
+    }
+    let calls = provider.seen().len();
+    let (status, raised) = api
+        .send("PATCH", &format!("/v1/companies/{company}/agents/a"), Some(json!({"config": {"budget_limit_daily": 5}})))
+        .await;
+    assert_eq!((status, &raised["data"]["status"]), (200, &json!("active")));
+    for run in [waits, last] {
+        db.until(company, run, RunStatus::Completed).await;
+    }
+    assert_eq!(provider.seen().len(), calls + 2, "nothing was asked for while there was no money");
+    balances(&db, company).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_period_brings_new_money() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+    let api = db.api().await;
+    let body = json!({"name": "c", "config": {"timezone": "Asia/Tokyo"}, "governance": {"spend_caps": {"per_company": {"daily": 0.001}}},
+        "agents": [{"role": "a", "adapter": "claude", "instructions": "Work."}]});
+    let company = company(&api, body).await;
+    let playbook = db.playbook(company, STEP).await;
+    let run = db.start(company, playbook, json!({})).await;
+    eventually("the agent to be paused", || async { agent(&api, company).await["status"] == "paused" }).await;
+    let shown = agent(&api, company).await;
+    assert!(shown["paused_until"].as_str().unwrap().ends_with("T15:00:00Z"), "midnight in Tokyo: {shown}");
+    assert!(provider.seen().is_empty());
+    // The night passes: what is due is due, and the cap was raised without a word to the agents.
+    sqlx::query("update companies set governance = '{}' where id = $1")
+        .bind(company.0)
+        .execute(&db.pool)
+        .await
+        .unwrap();
+    sqlx::query("update agents set paused_until = now()").execute(&db.pool).await.unwrap();
+    let moved = sqlx::query("update jobs set due_at = now() where kind = 'resume'").execute(&db.pool).await.unwrap();
+    assert_eq!(moved.rows_affected(), 1);
+    db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(agent(&api, company).await["status"], "active");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hundred_agents_share_money_for_fifty_calls_whoever_dies() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    // Each call costs 0.25 USD, as its endpoint says.
+    let config = json!({"endpoint": format!("{}/custom", provider.url), "max_cost": 0.25});
+    let company = db.company(&["a"], "custom", config.clone()).await;
+    sqlx::query("update companies set config = '{\"budget_limit_daily\": 12.5}' where id = $1")
+        .bind(company.0)
+        .execute(&db.pool)
+        .await
+        .unwrap();
+    // 200 of them, each with a run of its own: more than a request may name.
+    sqlx::query(
+        "insert into agents (company_id, id, role, adapter, instructions, config, status)
+         select $1, gen_random_uuid(), 'a' || n, 'custom', 'Work.', $2, 'active' from generate_series(1, 199) n",
+    )
+    .bind(company.0)
+    .bind(&config)
+    .execute(&db.pool)
+    .await
+    .unwrap();
+    let playbook = db.playbook(company, STEP).await;
+    let mut playbooks = vec![playbook];
+    for n in 1..200 {
+        playbooks.push(
+            db.playbook(
+                company,
+                &STEP.replace("role: a", &format!("role: a{n}")).replace("name: work", &format!("name: work{n}")),
+            )
+            .await,
+        );
+    }
+    for playbook in playbooks {
+        db.start(company, playbook, json!({})).await;
+    }
+    // Workers die at every point of a call, one after another, and each is replaced.
+    let points = ["agent.turn_begun", "agent.turn_answered", "agent.turn_stored", "commit.before", "commit.after"];
+    let args = &["worker", "--concurrency", "8"];
+    let mut deaths = 0;
+    for (round, point) in points.iter().cycle().enumerate() {
+        let order = format!("{point}=kill@{}", 2 + round % 3);
+        let mut worker = Process::start_with(&db, args, &[("CAPX_FAILPOINTS", &order)]);
+        let mut dead = false;
+        eventually("the worker to die, or nearly all to be done", || {
+            dead = worker.child.try_wait().unwrap().is_some();
+            let done = db.count("select count(*) from runs where status = 'completed'");
+            async move { dead || done.await > 40 }
+        })
+        .await;
+        let (spent, reserved) = balances(&db, company).await;
+        assert!(spent + reserved <= 12_500_000_000, "round {round}: spent {spent}, reserved {reserved}");
+        if !dead {
+            break;
+        }
+        assert!(worker.said().contains("failpoint fired"), "{point}");
+        deaths += 1;
+    }
+    assert!(deaths >= 5, "each point was met");
+    let _workers =
+        [db.worker_with(SHORT_LEASE, Providers::offline()), db.worker_with(SHORT_LEASE, Providers::offline())];
+    // A job that three workers have died over is left to people, with the money that its call
+    // may have cost; the others wait for money.
+    eventually("fifty calls", || async {
+        db.count("select count(*) from journal where state = 'done' or reserved_nanos > 0").await == 50
+            && db.count("select count(*) from jobs where kind = 'step' and held_for is null").await == 0
+    })
+    .await;
+    // What nobody heard of may have reached the other side or not.
+    let keys = provider.keys();
+    let unheard = db.count("select count(*) from journal where reserved_nanos > 0").await;
+    assert!(keys.len() as i64 <= 50 && keys.len() as i64 >= 50 - unheard, "exactly fifty were admitted");
+    assert!(keys.values().all(|times| *times <= 3), "a call that was asked for again was the same: {keys:?}");
+    let held = unheard * 250_000_000;
+    assert_eq!(balances(&db, company).await, (12_500_000_000 - held, held), "to the last nano-dollar");
+    // People look, and have the runs go on that were put into quarantine.
+    let failed: Vec<uuid::Uuid> =
+        sqlx::query_scalar("select id from runs where status = 'failed'").fetch_all(&db.pool).await.unwrap();
+    for run in failed {
+        let mut tx = db.engine.pool.begin().await.unwrap();
+        capx_core::engine::retry::retry_run(&db.engine, &mut tx, company, RunId(run), "test").await.unwrap();
+        tx.commit().await.unwrap();
+    }
+    db.engine.waker.wake();
+    eventually("all fifty to be heard of", || async {
+        db.count("select count(*) from journal where state = 'done'").await == 50
+            && db.count("select count(*) from jobs where kind = 'step' and held_for is null").await == 0
+    })
+    .await;
+    assert_eq!(provider.keys().len(), 50);
+    assert_eq!(balances(&db, company).await, (12_500_000_000, 0), "the money is spent, to the last nano-dollar");
+}
