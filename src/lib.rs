@@ -1,6 +1,7 @@
 //! The program `capx`, as a library for its tests.
 
 pub mod api;
+pub mod audit;
 pub mod bench;
 pub mod cli;
 pub mod dev;

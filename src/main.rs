@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use capx::audit::{self, AuditCommand};
 use capx::cli::approval::ApprovalCommand;
 use capx::cli::client::{Client, ServerArgs};
 use capx::cli::exit::{self, Exit};
@@ -60,6 +61,13 @@ enum Command {
         database: DatabaseArgs,
         #[command(subcommand)]
         command: KeysCommand,
+    },
+    /// Hold the audit log against its chain, straight on the database.
+    Audit {
+        #[command(flatten)]
+        database: DatabaseArgs,
+        #[command(subcommand)]
+        command: AuditCommand,
     },
     /// Write, store, compare and run playbooks.
     #[command(after_help = exit::HELP)]
@@ -177,6 +185,10 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             telemetry::start("warn");
             let pool = store::pool(&database.url()?, PoolKind::Owner, 1)?;
             keys::run(&pool, command).await
+        }
+        Command::Audit { database, command } => {
+            telemetry::start("warn");
+            audit::run(&store::pool(&database.url()?, PoolKind::Owner, 1)?, command).await
         }
         Command::Playbook { server, command } => cli::playbook::run(server, command).await,
         Command::Run { server, command } => cli::run::run(&Client::new(server)?, command).await,

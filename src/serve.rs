@@ -14,6 +14,7 @@ use capx_core::engine::{Engine, Waker};
 use capx_core::store::{self, PoolKind, SchemaState};
 use capx_workers::adapters::{ANTHROPIC_BASE_URL, Account, OPENAI_BASE_URL, Offline, Providers};
 use capx_workers::egress::Egress;
+use capx_workers::tools::Search;
 use capx_workers::{Hands, Worker, WorkerConfig};
 use clap::Args;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
@@ -105,8 +106,22 @@ impl WorkerArgs {
     pub fn hands(&self, dev: bool) -> anyhow::Result<Hands> {
         let rules = egress_rules(dev)?;
         let egress = Egress::new(rules).map_err(anyhow::Error::msg)?;
-        Ok(Hands::new(egress, &self.workspace, providers(dev)?))
+        Ok(Hands::new(egress, &self.workspace, providers(dev)?).searching(search()?))
     }
+}
+
+/// Where the web is searched, from `CAPX_SEARCH_URL`, and `CAPX_SEARCH_KEY` in the form
+/// `header: value`.
+fn search() -> anyhow::Result<Option<Search>> {
+    let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let Some(url) = set("CAPX_SEARCH_URL") else { return Ok(None) };
+    let parsed = reqwest::Url::parse(&url).with_context(|| format!("CAPX_SEARCH_URL: {url}"))?;
+    anyhow::ensure!(matches!(parsed.scheme(), "http" | "https"), "CAPX_SEARCH_URL: {url} is no http or https address");
+    let key = set("CAPX_SEARCH_KEY").map(|key| {
+        let (name, value) = key.split_once(':').context("CAPX_SEARCH_KEY is written as `header: value`")?;
+        Ok::<_, anyhow::Error>((name.trim().to_owned(), value.trim().to_owned()))
+    });
+    Ok(Some(Search { url: parsed, key: key.transpose()? }))
 }
 
 /// Which models may be asked, from the environment, by the names that the providers' own

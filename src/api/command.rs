@@ -4,11 +4,15 @@
 
 use axum::http::StatusCode;
 use axum::response::Response;
+use capx_core::domain::audit::Entry;
 use capx_core::domain::digest::sha256;
+use capx_core::domain::ids::CompanyId;
 use capx_core::failpoint;
 use capx_core::store::StoreError;
+use capx_core::store::audit;
 use capx_core::store::idempotency::{self, Place};
 use serde::Serialize;
+use serde_json::Value;
 use sqlx::{PgConnection, Postgres, Transaction};
 
 use super::auth::Caller;
@@ -69,6 +73,12 @@ impl Command<'_> {
     /// The change made work for workers.
     pub fn wake(&mut self) {
         self.wakes = true;
+    }
+
+    /// Writes down who has changed what, in the company's audit log.
+    pub async fn audit(&mut self, company: CompanyId, kind: &'static str, data: Value) -> Result<(), ApiError> {
+        let entry = Entry::new(kind, self.caller.key.to_string(), data);
+        Ok(audit::append(&mut self.tx, company, &entry).await?)
     }
 
     /// Commits the change together with its answer.

@@ -135,6 +135,7 @@ impl From<EngineError> for ApiError {
         match error {
             EngineError::NotFound(what) => Self::NotFound(what),
             EngineError::Conflict(message) => Self::Conflict(message),
+            EngineError::Governance(message) => Self::Governance(message),
             EngineError::Invalid(fields) => Self::fields(fields),
             EngineError::Store(error) => error.into(),
         }

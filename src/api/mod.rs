@@ -136,6 +136,8 @@ fn v1(state: &ApiState) -> openapi::Routes {
     let routes = routes::run_changes::routes(routes);
     let routes = routes::run_items::routes(routes);
     let routes = routes::artifacts::routes(routes);
+    let routes = routes::audit::routes(routes);
+    let routes = routes::memory::routes(routes);
     let routes = routes::secrets::routes(routes);
     let routes = routes::signals::routes(routes);
     let routes = routes::webhooks::routes(routes);

@@ -28,6 +28,7 @@ use crate::out;
 
 mod api;
 mod backlog;
+mod beats;
 mod enqueue;
 mod hostile;
 mod idle;
@@ -57,6 +58,8 @@ pub enum What {
     Latency,
     /// Rate and claim latency with a million other jobs.
     Backlog,
+    /// Heartbeats of ten thousand agents that have nothing to do.
+    Beats,
     /// What a million sleeping runs take up, and cost others.
     Sleeping,
     /// What an idle worker costs.
@@ -161,6 +164,9 @@ async fn pass(bench: &Bench, report: &mut Report, what: What) -> anyhow::Result<
     }
     if wants(What::Backlog) {
         backlog::run(bench, report).await?;
+    }
+    if wants(What::Beats) {
+        beats::run(bench, report).await?;
     }
     if wants(What::Sleeping) {
         sleeping::run(bench, report).await?;
@@ -337,7 +343,9 @@ impl Bench {
     /// Waits until the queue is empty.
     pub(crate) async fn until_drained(&self) -> anyhow::Result<()> {
         self.until(Duration::from_secs(600), "the queue to drain", || async {
-            let empty: bool = sqlx::query_scalar("select not exists (select from jobs)").fetch_one(&self.pool).await?;
+            let empty: bool = sqlx::query_scalar("select not exists (select from jobs where kind <> 'heartbeat')")
+                .fetch_one(&self.pool)
+                .await?;
             Ok(empty)
         })
         .await

@@ -7,7 +7,7 @@ use capx_core::domain::ids::{CompanyId, RunId};
 use capx_core::domain::run::RunStatus;
 use serde_json::{Value, json};
 
-use crate::harness::{Db, Running, SHORT_LEASE};
+use crate::harness::{Db, Running, SHORT_LEASE, eventually};
 use crate::process::Process;
 use crate::provider::{API_KEY, Provider, Says, Trouble, USED};
 
@@ -303,7 +303,7 @@ async fn the_official_clients_read_the_fixture() {
 }
 
 /// Where a worker may die over an agent's call.
-const POINTS: &[&str] = &[
+pub const POINTS: &[&str] = &[
     "agent.turn_begun",
     "agent.turn_answered",
     "agent.turn_stored",
@@ -349,4 +349,91 @@ async fn whoever_dies_over_a_call_no_stored_answer_is_bought_again() {
             db.assert_nothing_stranded().await;
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_refusal_closes_the_provider_for_all_and_one_probe_opens_it() {
+    let busy = r#"{"type": "error", "error": {"type": "rate_limit_error", "message": "slow down"}}"#;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    provider.troubled(&[
+        Trouble::Refuses(429, &[("retry-after", "2")], busy),
+        // The probe is refused, too.
+        Trouble::Refuses(529, &[("retry-after", "1")], busy),
+    ]);
+    let db = Db::new().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let playbook = db.playbook(company, STEP).await;
+    // The first is refused before any other asks.
+    let first = db.start(company, playbook, json!({})).await;
+    let _workers = [worker(&db, &provider), worker(&db, &provider)];
+    eventually("the gate to close", || async { db.count("select count(*) from provider_gates").await == 1 }).await;
+    let mut runs = vec![first];
+    for _ in 0..20 {
+        runs.push(db.start(company, playbook, json!({})).await);
+    }
+    eventually("the others to wait", || async {
+        db.count("select count(*) from jobs where kind = 'step' and state = 'scheduled' and attempt = 0").await == 21
+    })
+    .await;
+    assert_eq!(provider.seen().len(), 1, "nobody else has asked");
+    for run in &runs {
+        db.until(company, *run, RunStatus::Completed).await;
+    }
+    assert_eq!(provider.seen().len(), 23, "two were refused, one of them a probe, and each was answered once");
+    assert_eq!(db.count("select count(*) from run_steps where attempt <> 1").await, 0, "no try was charged for it");
+    assert_eq!(db.count("select count(*) from provider_gates").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_model_stands_in_where_the_owner_says_so() {
+    let poor = r#"{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}"#;
+    let down = r#"{"type": "error", "error": {"type": "api_error", "message": "down"}}"#;
+    for (trouble, on, model) in [
+        (Trouble::Refuses(429, &[], poor), json!(["quota"]), Some("gpt-4o")),
+        (Trouble::Refuses(500, &[], down), json!(["outage"]), Some("gpt-4o")),
+        (Trouble::Refuses(429, &[("retry-after", "60")], down), json!(["outage"]), Some("gpt-4o")),
+        (Trouble::Refuses(429, &[], poor), json!(["outage"]), None),
+    ] {
+        let provider = Provider::start(vec![Says::Words("done")]).await;
+        provider.troubled(std::slice::from_ref(&trouble));
+        let db = Db::new().await;
+        let _worker = worker(&db, &provider);
+        let (company, run) = begin(&db, "claude", json!({"fallback": [{"adapter": "gpt", "on": on}]})).await;
+        match model {
+            Some(model) => {
+                db.until(company, run, RunStatus::Completed).await;
+                let paid: Vec<String> =
+                    sqlx::query_scalar("select model from ledger").fetch_all(&db.pool).await.unwrap();
+                assert_eq!(paid, [model]);
+                assert_eq!(spent(&db, run).await, GPT_TURN);
+            }
+            None => {
+                db.until(company, run, RunStatus::Failed).await;
+            }
+        }
+    }
+    // No money for the one, and enough for the other.
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    let db = Db::new().await;
+    let _worker = worker(&db, &provider);
+    let cheap = json!({"fallback": [{"adapter": "gpt", "model": "gpt-4o-mini", "on": ["budget"]}], "budget_limit_daily": 0.01, "max_tokens": 100, "tools": []});
+    let (company, run) = begin(&db, "claude", cheap).await;
+    db.until(company, run, RunStatus::Completed).await;
+    let paid: Vec<String> = sqlx::query_scalar("select model from ledger").fetch_all(&db.pool).await.unwrap();
+    assert_eq!(paid, ["gpt-4o-mini"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_goes_round_in_circles_is_stopped_with_the_evidence() {
+    let turns = (0..30).map(|_| Says::Asks(vec![("file_read", json!({"path": "gone"}))])).collect();
+    let provider = Provider::start(turns).await;
+    let db = Db::new().await;
+    let _worker = worker(&db, &provider);
+    let (company, run) = begin(&db, "claude", json!({})).await;
+    let failed = db.until(company, run, RunStatus::Failed).await;
+    assert!(failed.error.unwrap()["message"].as_str().unwrap().contains("the same 8 times in a row"));
+    assert_eq!(provider.seen().len(), 8);
+    let (status, by): (String, String) =
+        sqlx::query_as("select status, paused_by from agents").fetch_one(&db.pool).await.unwrap();
+    assert_eq!((status.as_str(), by.as_str()), ("paused", "breaker"));
 }

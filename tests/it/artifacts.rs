@@ -192,7 +192,7 @@ async fn what_is_too_large_for_an_artifact_fails_its_step() {
         .unwrap();
     let gate =
         sqlx::query_scalar("select id from approvals where status = 'pending'").fetch_one(&db.pool).await.unwrap();
-    db.decide(ApprovalId(gate), &Verdict::Approve { note: None }).await.unwrap();
+    db.decide(ApprovalId(gate), &Verdict::Approve { note: None, params: None }).await.unwrap();
     let row = db.until(company, run, RunStatus::Failed).await;
     let error = row.error.unwrap();
     assert_eq!(error["code"], json!("invalid"));

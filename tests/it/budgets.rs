@@ -75,7 +75,7 @@ async fn an_agent_stops_before_its_cap_says_so_and_goes_on_when_that_is_raised()
     let api = db.api().await;
     // A turn may cost some 5,000 tokens read and 200 said, as far as anybody can know before.
     let body = json!({"name": "c", "agents": [{"role": "a", "adapter": "claude", "instructions": "Work.",
-        "config": {"budget_limit_daily": 0.04, "max_tokens": 200}}]});
+        "config": {"budget_limit_daily": 0.04, "max_tokens": 200, "tools": ["file_read"]}}]});
     let company = company(&api, body).await;
     let playbook = db.playbook(company, STEP).await;
     let mut runs: Vec<RunId> = Vec::new();

@@ -24,7 +24,7 @@ async fn pending(db: &Db, company: CompanyId, run: RunId) -> ApprovalId {
 }
 
 fn yes() -> Verdict {
-    Verdict::Approve { note: Some("fine".into()) }
+    Verdict::Approve { note: Some("fine".into()), params: None }
 }
 
 fn no() -> Verdict {

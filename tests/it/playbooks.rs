@@ -52,7 +52,7 @@ impl Stage {
         let of = |step: &Value, key: &str| step[key].as_str().unwrap().to_owned();
         let steps = told["steps"].as_array().unwrap().iter().map(|step| (of(step, "id"), of(step, "status"))).collect();
         eventually("every job to be done", || async {
-            self.db.count("select count(*) from jobs where kind <> 'schedule'").await == 0
+            self.db.count("select count(*) from jobs where kind not in ('schedule', 'heartbeat')").await == 0
         })
         .await;
         (row.output.or(row.error).unwrap_or_default(), steps)
@@ -66,7 +66,7 @@ impl Stage {
         self.db.until(self.company, run, RunStatus::Suspended).await;
         let (_, body) = self.api.get(&format!("/v1/companies/{}/approvals?status=pending", self.company)).await;
         let id = body["data"][0]["id"].as_str().unwrap().parse().unwrap();
-        self.db.decide(id, &Verdict::Approve { note: None }).await.unwrap();
+        self.db.decide(id, &Verdict::Approve { note: None, params: None }).await.unwrap();
     }
 
     async fn send(&self, name: &str, data: Value) {

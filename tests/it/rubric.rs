@@ -202,7 +202,7 @@ async fn a_person_decides_about_what_is_below_the_composite_threshold() {
         let context = &approval["data"]["context"];
         assert_eq!((&context["output"]["text"], &context["rubric"]["score"]), (&json!("so so"), &json!(0.76)));
         assert_eq!(stage.shown(run).await["steps"][0]["status"], json!("pending_approval"));
-        stage.db.decide(gate, &Verdict::Approve { note: None }).await.unwrap();
+        stage.db.decide(gate, &Verdict::Approve { note: None, params: None }).await.unwrap();
         let row = stage.db.until(stage.company, run.1, RunStatus::Completed).await;
         assert_eq!(row.output, Some(json!(0.76)));
         assert_eq!(stage.shown(run).await["steps"][0]["output"], json!({"text": "so so"}));
@@ -229,7 +229,7 @@ async fn a_person_decides_about_what_is_below_the_composite_threshold() {
     stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
     // An accepted draft outlives everybody.
     worker.stop().await;
-    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None }).await.unwrap();
+    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None, params: None }).await.unwrap();
     let _worker = stage.db.worker(SHORT_LEASE);
     stage.db.until(stage.company, run.1, RunStatus::Completed).await;
     assert_eq!(stage.agent.actions().len(), 8, "nothing is done again");
@@ -265,7 +265,7 @@ async fn a_draft_that_was_turned_down_holds_nobody_up_who_comes_later() {
         stage.db.count(pending).await == 1
     })
     .await;
-    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None }).await.unwrap();
+    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None, params: None }).await.unwrap();
     let row = stage.db.until(stage.company, run.1, RunStatus::Completed).await;
     assert_eq!(row.output, Some(json!("better")));
     assert_eq!(stage.agent.actions(), ["write", "rubric.grade", "write", "rubric.grade"]);
@@ -275,7 +275,7 @@ async fn a_draft_that_was_turned_down_holds_nobody_up_who_comes_later() {
         + "  - {id: other, needs: [], action: transform}\n";
     let run = stage.start(&yaml).await;
     stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
-    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None }).await.unwrap();
+    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None, params: None }).await.unwrap();
     let drafted = || async { stage.agent.actions().len() };
     eventually("a draft", || async { drafted().await == 6 }).await;
     stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
@@ -291,7 +291,7 @@ async fn a_draft_that_was_turned_down_holds_nobody_up_who_comes_later() {
     stage.db.until(stage.company, run.1, RunStatus::Failed).await;
     assert_eq!(stage.api.post(&format!("{path}/retry"), json!({})).await.0, 200);
     stage.db.until(stage.company, run.1, RunStatus::Suspended).await;
-    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None }).await.unwrap();
+    stage.db.decide(stage.gate(run.1).await, &Verdict::Approve { note: None, params: None }).await.unwrap();
     stage.db.until(stage.company, run.1, RunStatus::Completed).await;
     assert_eq!(drafted().await, 8);
     stage.db.assert_nothing_stranded().await;

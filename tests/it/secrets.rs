@@ -196,7 +196,7 @@ output: '${{steps}}'
     );
     let (_, asked) = api.get(&format!("/v1/approvals/{gate}")).await;
     assert_eq!(asked["data"]["context"]["params"]["url"], json!(format!("{url}/ok?k=[secret TOKEN]")));
-    db.decide(gate, &Verdict::Approve { note: None }).await.unwrap();
+    db.decide(gate, &Verdict::Approve { note: None, params: None }).await.unwrap();
     let row = db.until(company, run, RunStatus::Failed).await;
     assert_eq!(row.error.as_ref().unwrap()["step"], json!("end"));
     // The tools were given what they need, in each place.

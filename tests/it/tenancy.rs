@@ -363,6 +363,8 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "select count(*) from signals",
             "select count(*) from queue_pauses",
             "select count(*) from company_secrets where name = 'TOKEN' and updated_at = created_at",
+            "select count(*) from memories",
+            "select count(*) from agents where paused_by is null",
         ] {
             counts.push(db.count(sql).await);
         }
@@ -379,6 +381,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "RollbackBody" => json!({"version": 1}),
             "RejectBody" => json!({"feedback": "no"}),
             "EventBody" => json!({"name": "x"}),
+            "RememberBody" => json!({"key": "k", "value": 1}),
             "SetSecretBody" => json!({"name": "X", "value": "long enough"}),
             "CreateWebhookBody" => json!({"url": "https://example.com/", "events": ["*"]}),
             _ => json!({}),

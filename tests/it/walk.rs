@@ -221,7 +221,7 @@ async fn walk(construct: &Construct, fault: Option<(&str, &str, u32)>) -> (Walke
     }
     db.until(company, run, construct.ends).await;
     // It may die over the last commit, and leave behind what else it had in hand.
-    let idle = async || db.count("select count(*) from jobs").await == 0;
+    let idle = async || db.count("select count(*) from jobs where kind <> 'heartbeat'").await == 0;
     eventually("every job to be done, or its worker", || {
         let died = survivor.is_none() && worker.child.try_wait().unwrap().is_some();
         async move { died || idle().await }

@@ -306,6 +306,11 @@ fn trouble(error: &reqwest::Error) -> Failure {
     Failure::transient(format!("the call failed: {message}"))
 }
 
+/// The host that a URL names, where it is one.
+pub fn host_of(url: &str) -> Option<String> {
+    Url::parse(url).ok()?.host_str().map(str::to_owned)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,23 +6,28 @@ use std::time::Duration;
 
 use capx_core::domain::agent::conversation::{self, Called};
 use capx_core::domain::agent::message::ToolResult;
-use capx_core::domain::ids::{AgentId, RunId};
+use capx_core::domain::ids::{AgentId, RunId, TaskId};
 use capx_core::domain::money::Nanos;
 use capx_core::domain::outcome::Failure;
 use capx_core::domain::storable;
+use capx_core::engine::acting::{self, May};
+use capx_core::engine::deeds::{self, Doer};
 use capx_core::engine::spending::{self, Asked, Came, Turn};
-use capx_core::engine::{Engine, EngineError};
+use capx_core::engine::{Engine, EngineError, agents};
 use capx_core::store::jobs::ClaimedJob;
 use capx_core::store::journal::{self as store, Begun, End, Ended, Entry, Place, Work};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
+use crate::deeds::Deeds;
 use crate::runtime::Watchdog;
 
 /// How often and after which pause a call is written down again when the database is away:
 /// longer than most leases live.
 const TRIES_MAX: u32 = 60;
 const PAUSE: Duration = Duration::from_secs(1);
+/// Things that one answer may remember.
+const MEMORIES_MAX: usize = 100;
 
 /// The journals of an attempt, which may work and grade.
 #[derive(Debug)]
@@ -43,6 +48,13 @@ pub struct Journal<'a> {
 }
 
 impl Journals<'_> {
+    /// How it works inside the company, as an agent, in the course of a task.
+    pub(crate) fn deeds(&self, agent: Option<AgentId>, task: Option<TaskId>) -> Deeds {
+        let doer =
+            Doer { lease: self.job.lease, company: self.job.company, run: self.run, agent, task, key: String::new() };
+        Deeds { engine: self.engine.clone(), watchdog: self.watchdog.clone(), doer }
+    }
+
     /// What the attempt has spent so far.
     pub fn booked(&self) -> Nanos {
         Nanos(self.booked.load(Ordering::Relaxed))
@@ -124,7 +136,45 @@ impl Journal<'_> {
         Ok(())
     }
 
-    /// Notes that a tool is to be called.
+    /// What the agent remembers, as much as it is told.
+    pub async fn remembered(&self) -> Result<Map<String, Value>, Failure> {
+        let (engine, work) = (self.of.engine.clone(), self.work.clone());
+        self.again("begun", move || {
+            let (engine, work) = (engine.clone(), work.clone());
+            async move { deeds::remembered(&engine, work.company, work.agent).await }
+        })
+        .await
+    }
+
+    /// Remembers what an answer asks for, once for each key of it; what cannot be kept fails
+    /// the turn with the reason.
+    pub async fn remember(&self, key: &str, memory: &Map<String, Value>, by: &Deeds) -> Result<(), Failure> {
+        if memory.len() > MEMORIES_MAX {
+            return Err(Failure::invalid(format!(
+                "an answer may remember {MEMORIES_MAX} things at once, not {}",
+                memory.len()
+            )));
+        }
+        for (name, value) in memory {
+            let mut by = by.clone();
+            by.doer.agent = Some(self.work.agent);
+            let params = Map::from_iter([("key".into(), name.as_str().into()), ("value".into(), value.clone())]);
+            by.perform("memory.write", params, format!("{key}/memory/{name}")).await?;
+        }
+        Ok(())
+    }
+
+    /// Notes that a tool is to be called, if it may be.
+    pub async fn acts(&self, call: &acting::Call) -> Result<May, Failure> {
+        let (engine, work, call) = (self.of.engine.clone(), self.work.clone(), call.clone());
+        self.again("begun", move || {
+            let (engine, work, call) = (engine.clone(), work.clone(), call.clone());
+            async move { acting::begin(&engine, &work, &call).await }
+        })
+        .await
+    }
+
+    /// Notes that a tool was asked for and is not called.
     pub async fn call_begins(&self, place: Place, name: &str, key: &str) -> Result<(), Failure> {
         let (pool, work) = (self.of.engine.pool.clone(), self.work.clone());
         let (name, key) = (name.to_owned(), key.to_owned());
@@ -136,19 +186,37 @@ impl Journal<'_> {
     }
 
     /// Writes down what a call of a tool gave.
-    pub async fn call_ended(&self, place: Place, result: &ToolResult, refused: bool) -> Result<(), Failure> {
+    pub async fn call_ended(
+        &self,
+        (place, tool, key): (Place, &str, &str),
+        result: &ToolResult,
+        refused: bool,
+    ) -> Result<(), Failure> {
         let mut response = json!(Stored { result: result.clone(), refused });
         storable::without_nul(&mut response);
         let end = End { done: true, response, cost: Nanos::ZERO, model: None, frees: true };
-        let (pool, work) = (self.of.engine.pool.clone(), self.work.clone());
+        let (engine, work, is_error) = (self.of.engine.clone(), self.work.clone(), result.is_error);
+        // What was refused had no effect.
+        let (tool, key) = (if refused { "transform" } else { tool }.to_owned(), key.to_owned());
         let ended = self.again("ended", move || {
-            let (pool, work, end) = (pool.clone(), work.clone(), end.clone());
-            async move { Ok(store::end(&pool, &work, place, &end).await?) }
+            let (engine, work, end) = (engine.clone(), work.clone(), end.clone());
+            let (tool, key) = (tool.clone(), key.clone());
+            async move { acting::end(&engine, &work, (place, &tool, &key), &end, is_error).await }
         });
         match ended.await? {
             Ended::Now | Ended::Before => Ok(()),
             Ended::Lost => Err(lost()),
         }
+    }
+
+    /// The agent goes round in circles: it is stopped until a person lets it go on.
+    pub async fn break_off(&self, why: &str) -> Result<(), Failure> {
+        let (engine, work, why) = (self.of.engine.clone(), self.work.clone(), why.to_owned());
+        self.again("stopped", move || {
+            let (engine, work, why) = (engine.clone(), work.clone(), why.clone());
+            async move { agents::break_off(&engine, work.company, work.agent, &why).await }
+        })
+        .await
     }
 
     /// The agent is paused: its job is woken when it goes on.

@@ -9,6 +9,7 @@
 pub mod adapters;
 pub mod agent;
 pub mod artifacts;
+pub mod deeds;
 pub mod egress;
 pub mod handlers;
 pub mod journal;

@@ -27,6 +27,8 @@ pub enum Scope {
     Company,
     /// An agent.
     Agent,
+    /// All that is done for a directive.
+    Directive,
     /// All runs of a playbook.
     Playbook,
     /// One run.
@@ -41,6 +43,7 @@ impl Scope {
         match self {
             Self::Company => "company",
             Self::Agent => "agent",
+            Self::Directive => "directive",
             Self::Playbook => "playbook",
             Self::Run => "run",
             Self::Step => "step",
@@ -164,6 +167,8 @@ pub struct Spender {
     pub company: Uuid,
     /// Which agent.
     pub agent: Option<Uuid>,
+    /// For which directive: its task.
+    pub directive: Option<Uuid>,
     /// By which playbook.
     pub playbook: Uuid,
     /// In which run.
@@ -188,6 +193,9 @@ impl Spender {
             accounts.push(of(Scope::Agent, agent, Period::Day, self.day));
             accounts.push(of(Scope::Agent, agent, Period::Month, self.month));
         }
+        if let Some(directive) = self.directive {
+            accounts.push(of(Scope::Directive, directive, Period::All, always()));
+        }
         accounts.push(of(Scope::Playbook, self.playbook, Period::Month, self.month));
         accounts.push(of(Scope::Run, self.run, Period::All, always()));
         accounts.push(Account { step: self.step, ..of(Scope::Step, self.run, Period::All, always()) });
@@ -206,6 +214,8 @@ pub struct Said<'a> {
     pub agent_budget: Option<i64>,
     /// The agent's `config`.
     pub agent_config: Option<&'a Value>,
+    /// The directive's `budget`.
+    pub directive: Option<Nanos>,
     /// The playbook's `execution.spend_cap`, in USD a month.
     pub playbook_month: Option<Nanos>,
     /// The playbook's `budget` for one run.
@@ -265,6 +275,7 @@ impl Said<'_> {
                 policy("/spend_caps/per_agent/monthly"),
                 "governance.spend_caps.per_agent.monthly",
             ),
+            (Scope::Directive, Period::All, self.directive, "the directive's budget"),
             (Scope::Playbook, Period::Month, self.playbook_month, "the playbook's execution.spend_cap"),
             (Scope::Run, Period::All, self.run, "the playbook's budget"),
             (Scope::Step, Period::All, self.step, "the step's budget"),
@@ -324,7 +335,16 @@ mod tests {
     fn spender() -> Spender {
         let (day, month) = days(1_780_000_000_000_000, Some("America/New_York"));
         let id = Uuid::from_u128;
-        Spender { company: id(1), agent: Some(id(2)), playbook: id(3), run: id(4), step: 5, day, month }
+        Spender {
+            company: id(1),
+            agent: Some(id(2)),
+            directive: None,
+            playbook: id(3),
+            run: id(4),
+            step: 5,
+            day,
+            month,
+        }
     }
 
     fn cap(limit: i64) -> Cap {

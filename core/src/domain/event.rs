@@ -60,6 +60,12 @@ pub const STEP_COMPLETED: &str = "step.completed";
 pub const STEP_SKIPPED: &str = "step.skipped";
 /// A try of a step failed; `data.will_retry` says whether it was the last.
 pub const STEP_FAILED: &str = "step.failed";
+/// A task was begun by its agent.
+pub const TASK_STARTED: &str = "task.started";
+/// A task is done.
+pub const TASK_COMPLETED: &str = "task.completed";
+/// A task has failed.
+pub const TASK_FAILED: &str = "task.failed";
 /// A task was made.
 pub const TASK_CREATED: &str = "task.created";
 /// A task was changed by hand.
@@ -72,6 +78,10 @@ pub const TASK_REJECTED: &str = "task.rejected";
 pub const TASK_CANCELLED: &str = "task.cancelled";
 /// A task is to be tried again.
 pub const TASK_RETRIED: &str = "task.retried";
+/// An agent, or a step, has written to somebody.
+pub const MESSAGE_SENT: &str = "message.sent";
+/// Something was written into a memory.
+pub const MEMORY_WRITTEN: &str = "memory.written";
 /// A client has sent a named event, for runs that wait for it.
 pub const EVENT_RECEIVED: &str = "playbook.event_received";
 /// The output of a step was held against its rubric, or a run against its limits.
@@ -80,6 +90,8 @@ pub const RUBRIC_EVALUATED: &str = "rubric.evaluated";
 pub const APPROVAL_REQUESTED: &str = "approval.requested";
 /// Nobody has decided about a gate in time, and anybody may now.
 pub const APPROVAL_ESCALATED: &str = "approval.escalated";
+/// A gate has waited for half of its time, or for nine tenths.
+pub const APPROVAL_REMINDER: &str = "approval.reminder";
 /// A gate was decided or ran out.
 pub const APPROVAL_RESOLVED: &str = "approval.resolved";
 
@@ -104,15 +116,21 @@ pub const NAMES: &[&str] = &[
     STEP_FAILED,
     STEP_SKIPPED,
     TASK_CREATED,
+    TASK_STARTED,
+    TASK_COMPLETED,
+    TASK_FAILED,
     TASK_UPDATED,
     TASK_APPROVED,
     TASK_REJECTED,
     TASK_CANCELLED,
     TASK_RETRIED,
+    MESSAGE_SENT,
+    MEMORY_WRITTEN,
     EVENT_RECEIVED,
     RUBRIC_EVALUATED,
     APPROVAL_REQUESTED,
     APPROVAL_ESCALATED,
+    APPROVAL_REMINDER,
     APPROVAL_RESOLVED,
 ];
 
@@ -173,7 +191,7 @@ pub const ACTIVITY_TYPES: &[(&str, &[&str])] = &[
     ("error", &["error"]),
     ("governance", &["approval", "governance", "agent", "company"]),
     ("cost", &["costs"]),
-    ("tool_use", &["tool"]),
+    ("tool_use", &["tool", "message", "memory"]),
 ];
 
 /// The first part of a dotted name.
@@ -225,10 +243,15 @@ pub fn summary(name: &str, data: &Value) -> String {
         STEP_COMPLETED => format!("Completed step: {}", text("step")),
         STEP_FAILED => format!("Step failed: {}", text("step")),
         TASK_CREATED => format!("Created task: {}", text("title")),
+        TASK_STARTED => format!("Began task: {}", text("title")),
+        TASK_COMPLETED => format!("Completed task: {}", text("title")),
+        TASK_FAILED => format!("Task failed: {}", text("title")),
         TASK_UPDATED => format!("Changed task: {}", text("title")),
         TASK_APPROVED => format!("Approved task: {}", text("title")),
         TASK_REJECTED => format!("Rejected task: {}", text("title")),
         TASK_CANCELLED => format!("Cancelled task: {}", text("title")),
+        MESSAGE_SENT => format!("Sent message: {}", text("text")),
+        MEMORY_WRITTEN => format!("Remembered: {}", text("key")),
         TASK_RETRIED => format!("Retried task: {}", text("title")),
         EVENT_RECEIVED => format!("Received event: {}", text("name")),
         RUBRIC_EVALUATED => match text("step") {

@@ -131,6 +131,8 @@ typed_id!(/// An address that is told of events.
     WebhookId, "wh");
 typed_id!(/// A named event that a client has sent.
     SignalId, "sig");
+typed_id!(/// A message among agents.
+    MessageId, "msg");
 typed_id!(/// One request to the API.
     RequestId, "req");
 

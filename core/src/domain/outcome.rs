@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::money::Nanos;
+use super::plan::Gate;
 
 /// Why a try failed, as far as retries care.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,6 +115,8 @@ pub enum Outcome {
         /// How long.
         timeout: Duration,
     },
+    /// A person is asked about something that it is about to do; costs no try.
+    Asks(Box<Gate>),
     /// It is to be done for each item of a list; costs no try.
     Fans(Fanning),
     /// It was not tried to its end, through no fault of its own: the worker
@@ -159,7 +162,7 @@ impl Outcome {
     pub fn cost(&self) -> Nanos {
         match self {
             Self::Done { cost, .. } | Self::Failed { cost, .. } => *cost,
-            Self::Waits { .. } | Self::Fans(_) | Self::Released { .. } => Nanos::ZERO,
+            Self::Waits { .. } | Self::Asks(_) | Self::Fans(_) | Self::Released { .. } => Nanos::ZERO,
         }
     }
 

@@ -9,13 +9,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::backoff::RETRY_AFTER_MAX;
+use super::budget::CREDIT;
 use super::event::is_event_name;
+use super::governance::{Action, Policy, Verdict};
 use super::ids::{ApprovalId, CompanyId, PlaybookId, RunId};
 use super::money::Nanos;
 use super::outcome::{ErrorClass, Failure, Fanning, Outcome};
 use super::playbook::expr::functions::written;
 use super::playbook::expr::{self, Budget, Reference, Scope};
-use super::playbook::model::{Approval, OnFailure, Pause, Playbook, Step, StepKind, WaitFor};
+use super::playbook::load::TOOLS;
+use super::playbook::model::{Approval, Mode, OnFailure, Pause, Playbook, Step, StepKind, WaitFor};
 use super::run::StepStatus;
 use super::{digest, duration};
 
@@ -103,6 +106,10 @@ pub struct RunContext {
     pub bytes: i64,
     /// How long ago it began, as of when it was loaded.
     pub age: Duration,
+    /// What its company allows.
+    pub policy: Arc<Policy>,
+    /// A person has let it begin to have effects.
+    pub reviewed: bool,
 }
 
 /// A gate that stayed shut.
@@ -136,6 +143,8 @@ pub struct Gate {
     pub digest: [u8; 32],
     /// How it is decided.
     pub approval: Approval,
+    /// The call in the journal that it is about; nothing, where it is about a step.
+    pub call: Option<String>,
 }
 
 /// What a run comes upon next.
@@ -284,6 +293,8 @@ impl RunContext {
             spent: Nanos::ZERO,
             bytes: 0,
             age: Duration::ZERO,
+            policy: Arc::default(),
+            reviewed: false,
         }
     }
 }
@@ -392,7 +403,10 @@ impl RunContext {
     /// not render gets none: it fails when it is tried, with the reason.
     pub fn gate(&self, index: usize) -> Option<Gate> {
         let step = self.playbook.steps.get(index)?;
-        let approval = step.approval.clone()?;
+        let (approval, rule) = match &step.approval {
+            Some(approval) => (approval.clone(), None),
+            None => self.asked_by_policy(step).map(|(approval, rule)| (approval, Some(rule)))?,
+        };
         // One gate for all items: the list is shown, and what is done with each.
         let (params, items) = match &step.fan {
             Some(fan) => (step.params.clone(), Some(self.list(fan).ok()?)),
@@ -409,8 +423,45 @@ impl RunContext {
         if let Some(items) = items {
             context["for_each"] = items.into();
         }
+        let action = action_of(step);
+        context["risk"] = action.risk().as_str().into();
+        context["estimated_cost"] = (action.estimate.0 as f64 / CREDIT as f64).into();
+        if let Some(rule) = rule {
+            context["rule"] = rule.into();
+        }
+        if !self.playbook.execution.notify.is_empty() {
+            context["notify"] = self.playbook.execution.notify.clone().into();
+        }
         let digest = digest::sha256(context.to_string());
-        Some(Gate { step: index, context, digest, approval })
+        Some(Gate { step: index, context, digest, approval, call: None })
+    }
+
+    /// How a person is asked about a step by the company's policy, or by the playbook's mode,
+    /// and by which rule. What agents find to do by themselves are tasks, which have their own
+    /// approval.
+    fn asked_by_policy(&self, step: &Step) -> Option<(Approval, String)> {
+        if !matches!(step.kind, StepKind::Work) || self.playbook.is_own() {
+            return None;
+        }
+        let action = action_of(step);
+        let rule = match self.policy.decide(&action) {
+            Verdict::Ask { rule } => rule,
+            // It fails when it is tried, with the reason.
+            Verdict::Deny { .. } => return None,
+            Verdict::Allow => {
+                let first = self.playbook.execution.mode == Mode::Review && !self.reviewed;
+                if !first || !Policy::has_effect(&action) {
+                    return None;
+                }
+                "execution.mode: review".to_owned()
+            }
+        };
+        Some((self.policy.approval(&rule), rule))
+    }
+
+    /// Whether a person may be asked about steps that do not say so themselves.
+    pub fn may_be_asked_about(&self, step: &Step) -> bool {
+        step.approval.is_some() || self.policy.asks() || self.playbook.execution.mode == Mode::Review
     }
 
     /// What becomes of the run after an attempt at `step`. `attempt` counts
@@ -425,6 +476,8 @@ impl RunContext {
             Outcome::Waits { event, matching, timeout } => {
                 Decision::Wait { event: event.clone(), matching: matching.clone(), timeout: *timeout }
             }
+            // Decided before: the run waits at the gate.
+            Outcome::Asks(_) => Decision::Release { delay: Duration::ZERO },
             Outcome::Fans(fanning) => Decision::Fan(fanning.clone()),
             // The items have had their tries.
             Outcome::Failed { failure, .. } if self.fanned.is_some() => {
@@ -658,6 +711,14 @@ impl RunContext {
             Ok((delay, charged)) => Decision::Retry { delay, charged },
             Err(reason) => self.give_up(at, failure, reason),
         }
+    }
+}
+
+/// What a step does, as a policy sees it.
+pub fn action_of(step: &Step) -> Action<'_> {
+    match TOOLS.contains(&step.action.as_str()) {
+        true => Action::of_tool(&step.action),
+        false => Action::of_agent(&step.action, step.budget),
     }
 }
 

@@ -532,6 +532,11 @@ pub fn decide(finished: Finished, stay: bool, draw: f64) -> Decided {
             Hold::Ask(gate) => facts.escalate(&gate),
         };
     }
+    if let Outcome::Asks(gate) = &outcome {
+        let gate = gate.as_ref().clone();
+        let facts = Facts { job, work, outcome, output, booked, took, agent, refused: None, graded, stay };
+        return facts.escalate(&gate);
+    }
     let decision = match &outcome {
         Outcome::Done { .. } if job.kind == kind::BEGIN => Decision::Advance(work.context.begins_at(step)),
         Outcome::Done { .. } if job.step == JUNCTION || work.context.is_past_all(step) => {

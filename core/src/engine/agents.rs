@@ -8,17 +8,19 @@ use sqlx::PgConnection;
 
 use super::{Engine, EngineError};
 use crate::domain::company::works;
-use crate::domain::event::{AGENT_STATE_CHANGED, Event, HEARTBEAT_FIRED};
+use crate::domain::event::{AGENT_STATE_CHANGED, Event};
+use crate::domain::heartbeat::SOON;
 use crate::domain::ids::{AgentId, CompanyId};
 use crate::store::agents::{self, AgentRow};
-use crate::store::jobs::{ClaimedJob, NewJob, Settle, kind, queue};
-use crate::store::{events, jobs};
+use crate::store::{beats, events, jobs, tasks};
 
 /// What is asked of an agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
     /// It begins nothing until it is resumed.
     Pause,
+    /// The same, in the middle of what it does.
+    Kill,
     /// It goes on.
     Resume,
     /// It is gone; what it did stays.
@@ -28,7 +30,7 @@ pub enum Change {
 impl Change {
     fn target(self) -> &'static str {
         match self {
-            Self::Pause => "paused",
+            Self::Pause | Self::Kill => "paused",
             Self::Resume => "active",
             Self::Remove => "removed",
         }
@@ -43,9 +45,10 @@ pub async fn change(
     agent: AgentId,
     change: Change,
 ) -> Result<DateTime<Utc>, EngineError> {
+    beats::lock(tx, company, agent).await?;
     let (status, since) = agents::lock_agent(tx, company, agent).await?.ok_or(EngineError::NotFound("agent"))?;
     let target = change.target();
-    if status == target {
+    if status == target && change != Change::Kill {
         return Ok(since);
     }
     if status == "removed" {
@@ -54,13 +57,28 @@ pub async fn change(
     if status == "initializing" && change != Change::Remove {
         return Err(EngineError::Conflict("the agent is initializing; try again in a moment".into()));
     }
-    let at = agents::set_agent_status(tx, company, agent, target).await?;
+    let at = agents::set_agent_status(tx, company, agent, target, change == Change::Kill).await?;
     if target != "paused" {
         // What waited for it goes on, or is told that it is gone.
         jobs::unhold(tx, company, agent).await?;
     }
-    let happened =
-        Event::new(AGENT_STATE_CHANGED, json!({"agent_id": agent, "from": status, "to": target, "error": null}));
+    match change {
+        Change::Resume => beats::wake(tx, company, agent, "resumed", Duration::ZERO).await?,
+        Change::Remove => {
+            // Somebody else does what it has not begun.
+            let other = tasks::least_busy_agent(tx, company).await?;
+            if tasks::hand_over(tx, company, agent, other).await?
+                && let Some(other) = other
+            {
+                beats::wake(tx, company, other, "task", SOON).await?;
+            }
+        }
+        Change::Pause | Change::Kill => {}
+    }
+    let happened = Event::new(
+        AGENT_STATE_CHANGED,
+        json!({"agent_id": agent, "from": status, "to": target, "error": null, "killed": change == Change::Kill}),
+    );
     events::append(&mut *tx, company, &[happened]).await?;
     Ok(at)
 }
@@ -101,13 +119,23 @@ pub async fn wake(tx: &mut PgConnection, company_status: &str, agent: &AgentRow)
             status => format!("the agent is {status}; resume it first"),
         }));
     }
-    let beat = NewJob {
-        ref_id: Some(agent.agent.0),
-        unique_key: Some(format!("heartbeat:{}", agent.agent)),
-        ..NewJob::new(queue::STEPS, kind::HEARTBEAT, agent.company)
-    };
-    jobs::enqueue(&mut *tx, &beat).await?;
-    Ok(jobs::live_since(tx, agent.company, &format!("heartbeat:{}", agent.agent)).await?)
+    // One that gets ready has no heartbeat yet.
+    beats::begin(tx, agent.company, agent.agent, None, Duration::ZERO).await?;
+    beats::wake(tx, agent.company, agent.agent, "woken", Duration::ZERO).await?;
+    Ok(beats::begins(tx, agent.company, agent.agent).await?)
+}
+
+/// Stops an agent that goes round in circles, with the evidence.
+pub async fn break_off(engine: &Engine, company: CompanyId, agent: AgentId, why: &str) -> Result<(), EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    if agents::break_off(&mut tx, company, agent, why).await? {
+        let told = json!({
+            "agent_id": agent, "from": "active", "to": "paused", "error": null, "reason": why, "evidence": {"call": why},
+        });
+        events::append(&mut *tx, company, &[Event::new(AGENT_STATE_CHANGED, told)]).await?;
+    }
+    tx.commit().await?;
+    Ok(())
 }
 
 /// The period is over in which an agent's money was used up.
@@ -116,27 +144,5 @@ pub async fn period_over(engine: &Engine, company: CompanyId, agent: AgentId) ->
     reconsider(&mut tx, company, Some(agent), true).await?;
     tx.commit().await?;
     engine.waker.wake();
-    Ok(())
-}
-
-/// Until an agent that was woken before it was ready is looked at again.
-const NOT_READY: Duration = Duration::from_secs(1);
-
-/// A beat, and the end of its job, in one transaction. An agent that is getting
-/// ready beats later; one that is not active, or whose company is halted, does
-/// not beat.
-pub async fn beat(engine: &Engine, job: &ClaimedJob, agent: AgentId) -> Result<(), EngineError> {
-    let mut tx = engine.pool.begin().await?;
-    let again_after = agents::gets_ready(&mut tx, job.company, agent).await?.then_some(NOT_READY);
-    let done = Settle { lease: job.lease, again_after, charged: again_after.is_none() };
-    if jobs::settle(&mut *tx, &[done]).await?.is_empty() {
-        // The lease is gone: whoever has the job now beats.
-        return Ok(());
-    }
-    if again_after.is_none() && agents::beat(&mut tx, job.company, agent).await? {
-        let fired = Event::new(HEARTBEAT_FIRED, json!({"agent_id": agent, "actions": 0, "items": 0, "cost": 0.0}));
-        events::append(&mut *tx, job.company, &[fired]).await?;
-    }
-    tx.commit().await?;
     Ok(())
 }

@@ -44,7 +44,9 @@ pub async fn call(
             engine.waker.wake();
             Ok(called)
         }
-        Err(EngineError::Conflict(why)) => refused(Failure::invalid(format!("`{playbook}` cannot be run: {why}"))),
+        Err(EngineError::Conflict(why) | EngineError::Governance(why)) => {
+            refused(Failure::invalid(format!("`{playbook}` cannot be run: {why}")))
+        }
         Err(EngineError::NotFound(_)) => refused(Failure::invalid(format!("there is no playbook `{playbook}`"))),
         Err(EngineError::Invalid(fields)) => {
             let fields: Vec<String> =

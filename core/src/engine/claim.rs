@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use super::beats::{self, Beat};
 use super::secrets::Opened;
 use super::{Engine, EngineError, load};
 use crate::domain::ids::RunId;
@@ -39,6 +40,8 @@ pub enum Work {
         /// For good: the run is over.
         stopped: bool,
     },
+    /// A step of a playbook that was stopped at once.
+    Killed,
     /// The junction of a run that is suspended.
     Idle,
     /// A run that waits for its turn.
@@ -46,7 +49,7 @@ pub enum Work {
     /// A run has ended, and others may begin.
     Slot,
     /// An agent beats.
-    Heartbeat,
+    Heartbeat(Beat),
     /// An agent whose money was used up goes on.
     Resume,
     /// An event goes to the runs that wait for it.
@@ -243,16 +246,22 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
             Err(error) => return Err((error, claimed)),
         };
     }
+    let heartbeats: Vec<&ClaimedJob> = claimed.iter().filter(|job| job.kind == kind::HEARTBEAT).collect();
+    if !heartbeats.is_empty() {
+        match beats::look(engine, &heartbeats).await {
+            Ok(beats) => works.extend(beats.into_iter().map(|(job, beat)| (job, Work::Heartbeat(beat)))),
+            Err(error) => return Err((error, claimed)),
+        }
+    }
     Ok(claimed
         .into_iter()
         .map(|job| {
             let work = match job.kind.as_str() {
-                kind::STEP | kind::BEGIN | kind::TIMER | kind::ITEM => {
+                kind::STEP | kind::BEGIN | kind::TIMER | kind::ITEM | kind::HEARTBEAT => {
                     works.remove(&job.lease.job).unwrap_or(Work::Stale)
                 }
                 kind::GATE_TIMEOUT => Work::GateTimeout,
                 kind::PROVISION => Work::Provision,
-                kind::HEARTBEAT => Work::Heartbeat,
                 kind::RESUME => Work::Resume,
                 kind::SIGNAL => Work::Signal,
                 kind::SCHEDULE => Work::Schedule,

@@ -44,7 +44,12 @@ pub async fn retry_many(
                 part.commit().await.map_err(StoreError::from)?;
                 done.retried.push((id, company, run));
             }
-            Err(refused @ (EngineError::Conflict(_) | EngineError::NotFound(_) | EngineError::Invalid(_))) => {
+            Err(
+                refused @ (EngineError::Conflict(_)
+                | EngineError::Governance(_)
+                | EngineError::NotFound(_)
+                | EngineError::Invalid(_)),
+            ) => {
                 part.rollback().await.map_err(StoreError::from)?;
                 done.refused.push((id, refused.to_string()));
             }

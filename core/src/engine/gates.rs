@@ -6,18 +6,22 @@
 //! or a decision and the timer, meet at the job's row lock: one wins.
 
 use chrono::{DateTime, Utc};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 
 use super::{Engine, EngineError, repeating};
-use crate::domain::event::{APPROVAL_ESCALATED, APPROVAL_RESOLVED, Event, PLAYBOOK_FAILED, PLAYBOOK_RESUMED};
+use crate::domain::audit::Entry;
+use crate::domain::digest::hex;
+use crate::domain::event::{
+    APPROVAL_ESCALATED, APPROVAL_REMINDER, APPROVAL_RESOLVED, Event, PLAYBOOK_FAILED, PLAYBOOK_RESUMED,
+};
 use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, RunId};
 use crate::domain::plan::{Gate, RunContext, Stage};
-use crate::domain::playbook::model::{OnTimeout, STEP_TIMEOUT, Step};
+use crate::domain::playbook::model::{APPROVAL_TIMEOUT, OnTimeout, STEP_TIMEOUT, Step};
 use crate::failpoint;
 use crate::store::approvals::{ApprovalRow, NewApproval};
 use crate::store::jobs::Lease;
-use crate::store::{approvals, events, grades, runs, tenants};
+use crate::store::{approvals, audit, events, grades, runs, tenants};
 
 /// What a person says.
 #[derive(Debug, Clone)]
@@ -26,6 +30,8 @@ pub enum Verdict {
     Approve {
         /// Said with it.
         note: Option<String>,
+        /// The arguments that the tool is given instead, where it is about a call of one.
+        params: Option<Map<String, Value>>,
     },
     /// It may not; the run fails with the feedback.
     Reject {
@@ -44,7 +50,7 @@ impl Verdict {
 
     fn words(&self) -> Option<&str> {
         match self {
-            Self::Approve { note } => note.as_deref(),
+            Self::Approve { note, .. } => note.as_deref(),
             Self::Reject { feedback } => Some(feedback),
         }
     }
@@ -81,6 +87,9 @@ pub(crate) fn approval_of(
         digest: gate.digest,
         timeout: gate.approval.timeout,
         reviewers: gate.approval.reviewers.clone(),
+        on_timeout: gate.approval.on_timeout.as_str(),
+        escalates_after: context.policy.escalates_after(),
+        call: gate.call.clone(),
     }
 }
 
@@ -108,8 +117,13 @@ pub async fn decide(
     let gate = find(tx, account, bound, id).await?;
     if gate.status == "pending" {
         let (step, goes_on) = step_of(engine, tx, gate.company, gate.run, gate.step).await?;
-        let decision =
-            Decision { step, goes_on, gate, lease: None, by, status: verdict.status(), words: verdict.words() };
+        let goes_on = goes_on || gate.call.is_some();
+        let edited = match verdict {
+            Verdict::Approve { params: Some(params), .. } => Some(edit(&gate, params)?),
+            _ => None,
+        };
+        let words = verdict.words();
+        let decision = Decision { step, goes_on, gate, lease: None, by, status: verdict.status(), words, edited };
         apply(tx, &decision).await?;
     }
     // Ours, or that of whoever was first.
@@ -135,20 +149,39 @@ struct Decision<'a> {
     by: &'a str,
     status: &'a str,
     words: Option<&'a str>,
+    edited: Option<Value>,
+}
+
+/// What a tool is given instead of what was asked about.
+fn edit(gate: &ApprovalRow, params: &Map<String, Value>) -> Result<Value, EngineError> {
+    match gate.call {
+        Some(_) => Ok(Value::Object(params.clone())),
+        None => Err(EngineError::Conflict(
+            "only the arguments of a tool's call can be edited; reject the step with feedback, or approve it as it is"
+                .into(),
+        )),
+    }
 }
 
 /// Applies a decision to a pending gate; false when it is too late.
 async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, EngineError> {
-    let Decision { gate, step, goes_on, lease, by, status, words } = decision;
+    let Decision { gate, step, goes_on, lease, by, status, words, edited } = decision;
     let held = approvals::lock_gate_job(tx, gate.job, *lease).await?;
-    if !held || !approvals::decide(tx, gate.company, gate.approval, status, by, *words).await? {
+    let said = (*status, *words, edited.as_ref());
+    if !held || !approvals::decide(tx, gate.company, gate.approval, by, said).await? {
         return Ok(false);
     }
     let resolved = Event::new(
         APPROVAL_RESOLVED,
-        json!({"approval_id": gate.approval, "decision": status, "by": by, "feedback": words}),
+        json!({"approval_id": gate.approval, "decision": status, "by": by, "feedback": words, "edited": edited}),
     );
     events::append_to_run(&mut *tx, gate.company, gate.run, &resolved).await?;
+    let decided = json!({
+        "approval_id": gate.approval, "run_id": gate.run, "step": gate.step_name, "agent_id": gate.agent,
+        "action": gate.context.get("tool").cloned().unwrap_or_else(|| gate.action.as_str().into()), "decision": status,
+        "words": words, "edited": edited, "digest": hex(&gate.digest), "estimated_cost": gate.context.get("estimated_cost"),
+    });
+    audit::append(tx, gate.company, &Entry::new("approval.resolved", *by, decided)).await?;
     if is_of_draft(gate) {
         let stage = match *status {
             "approved" => Stage::Accepted,
@@ -163,7 +196,8 @@ async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, E
         let resumed = Event::new(PLAYBOOK_RESUMED, json!({"approval_id": gate.approval}));
         events::append_to_run(&mut *tx, gate.company, gate.run, &resumed).await?;
         approvals::release_gate_job(tx, gate.job, timeout).await?;
-        approvals::resume_run(tx, gate.company, gate.run, gate.step).await?;
+        let reviewed = *status == "approved" && gate.call.is_none();
+        approvals::resume_run(tx, gate.company, gate.run, gate.step, reviewed).await?;
         return Ok(true);
     }
     let message = match words {
@@ -199,6 +233,27 @@ async fn step_of(
     let index = usize::try_from(step).unwrap_or(usize::MAX);
     let plan = plans.get(&row.version.0);
     Ok((plan.and_then(|plan| plan.step(index)).cloned(), plan.is_some_and(|plan| plan.takes_refusals(index))))
+}
+
+/// Reminds people of gates that wait for long, and lets anybody decide where the policy says
+/// so.
+pub async fn remind(engine: &Engine) -> Result<(), EngineError> {
+    loop {
+        let mut tx = engine.pool.begin().await?;
+        let reminders = approvals::take_reminders(&mut tx).await?;
+        for reminder in &reminders {
+            let told = json!({
+                "approval_id": reminder.approval, "run_id": reminder.run, "percent": reminder.percent,
+                "expires_at": reminder.expires_at, "reviewers": reminder.reviewers,
+            });
+            let name = if reminder.escalated { APPROVAL_ESCALATED } else { APPROVAL_REMINDER };
+            events::append(&mut *tx, reminder.company, &[Event::new(name, told)]).await?;
+        }
+        tx.commit().await?;
+        if reminders.len() < approvals::REMIND_MAX as usize {
+            return Ok(());
+        }
+    }
 }
 
 /// A gate's time is over: it decides itself, as its step says. False when a
@@ -247,16 +302,19 @@ async fn expire_once(
     let gate = find(&mut connection, account, Some(company), id).await?;
     let (step, goes_on) = step_of(engine, &mut connection, company, run, step).await?;
     drop(connection);
-    let rule = step.as_ref().map(Step::gate);
-    let on_timeout = rule.as_ref().map(|approval| approval.on_timeout);
-    if let (Some(rule), Some(OnTimeout::Escalate), None) = (rule, on_timeout, gate.escalated_at) {
-        return escalate(engine, &gate, lease, rule.timeout).await;
+    let goes_on = goes_on || gate.call.is_some();
+    // What was made before that was stored says so in its step.
+    let on_timeout = gate.on_timeout.or_else(|| step.as_ref().map(|step| step.gate().on_timeout));
+    if let (Some(OnTimeout::Escalate), None) = (on_timeout, gate.escalated_at) {
+        let time = (gate.expires_at - gate.proposed_at).to_std().unwrap_or(APPROVAL_TIMEOUT);
+        return escalate(engine, &gate, lease, time).await;
     }
     let (status, words) = match on_timeout {
         Some(OnTimeout::Approve) => ("approved", "nobody decided in time; the step is approved by its own rule"),
         _ => ("expired", "nobody decided in time"),
     };
-    let decision = Decision { gate, step, goes_on, lease: Some(lease), by: "system", status, words: Some(words) };
+    let decision =
+        Decision { gate, step, goes_on, lease: Some(lease), by: "system", status, words: Some(words), edited: None };
     let mut tx = engine.pool.begin().await?;
     let applied = apply(&mut tx, &decision).await?;
     if applied {

@@ -18,12 +18,17 @@ use crate::store::{events, jobs, tenants};
 /// changes nothing.
 pub async fn change(tx: &mut PgConnection, company: CompanyId, change: Change) -> Result<DateTime<Utc>, EngineError> {
     let (status, since) = tenants::lock_company(tx, company).await?.ok_or(EngineError::NotFound("company"))?;
+    // Calls that are under way end, too.
+    let kills = matches!(change, Change::Kill | Change::Stop);
     let next = match change.decide(&status) {
+        Verdict::Stays if change == Change::Kill => {
+            return Ok(tenants::set_company_status(tx, company, &status, true).await?);
+        }
         Verdict::Stays => return Ok(since),
         Verdict::Refused(why) => return Err(EngineError::Conflict(format!("the company {why}"))),
         Verdict::Becomes(next) => next,
     };
-    let at = tenants::set_company_status(tx, company, next).await?;
+    let at = tenants::set_company_status(tx, company, next, kills).await?;
     let happened = Event::new(
         COMPANY_STATUS_CHANGED,
         json!({"company_id": company, "from": status, "to": next, "killed": change == Change::Kill}),

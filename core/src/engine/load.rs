@@ -11,6 +11,7 @@ use super::claim::{StepWork, Work};
 use super::{Engine, EngineError, secrets};
 use crate::domain::company::works as works_on;
 use crate::domain::event::{Event, PLAYBOOK_RESUMED};
+use crate::domain::governance::Policy;
 use crate::domain::ids::{ApprovalId, CompanyId, PlaybookId, RunId};
 use crate::domain::plan::{Child, Draft, Fanned, Item, JUNCTION, Node, Refusal, RunContext, Stage};
 use crate::domain::playbook::model::StepKind;
@@ -40,6 +41,8 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
     let (runs, halted): (Vec<_>, Vec<_>) = runs.into_iter().partition(|run| works_on(&run.company_status));
     let halted: HashMap<Uuid, bool> =
         halted.into_iter().map(|run| (run.run.0, run.company_status == "stopped")).collect();
+    let (killed, runs): (Vec<_>, Vec<_>) = runs.into_iter().partition(|run| run.killed);
+    let killed: HashSet<Uuid> = killed.into_iter().map(|run| run.run.0).collect();
     let wanted: Vec<(Uuid, Uuid)> = runs.iter().map(|run| (run.company.0, run.version)).collect();
     let plans = engine.plans.get(&engine.pool, &wanted).await?;
     let queued: HashSet<Uuid> = runs.iter().filter(|run| run.queued).map(|run| run.run.0).collect();
@@ -61,6 +64,10 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
                 spent: run.cost,
                 bytes: run.bytes,
                 age: run.age,
+                policy: run.policy.map_or_else(Arc::default, |(own, config)| {
+                    Arc::new(Policy::of(own.as_ref(), &json!({"governance": config})))
+                }),
+                reviewed: run.reviewed,
                 ..RunContext::new(run.company, PlaybookId(run.playbook), run.run, playbook, inputs)
             };
             Some((run.run.0, context))
@@ -89,6 +96,9 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
             let run = job.ref_id?;
             if let Some(stopped) = halted.get(&run) {
                 return Some((job.lease.job, Work::Halted { stopped: *stopped }));
+            }
+            if killed.contains(&run) {
+                return Some((job.lease.job, Work::Killed));
             }
             if queued.contains(&run) {
                 return Some((job.lease.job, Work::Queued));
@@ -304,7 +314,7 @@ async fn load_refusals(
         let step = context.playbook.step(at)?;
         let of_draft = match drafts.get(&(context.run.0, job.step)) {
             Some(draft) => draft.is_turned_down().then_some(true),
-            None => step.approval.is_some().then_some(false),
+            None => context.may_be_asked_about(step).then_some(false),
         };
         let takes = context.playbook.takes_refusals(at);
         of_draft.filter(|_| takes).map(|of_draft| (context.company, context.run, job.step, of_draft))

@@ -10,13 +10,16 @@ use sqlx::PgPool;
 
 use crate::store::StoreError;
 
+pub mod acting;
 pub mod advance;
 pub mod agents;
 pub mod batch;
+pub mod beats;
 pub mod calls;
 pub mod cancel;
 pub mod claim;
 pub mod dead_letters;
+pub mod deeds;
 pub mod enqueue;
 pub mod gates;
 pub mod items;
@@ -123,6 +126,9 @@ pub enum EngineError {
     /// The state of things forbids it; the sentence says what to do.
     #[error("{0}")]
     Conflict(String),
+    /// A rule of the company or the playbook forbids it; the sentence names the rule.
+    #[error("{0}")]
+    Governance(String),
     /// The request is wrong.
     #[error("invalid request")]
     Invalid(Vec<FieldProblem>),

@@ -8,10 +8,10 @@ use sqlx::PgConnection;
 use super::{Engine, EngineError, FieldProblem, repeating, triggers};
 use crate::domain::digest::sha256;
 use crate::domain::ids::{CompanyId, PlaybookId};
-use crate::domain::playbook::model::StepKind;
+use crate::domain::playbook::model::{OWN, StepKind};
 use crate::domain::playbook::{self, Playbook, Problem};
 use crate::store::playbooks::{Filter, NewPlaybook, Upserted};
-use crate::store::{StoreError, agents, children, playbooks};
+use crate::store::{StoreError, agents, children, jobs, playbooks};
 
 /// A request to create a playbook.
 #[derive(Debug, Clone)]
@@ -58,6 +58,7 @@ pub async fn create_in(
 ) -> Result<Created, EngineError> {
     let (playbook, mut warnings) = check(&request.yaml)?;
     let name = request.name.clone().unwrap_or_else(|| playbook.name.clone());
+    not_ours(&name)?;
     let description = request.description.clone().or_else(|| playbook.description.clone());
     warnings.extend(role_warnings(tx, company, &playbook).await?);
     warnings.extend(call_warnings(tx, company, &playbook).await?);
@@ -75,6 +76,14 @@ pub async fn create_in(
         triggers::sync(tx, company, upserted.playbook).await?;
     }
     Ok(Created { upserted, name, playbook, warnings })
+}
+
+/// Names of our own playbooks are nobody else's.
+fn not_ours(name: &str) -> Result<(), EngineError> {
+    match name.starts_with(OWN) {
+        true => Err(EngineError::Invalid(vec![FieldProblem::new("name", format!("must not begin with `{OWN}`"))])),
+        false => Ok(()),
+    }
 }
 
 /// Reads a definition with its warnings, or says everything that is wrong with it.
@@ -111,6 +120,8 @@ pub async fn update(
     let yaml = changes.yaml.as_deref().unwrap_or_default();
     let filter = Filter { company: Some(company), playbook: Some(id), ..Filter::default() };
     let current = playbooks::list(&mut *tx, &filter, 1).await?.pop().ok_or(EngineError::NotFound("playbook"))?;
+    not_ours(&current.name)?;
+    not_ours(changes.name.as_deref().unwrap_or_default())?;
     let new = NewPlaybook {
         company,
         name: changes.name.as_deref().unwrap_or(&current.name),
@@ -130,14 +141,20 @@ pub async fn update(
     triggers::sync(tx, company, id).await
 }
 
-/// Sets a playbook's status in the caller's transaction; says since when it has it.
+/// Sets a playbook's status in the caller's transaction; says since when it has it. Killed,
+/// its runs stop at once, in the middle of their calls, until it is active again.
 pub async fn set_status(
     tx: &mut PgConnection,
     company: CompanyId,
     id: PlaybookId,
     status: &str,
+    killed: bool,
 ) -> Result<DateTime<Utc>, EngineError> {
-    let at = playbooks::set_status(&mut *tx, company, id, status).await?;
+    let at = playbooks::set_status(&mut *tx, company, id, status, killed).await?;
+    if status == "active" {
+        // What was stopped at once goes on.
+        jobs::unkill(tx, company, id).await?;
+    }
     triggers::sync(tx, company, id).await?;
     Ok(at)
 }

@@ -170,7 +170,7 @@ pub async fn replay_run(
     (company, playbook): (CompanyId, PlaybookId),
     replay: Replay,
 ) -> Result<Started, EngineError> {
-    start::may_start(&mut *tx, Some(account), company, playbook).await?;
+    let (_, policy) = start::may_start(&mut *tx, Some(account), company, playbook).await?;
     let old = runs::get(&mut *tx, company, replay.of).await?.filter(|old| old.playbook == playbook);
     let old = old.ok_or(EngineError::NotFound("run"))?;
     let plan = start::plan_of(engine, &mut *tx, company, old.version).await?;
@@ -192,7 +192,9 @@ pub async fn replay_run(
     };
     let scores = grades::shown(&mut *tx, company, replay.of).await?.into_iter();
     let scores = scores.filter_map(|(step, told)| Some((usize::try_from(step).ok()?, told["score"].clone())));
-    let beginning = Beginning { step: from, outputs, failures, scores: scores.collect(), replay_of: Some(replay.of) };
+    start::policy_allows(&policy, &plan)?;
+    let scores = scores.collect();
+    let beginning = Beginning { step: from, outputs, failures, scores, replay_of: Some(replay.of), policy };
     let new: Prepared = start::prepare((company, playbook, old.version), plan, params, "replay", beginning);
     // Before the run's own rows, of which the gate's may be one.
     runs::copy_checkpoints(tx, company, replay.of, new.run(), &kept).await?;

@@ -13,12 +13,14 @@ use super::{Engine, EngineError};
 use crate::domain::budget::{self, Account, Admission, Balance, Cap, Estimate, Said, Scope, Spender, ends_us, passed};
 use crate::domain::company::works;
 use crate::domain::event::{AGENT_STATE_CHANGED, COSTS_THRESHOLD_REACHED, Event};
+use crate::domain::governance::{Action, Policy};
 use crate::domain::ids::{AgentId, CompanyId};
 use crate::domain::money::Nanos;
 use crate::domain::outcome::{ErrorClass, Failure};
 use crate::store::budgets::{Change, Facts};
 use crate::store::jobs::{NewJob, kind, queue};
 use crate::store::journal::{Begun, End, Ended, Place, Work};
+use crate::store::provider_gates::{self, Enter};
 use crate::store::{agents, budgets, events, jobs, journal};
 
 /// A job whose agent is paused is looked at again after this, should nobody wake it.
@@ -48,6 +50,10 @@ pub struct Turn {
     pub fresh: bool,
     /// What it costs.
     pub price: Price,
+    /// Whose refusals hold for everybody, where there is such a gate.
+    pub gate: Option<String>,
+    /// Another model may be asked, where there is no money for this one.
+    pub has_cheaper: bool,
     /// The other side knows by the key that it is the same.
     pub keyed: bool,
     /// What one run of the playbook may cost,
@@ -65,10 +71,37 @@ pub enum Asked {
     Go,
     /// Not before a while: others may need the money, or its agent or company is paused.
     Wait(Duration),
+    /// Its provider takes nothing for so long.
+    Closed(Duration),
+    /// There is no money for this model.
+    TooDear,
     /// It may not.
     Refused(Failure),
     /// The attempt is no longer this worker's.
     Lost,
+}
+
+/// Whether an agent may do anything now.
+pub(super) enum Acts<'a> {
+    /// It may.
+    Yes,
+    /// Its company is paused or stopped.
+    CompanyHalted,
+    /// It was stopped at once, or its money is used up.
+    AgentHalted,
+    /// It never will.
+    Never(&'a str),
+}
+
+/// An agent that a person has paused ends what it is at; one that was stopped for a reason, or
+/// killed, does not.
+pub(super) fn may_act<'a>(company_status: &str, agent_status: &'a str, stopped: bool) -> Acts<'a> {
+    match agent_status {
+        _ if !works(company_status) => Acts::CompanyHalted,
+        "paused" if stopped => Acts::AgentHalted,
+        status @ ("removed" | "errored") => Acts::Never(status),
+        _ => Acts::Yes,
+    }
 }
 
 /// Who spends, by the facts.
@@ -76,6 +109,7 @@ fn spender(work: &Work, facts: &Facts, (day, month): (NaiveDate, NaiveDate)) -> 
     Spender {
         company: work.company.0,
         agent: Some(work.agent.0),
+        directive: facts.directive.map(|(root, _)| root),
         playbook: facts.playbook.0,
         run: work.run.0,
         step: work.step,
@@ -94,6 +128,7 @@ fn said<'a>(facts: &'a Facts, turn: &Turn) -> Said<'a> {
         governance: facts.governance.as_ref(),
         agent_budget: facts.agent_budget,
         agent_config: Some(&facts.agent_config),
+        directive: facts.directive.and_then(|(_, budget)| budget).map(budget::credits),
         playbook_month: turn.playbook_cap,
         run: turn.run_cap,
         step: turn.step_cap,
@@ -120,20 +155,27 @@ fn estimate(price: Price, facts: &Facts) -> Estimate {
 pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, EngineError> {
     let mut tx = engine.pool.begin().await?;
     let Some(facts) = budgets::facts(&mut tx, work, turn.place).await? else { return Ok(Asked::Lost) };
-    if !works(&facts.company_status) {
+    match may_act(&facts.company_status, &facts.agent_status, facts.stopped) {
+        Acts::Yes => {}
         // Its job is parked when it is claimed again.
-        return Ok(Asked::Wait(Duration::ZERO));
-    }
-    match facts.agent_status.as_str() {
-        "paused" => {
+        Acts::CompanyHalted => return Ok(Asked::Wait(Duration::ZERO)),
+        Acts::AgentHalted => {
             jobs::hold(&mut tx, work.lease, work.agent).await?;
             tx.commit().await?;
             return Ok(Asked::Wait(HELD));
         }
-        status @ ("removed" | "errored") => {
+        Acts::Never(status) => {
             return Ok(Asked::Refused(Failure::invalid(format!("the agent of the step is {status}"))));
         }
-        _ => {}
+    }
+    if let Some(gate) = &turn.gate
+        && let Enter::Closed(wait) = provider_gates::enter(&mut tx, gate).await?
+    {
+        return Ok(Asked::Closed(wait));
+    }
+    let policy = Policy::of(facts.governance.as_ref(), &facts.config);
+    if let Some(rule) = policy.forbids(&Action::of_tool("llm.prompt")) {
+        return Ok(Asked::Refused(Failure::new(ErrorClass::Governance, format!("{rule} forbids to ask a model"))));
     }
     let (day, month) = budget::days(facts.now_us, zone(&facts));
     let spender = spender(work, &facts, (day, month));
@@ -160,6 +202,7 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
     let reserved = match budget::admit(&caps, &balances, estimate) {
         Admission::Admitted(reserved) => reserved,
         Admission::Busy(_) if budgets::others_under_way(&mut tx, work).await? => return Ok(Asked::Wait(BUSY)),
+        Admission::Busy(_) | Admission::Capped(_) if turn.has_cheaper => return Ok(Asked::TooDear),
         Admission::Busy(cap) | Admission::Capped(cap) if cap.account.scope > Scope::Agent => {
             return Ok(Asked::Refused(used_up(&cap)));
         }
@@ -240,6 +283,8 @@ pub enum Came {
         failure: Failure,
         /// It may cost something all the same.
         maybe_paid: bool,
+        /// Its provider takes nothing for so long, from anybody.
+        closed_for: Option<Duration>,
     },
 }
 
@@ -259,6 +304,15 @@ pub async fn end(engine: &Engine, work: &Work, turn: &Turn, came: &Came) -> Resu
     let mut balances = Vec::new();
     if freed != 0 || cost > Nanos::ZERO {
         balances = budgets::apply(&mut tx, work.company, &changes(&spender.accounts(), cost.0, -freed)).await?;
+    }
+    if let Some(gate) = &turn.gate {
+        match came {
+            Came::Answer { .. } => provider_gates::open(&mut tx, gate).await?,
+            Came::Trouble { closed_for: Some(closed), failure, .. } => {
+                provider_gates::close(&mut tx, gate, *closed, &failure.message).await?;
+            }
+            Came::Trouble { .. } => {}
+        }
     }
     let end = match came {
         Came::Answer { response, cost } => {

@@ -17,10 +17,12 @@ use super::slots::{self, Entry};
 use super::{Engine, EngineError, FieldProblem, Waker, repeating};
 use crate::domain::company::works;
 use crate::domain::event::{APPROVAL_REQUESTED, Event, PLAYBOOK_QUEUED, PLAYBOOK_STARTED, PLAYBOOK_SUSPENDED};
+use crate::domain::governance::{Action, Policy};
 use crate::domain::ids::{AccountId, ApprovalId, CompanyId, PlaybookId, RunId, VersionId};
 use crate::domain::outcome::Failure;
 use crate::domain::plan::{FAN_LOOK, JUNCTION, Next, RunContext};
-use crate::domain::playbook::model::STEP_TIMEOUT;
+use crate::domain::playbook::load::TOOLS;
+use crate::domain::playbook::model::{Mode, STEP_TIMEOUT};
 use crate::domain::playbook::{Playbook, inputs};
 use crate::domain::run::RunStatus;
 use crate::domain::storable;
@@ -114,11 +116,13 @@ pub async fn decide(
     trigger: &'static str,
     key: Option<&str>,
 ) -> Result<Decided, EngineError> {
-    let version = may_start(&mut *connection, account, company, playbook).await?;
+    let (version, policy) = may_start(&mut *connection, account, company, playbook).await?;
     let plan = plan_of(engine, &mut *connection, company, version).await?;
     may_run(&mut *connection, company, &plan).await?;
+    policy_allows(&policy, &plan)?;
     let params = checked_params(&plan, params)?;
-    let new = prepare((company, playbook, version), plan, params, trigger, Beginning::default());
+    let beginning = Beginning { policy, ..Beginning::default() };
+    let new = prepare((company, playbook, version), plan, params, trigger, beginning);
     let wrong = |failure: Failure| EngineError::Invalid(vec![FieldProblem::new("idempotency_key", failure.message)]);
     let field = |failure: Failure| EngineError::Invalid(vec![FieldProblem::new("params", failure.message)]);
     let concurrency = new.context.concurrency_key().map_err(field)?;
@@ -157,7 +161,7 @@ pub(super) async fn may_start(
     account: Option<AccountId>,
     company: CompanyId,
     playbook: PlaybookId,
-) -> Result<VersionId, EngineError> {
+) -> Result<(VersionId, Arc<Policy>), EngineError> {
     let found =
         playbooks::for_start(connection, account, company, playbook).await?.ok_or(EngineError::NotFound("playbook"))?;
     if found.status != "active" {
@@ -170,7 +174,23 @@ pub(super) async fn may_start(
             if found.company_status == "paused" { "resume it" } else { "make another one" }
         )));
     }
-    Ok(found.version)
+    Ok((found.version, found.policy))
+}
+
+/// Whether a playbook may be run at all: nothing is begun that a rule would stop half-way.
+pub(super) fn policy_allows(policy: &Policy, plan: &Playbook) -> Result<(), EngineError> {
+    if plan.execution.mode == Mode::Blocked {
+        let why = "the playbook's execution.mode is `blocked`; change it to `auto` or `review` to run it";
+        return Err(EngineError::Governance(why.to_owned()));
+    }
+    let steps = plan.steps.iter().chain(&plan.closing);
+    for step in steps.filter(|step| TOOLS.contains(&step.action.as_str())) {
+        if let Some(rule) = policy.forbids(&Action::of_tool(&step.action)) {
+            let why = format!("step `{}` uses {}, which {rule} forbids", step.id, step.action);
+            return Err(EngineError::Governance(why));
+        }
+    }
+    Ok(())
 }
 
 /// Starts many runs of a playbook in one transaction, all with the same
@@ -182,10 +202,8 @@ pub async fn start_many(
     count: usize,
     params: Map<String, Value>,
 ) -> Result<Vec<RunId>, EngineError> {
-    let version = playbooks::for_start(&engine.pool, None, company, playbook)
-        .await?
-        .ok_or(EngineError::NotFound("playbook"))?
-        .version;
+    let found = playbooks::for_start(&engine.pool, None, company, playbook).await?;
+    let version = found.ok_or(EngineError::NotFound("playbook"))?.version;
     let plan = plan_of(engine, &engine.pool, company, version).await?;
     let params = checked_params(&plan, params)?;
     let all: Vec<Prepared> = (0..count)
@@ -325,6 +343,8 @@ pub(super) struct Beginning {
     /// What those came to by their rubrics.
     pub scores: HashMap<usize, Value>,
     pub replay_of: Option<RunId>,
+    /// What the company allows.
+    pub policy: Arc<Policy>,
 }
 
 /// Decides how a run begins: at work, or behind a first gate.
@@ -340,6 +360,7 @@ pub(super) fn prepare(
         outputs: Arc::new(beginning.outputs),
         failures: beginning.failures,
         scores: beginning.scores,
+        policy: beginning.policy,
         ..RunContext::new(company, playbook, RunId::new(), plan, Arc::new(params))
     };
     let walk = context.begins_at(beginning.step);

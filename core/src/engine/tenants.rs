@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 
-use super::{Engine, EngineError, repeating};
+use super::{Engine, EngineError, beats, repeating};
 use crate::domain::event::{AGENT_STATE_CHANGED, COMPANY_CREATED, COMPANY_STATUS_CHANGED, Event};
 use crate::domain::ids::{AccountId, CompanyId};
 use crate::store::agents::{AgentRow, NewAgent};
@@ -138,6 +138,7 @@ pub async fn provision(
     let mut happened = Vec::new();
     for (agent, error) in &verdicts {
         if agents::agent_initialized(&mut *tx, company, *agent, error.as_deref()).await? {
+            beats::start(&mut tx, company, *agent).await?;
             let status = if error.is_none() { "active" } else { "errored" };
             happened.push(Event::new(
                 AGENT_STATE_CHANGED,

@@ -158,7 +158,7 @@ async fn start_once(
     match start::decide(engine, &mut *tx, None, (company, playbook), params, trigger, Some(key)).await {
         Ok(Decided::New(new)) => start::start_in(tx, *new).await.map(drop),
         Ok(Decided::Known(_)) => Ok(()),
-        Err(refused @ (EngineError::Conflict(_) | EngineError::Invalid(_))) => {
+        Err(refused @ (EngineError::Conflict(_) | EngineError::Governance(_) | EngineError::Invalid(_))) => {
             skipped(tx, company, playbook, key, &refused).await
         }
         Err(error) => Err(error),

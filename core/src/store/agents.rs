@@ -268,15 +268,18 @@ pub async fn set_agent_status(
     company: CompanyId,
     agent: AgentId,
     status: &str,
+    killed: bool,
 ) -> Result<DateTime<Utc>, StoreError> {
     Ok(sqlx::query_scalar!(
         "update agents
          set status = $3, error = case when $3 = 'errored' then error end,
-             paused_by = null, paused_reason = null, paused_until = null, updated_at = clock_timestamp()
+             paused_by = case when $4 then 'kill' end, paused_reason = case when $4 then 'it was stopped by its kill switch' end,
+             paused_until = null, updated_at = clock_timestamp()
          where company_id = $1 and id = $2 and status <> 'removed' returning updated_at",
         company.0,
         agent.0,
         status,
+        killed,
     )
     .fetch_one(tx)
     .await?)
@@ -299,6 +302,27 @@ pub async fn pause_for_money(
         agent.0,
         reason,
         until,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Pauses an agent that goes round in circles; false when it is not active.
+pub async fn break_off(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    agent: AgentId,
+    reason: &str,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update agents
+         set status = 'paused', paused_by = 'breaker', paused_reason = $3, paused_until = null, beat_repeats = 0,
+             updated_at = clock_timestamp()
+         where company_id = $1 and id = $2 and status = 'active'",
+        company.0,
+        agent.0,
+        reason,
     )
     .execute(tx)
     .await?;
@@ -340,35 +364,6 @@ pub async fn dearest(tx: &mut PgConnection, company: CompanyId, agent: AgentId, 
     .execute(tx)
     .await?;
     Ok(())
-}
-
-/// Whether an agent, or the company around it, is being made ready.
-pub async fn gets_ready(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<bool, StoreError> {
-    let found = sqlx::query_scalar!(
-        "select a.id from agents a join companies c on c.id = a.company_id
-         where a.company_id = $1 and a.id = $2
-             and (a.status = 'initializing' or a.status = 'active' and c.status = 'provisioning')",
-        company.0,
-        agent.0,
-    )
-    .fetch_optional(tx)
-    .await?;
-    Ok(found.is_some())
-}
-
-/// Counts a beat of an agent that is active in a company that works; false for
-/// any other.
-pub async fn beat(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<bool, StoreError> {
-    let done = sqlx::query!(
-        "update agents a set heartbeat_count = heartbeat_count + 1, last_heartbeat_at = clock_timestamp()
-         where a.company_id = $1 and a.id = $2 and a.status = 'active'
-             and exists (select from companies c where c.id = $1 and c.status = 'running')",
-        company.0,
-        agent.0,
-    )
-    .execute(tx)
-    .await?;
-    Ok(done.rows_affected() == 1)
 }
 
 /// The roles of some agents, removed ones too.

@@ -9,6 +9,7 @@ use super::StoreError;
 use super::jobs::{Lease, millis};
 use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, DeadLetterId, RunId, TaskId};
 use crate::domain::plan::Refusal;
+use crate::domain::playbook::model::OnTimeout;
 
 /// A gate to be.
 #[derive(Debug, Clone)]
@@ -41,6 +42,12 @@ pub struct NewApproval {
     pub timeout: std::time::Duration,
     /// Who may decide; empty for anybody.
     pub reviewers: Vec<String>,
+    /// What is decided at the end of its time.
+    pub on_timeout: &'static str,
+    /// When anybody may decide.
+    pub escalates_after: Option<std::time::Duration>,
+    /// The call that it is about.
+    pub call: Option<String>,
 }
 
 /// Stores a gate.
@@ -54,9 +61,10 @@ pub async fn insert(executor: impl Executor<'_, Database = Postgres>, new: &NewA
              set status = excluded.status, agent_id = excluded.agent_id, ended_at = null
          )
          insert into approvals (id, company_id, run_id, step, job_id, status, agent_id, role, action, playbook,
-                                step_name, context, digest, expires_at, reviewers)
+                                step_name, context, digest, expires_at, reviewers, on_timeout, escalates_at, call_key)
          values ($1, $2, $3, $4, $5, 'pending', $6, $7, $8, $9, $10, $11, $12,
-                 now() + $13::bigint * interval '1 millisecond', nullif($14::text[], '{}'))",
+                 now() + $13::bigint * interval '1 millisecond', nullif($14::text[], '{}'), $15,
+                 now() + $16::bigint * interval '1 millisecond', $17)",
         new.approval.0,
         new.company.0,
         new.run.0,
@@ -71,6 +79,9 @@ pub async fn insert(executor: impl Executor<'_, Database = Postgres>, new: &NewA
         &new.digest[..],
         millis(new.timeout),
         &new.reviewers,
+        new.on_timeout,
+        new.escalates_after.map(millis),
+        new.call,
     )
     .execute(executor)
     .await?;
@@ -118,6 +129,14 @@ pub struct ApprovalRow {
     pub reviewers: Option<Vec<String>>,
     /// Since when anybody may, since nobody did.
     pub escalated_at: Option<DateTime<Utc>>,
+    /// What is decided at the end of its time.
+    pub on_timeout: Option<OnTimeout>,
+    /// The call that it is about.
+    pub call: Option<String>,
+    /// The arguments that a person wanted instead.
+    pub edited: Option<Value>,
+    /// SHA-256 of what is shown.
+    pub digest: Vec<u8>,
 }
 
 macro_rules! approval_row {
@@ -143,6 +162,10 @@ macro_rules! approval_row {
             note: row.note,
             reviewers: row.reviewers,
             escalated_at: row.escalated_at,
+            on_timeout: row.on_timeout.as_deref().and_then(OnTimeout::from_name),
+            call: row.call_key,
+            edited: row.edited,
+            digest: row.digest,
         }
     }};
 }
@@ -157,7 +180,8 @@ pub async fn get(
 ) -> Result<Option<ApprovalRow>, StoreError> {
     let row = sqlx::query!(
         "select a.id, a.company_id, a.run_id, a.step, a.job_id, a.status, a.agent_id, a.role, a.action, a.playbook,
-                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note, a.reviewers, a.escalated_at
+                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note, a.reviewers, a.escalated_at,
+                a.on_timeout, a.call_key, a.edited, a.digest
          from (select * from approvals where id = $1 offset 0) a
          join companies c on c.id = a.company_id
          where c.account_id = $2 and a.company_id = coalesce($3, a.company_id)",
@@ -233,7 +257,8 @@ pub async fn some(
 ) -> Result<Vec<ApprovalRow>, StoreError> {
     let rows = sqlx::query!(
         "select a.id, a.company_id, a.run_id, a.step, a.job_id, a.status, a.agent_id, a.role, a.action, a.playbook,
-                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note, a.reviewers, a.escalated_at
+                a.step_name, a.context, a.proposed_at, a.expires_at, a.decided_at, a.decided_by, a.note, a.reviewers, a.escalated_at,
+                a.on_timeout, a.call_key, a.edited, a.digest
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          join approvals a on a.company_id = k.company_id and a.id = k.id",
         &approvals.iter().map(|(company, _)| company.0).collect::<Vec<_>>(),
@@ -291,7 +316,7 @@ pub async fn latest_of(
 ) -> Result<Option<(ApprovalId, String)>, StoreError> {
     let row = sqlx::query!(
         "select id, status from approvals
-         where run_id = $1 and step = $2 and company_id = $3 and not context ? 'rubric'
+         where run_id = $1 and step = $2 and company_id = $3 and not context ? 'rubric' and call_key is null
          order by id desc limit 1",
         run.0,
         step,
@@ -314,7 +339,7 @@ pub async fn refusals(
          cross join lateral (
              select a.* from approvals a
              where a.run_id = k.run_id and a.step = k.step and a.company_id = k.company_id
-                 and (a.context ? 'rubric') = k.of_draft
+                 and (a.context ? 'rubric') = k.of_draft and a.call_key is null
              order by a.id desc limit 1
          ) a
          where a.status in ('rejected', 'expired')"#,
@@ -340,9 +365,9 @@ pub async fn ask_again(
 ) -> Result<Option<Value>, StoreError> {
     Ok(sqlx::query_scalar!(
         "insert into approvals (id, company_id, run_id, step, job_id, status, agent_id, role, action, playbook,
-                                step_name, context, digest, expires_at, reviewers)
+                                step_name, context, digest, expires_at, reviewers, on_timeout, escalates_at)
          select $3, company_id, run_id, step, $4, 'pending', agent_id, role, action, playbook, step_name, context, digest,
-             now() + $5::bigint * interval '1 millisecond', reviewers
+             now() + $5::bigint * interval '1 millisecond', reviewers, on_timeout, now() + (escalates_at - proposed_at)
          from approvals where company_id = $1 and id = $2
          returning context",
         company.0,
@@ -355,17 +380,17 @@ pub async fn ask_again(
     .await?)
 }
 
-/// Decides a gate that is still pending; false when somebody else has.
+/// Decides a gate that is still pending, with what was said and edited; false when somebody
+/// else has.
 pub async fn decide(
     tx: &mut PgConnection,
     company: CompanyId,
     approval: ApprovalId,
-    status: &str,
     by: &str,
-    note: Option<&str>,
+    (status, note, edited): (&str, Option<&str>, Option<&Value>),
 ) -> Result<bool, StoreError> {
     let done = sqlx::query!(
-        "update approvals set status = $3, decided_at = clock_timestamp(), decided_by = $4, note = $5
+        "update approvals set status = $3, decided_at = clock_timestamp(), decided_by = $4, note = $5, edited = $6
          where company_id = $1 and id = $2 and status = 'pending'
              -- A word that comes after the end waits for the timer to say so. By
              -- the clock, under the job's lock: a transaction that began earlier
@@ -376,10 +401,75 @@ pub async fn decide(
         status,
         by,
         note,
+        edited,
     )
     .execute(tx)
     .await?;
     Ok(done.rows_affected() == 1)
+}
+
+/// How many gates people are reminded of at once.
+pub const REMIND_MAX: i64 = 500;
+
+/// A gate that people are reminded of.
+#[derive(Debug, Clone)]
+pub struct Reminder {
+    /// Whose.
+    pub company: CompanyId,
+    /// Which.
+    pub approval: ApprovalId,
+    /// Which run waits.
+    pub run: RunId,
+    /// So much of its time has passed, in percent.
+    pub percent: i16,
+    /// When it decides itself.
+    pub expires_at: DateTime<Utc>,
+    /// Who may decide.
+    pub reviewers: Option<Vec<String>>,
+    /// From now on anybody may.
+    pub escalated: bool,
+}
+
+/// Takes gates of whose time half has passed, or nine tenths, and those about which anybody
+/// may decide now, since nobody has in the time that the policy names.
+pub async fn take_reminders(tx: &mut PgConnection) -> Result<Vec<Reminder>, StoreError> {
+    let rows = sqlx::query!(
+        r#"with due as materialized (
+               select company_id, id, s.percent, escalates_at < clock_timestamp() and escalated_at is null as escalates
+               from approvals a
+               cross join lateral (
+                   select case
+                       when clock_timestamp() > a.proposed_at + (a.expires_at - a.proposed_at) * 0.9 then 90
+                       when clock_timestamp() > a.proposed_at + (a.expires_at - a.proposed_at) * 0.5 then 50
+                       else 0
+                   end::smallint as percent
+               ) s
+               where a.status = 'pending'
+                   and (s.percent > a.reminded or (a.escalates_at < clock_timestamp() and a.escalated_at is null))
+               order by a.id limit $1
+               for update of a skip locked
+           )
+           update approvals a
+           set reminded = greatest(a.reminded, due.percent),
+               escalated_at = case when due.escalates then clock_timestamp() else a.escalated_at end
+           from due where a.company_id = due.company_id and a.id = due.id
+           returning a.company_id, a.id, a.run_id, a.reminded, a.expires_at, a.reviewers, due.escalates as "escalates!""#,
+        REMIND_MAX,
+    )
+    .fetch_all(tx)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Reminder {
+            company: CompanyId(row.company_id),
+            approval: ApprovalId(row.id),
+            run: RunId(row.run_id),
+            percent: row.reminded,
+            expires_at: row.expires_at,
+            reviewers: row.reviewers,
+            escalated: row.escalates,
+        })
+        .collect())
 }
 
 /// Anybody may decide from now on, within as much time again: the gate's timer starts
@@ -473,12 +563,20 @@ pub async fn delete_job(tx: &mut PgConnection, job: i64) -> Result<(), StoreErro
 }
 
 /// A run goes on, if it was suspended, at a step that waited for a person.
-pub async fn resume_run(tx: &mut PgConnection, company: CompanyId, run: RunId, step: i32) -> Result<(), StoreError> {
+/// `reviewed` notes that a person has let it begin to have effects.
+pub async fn resume_run(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    run: RunId,
+    step: i32,
+    reviewed: bool,
+) -> Result<(), StoreError> {
     sqlx::query!(
-        "update runs set status = 'running', waiting_on = null
+        "update runs set status = 'running', waiting_on = null, reviewed = reviewed or $3
          where company_id = $1 and id = $2 and status = 'suspended'",
         company.0,
         run.0,
+        reviewed,
     )
     .execute(&mut *tx)
     .await?;

@@ -25,6 +25,8 @@ pub struct Facts {
     pub governance: Option<Value>,
     /// The agent's own status.
     pub agent_status: String,
+    /// The agent was stopped at once, and not only paused.
+    pub stopped: bool,
     /// Its budget, in credits a month.
     pub agent_budget: Option<i64>,
     /// Its `config`.
@@ -33,6 +35,8 @@ pub struct Facts {
     pub dearest: Option<Nanos>,
     /// Whose run it is.
     pub playbook: PlaybookId,
+    /// The directive that it serves, and its budget in credits.
+    pub directive: Option<(uuid::Uuid, Option<i64>)>,
     /// The call, where it was begun before.
     pub before: Option<Before>,
 }
@@ -58,13 +62,21 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
                select from jobs where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' for update
            )
            select (extract(epoch from now()) * 1000000)::bigint as "now_us!", c.status as company_status, c.config,
-                  c.governance, a.status as agent_status, a.budget, a.config as agent_config, a.dearest_nanos,
-                  r.playbook_id, j.reserved_nanos as "reserved_nanos?", j.day as "day?", j.month as "month?",
+                  c.governance, a.status as agent_status, a.paused_by is not null as "stopped!", a.budget, a.config as agent_config, a.dearest_nanos,
+                  r.playbook_id, d.root_id as "root_id?", d.budget as "root_budget?", j.reserved_nanos as "reserved_nanos?", j.day as "day?", j.month as "month?",
                   coalesce(j.job_id = $1 and j.lease_epoch = $2, false) as "unheard!"
            from held
            join companies c on c.id = $4
            join agents a on a.company_id = $4 and a.id = $5
            join runs r on r.id = $6 and r.company_id = $4
+           -- A run of an agent's task is one of its own beats.
+           left join lateral (
+               select t.root_id, (root.metadata ->> 'budget')::bigint as budget
+               from tasks t join tasks root on root.company_id = t.company_id and root.id = t.root_id
+               where r.beat_of is not null and t.company_id = $4 and t.run_id = $6 and t.status = 'in_progress'
+                   and root.metadata ->> 'budget' ~ '^[0-9]{1,15}$'
+               limit 1
+           ) d on true
            left join journal j on j.company_id = $4 and j.work = $7 and j.turn = $8 and j.call = $9"#,
         job,
         epoch,
@@ -84,10 +96,12 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
         config: row.config,
         governance: row.governance,
         agent_status: row.agent_status,
+        stopped: row.stopped,
         agent_budget: row.budget,
         agent_config: row.agent_config,
         dearest: row.dearest_nanos.map(Nanos),
         playbook: PlaybookId(row.playbook_id),
+        directive: row.root_id.map(|root| (root, row.root_budget)),
         before: match (row.reserved_nanos, row.day, row.month) {
             (Some(reserved), Some(day), Some(month)) => {
                 Some(Before { reserved: Nanos(reserved), day, month, unheard: row.unheard })

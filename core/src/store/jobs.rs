@@ -3,12 +3,11 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
-use crate::domain::ids::{AgentId, CompanyId};
+use crate::domain::ids::{AgentId, CompanyId, PlaybookId};
 use crate::domain::plan::{CRASHES_MAX, SUSPECT_CRASHES};
 
 /// The kinds of job, as in the table.
@@ -565,11 +564,17 @@ pub(crate) fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Since when the live job with a unique key is there.
-pub async fn live_since(tx: &mut PgConnection, company: CompanyId, key: &str) -> Result<DateTime<Utc>, StoreError> {
-    Ok(sqlx::query_scalar!("select created_at from jobs where company_id = $1 and unique_key = $2", company.0, key)
-        .fetch_one(tx)
-        .await?)
+/// Locks a job under its lease; false when that is gone.
+pub async fn hold_lease(tx: &mut PgConnection, lease: Lease) -> Result<bool, StoreError> {
+    let held = sqlx::query!(
+        "select id from jobs where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' for update",
+        lease.job,
+        lease.epoch,
+        lease.session,
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(held.is_some())
 }
 
 /// Notes that a job waits for an agent, under its lease.
@@ -599,6 +604,28 @@ pub async fn unhold(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -
              for update skip locked))",
         company.0,
         agent.0,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// After this a job is looked at again whose playbook was stopped at once, should nobody wake
+/// it.
+pub const KILLED: Duration = Duration::from_secs(30);
+
+/// Jobs of a playbook's runs go on that were put off since it was stopped at once.
+pub async fn unkill(tx: &mut PgConnection, company: CompanyId, playbook: PlaybookId) -> Result<u64, StoreError> {
+    let done = sqlx::query!(
+        "update jobs set due_at = now(), state = 'ready'
+         where id = any (array(
+             select j.id from runs r join jobs j on j.id = r.job_id
+             where r.playbook_id = $2 and r.company_id = $1 and r.status = 'running'
+                 and j.state = 'scheduled' and j.kind = 'step' and j.due_at < now() + $3::bigint * interval '1 millisecond'
+             for update of j skip locked))",
+        company.0,
+        playbook.0,
+        millis(KILLED),
     )
     .execute(tx)
     .await?;

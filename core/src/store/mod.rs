@@ -10,9 +10,12 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 
+pub mod acting;
 pub mod agents;
 pub mod approvals;
 pub mod artifacts;
+pub mod audit;
+pub mod beats;
 pub mod budgets;
 pub mod children;
 pub mod dead_letters;
@@ -25,8 +28,12 @@ pub mod grants;
 pub mod idempotency;
 pub mod jobs;
 pub mod journal;
+pub mod kills;
+pub mod memories;
+pub mod messages;
 pub mod nodes;
 pub mod playbooks;
+pub mod provider_gates;
 pub mod purge;
 pub mod runs;
 pub mod secrets;

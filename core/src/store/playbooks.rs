@@ -1,10 +1,13 @@
 //! Playbooks and their immutable versions.
 
+use std::sync::Arc;
+
 use chrono::{DateTime, Utc};
 use sqlx::{Executor, PgConnection, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
+use crate::domain::governance::Policy;
 use crate::domain::ids::{AccountId, CompanyId, PlaybookId, VersionId};
 use crate::domain::money::Nanos;
 
@@ -112,6 +115,20 @@ async fn add_version(
     .await?)
 }
 
+/// A playbook that is our own: it is not listed.
+pub async fn keep_builtin(tx: &mut PgConnection, new: &NewPlaybook<'_>) -> Result<PlaybookId, StoreError> {
+    let playbook = upsert(tx, new).await?.playbook;
+    sqlx::query!(
+        "update playbooks set builtin = true, triggers_of = current_version_id
+         where company_id = $1 and id = $2 and not builtin",
+        new.company.0,
+        playbook.0,
+    )
+    .execute(tx)
+    .await?;
+    Ok(playbook)
+}
+
 /// Changes what is given of a playbook; another text is its next version.
 pub async fn update(
     tx: &mut PgConnection,
@@ -157,14 +174,17 @@ pub async fn set_status(
     company: CompanyId,
     playbook: PlaybookId,
     status: &str,
+    killed: bool,
 ) -> Result<DateTime<Utc>, StoreError> {
     Ok(sqlx::query_scalar!(
         "update playbooks
-         set updated_at = case when status = $3 then updated_at else clock_timestamp() end, status = $3
+         set killed_at = case when $4 then clock_timestamp() when $3 = 'active' then null else killed_at end,
+             updated_at = case when status = $3 then updated_at else clock_timestamp() end, status = $3
          where company_id = $1 and id = $2 returning updated_at",
         company.0,
         playbook.0,
         status,
+        killed,
     )
     .fetch_one(tx)
     .await?)
@@ -308,6 +328,7 @@ pub async fn list(
                cross join lateral (
                    select p.* from playbooks p
                    where p.company_id = c.id
+                       and ($3::uuid is not null or not p.builtin)
                        and ($3::uuid is null or p.id = $3)
                        and ($4::text is null or p.name = $4)
                        and ($5::text is null or p.status = $5)
@@ -365,6 +386,8 @@ pub struct ForStart {
     pub version: VersionId,
     /// Its company's status.
     pub company_status: String,
+    /// What that allows.
+    pub policy: Arc<Policy>,
 }
 
 /// What a start of a run needs, in one look.
@@ -375,7 +398,7 @@ pub async fn for_start(
     playbook: PlaybookId,
 ) -> Result<Option<ForStart>, StoreError> {
     let row = sqlx::query!(
-        "select p.status, p.current_version_id, c.status as company_status
+        "select p.status, p.current_version_id, c.status as company_status, c.governance, c.config
          from playbooks p join companies c on c.id = p.company_id
          where p.company_id = $1 and p.id = $2 and ($3::uuid is null or c.account_id = $3)",
         company.0,
@@ -388,6 +411,7 @@ pub async fn for_start(
         status: row.status,
         version: VersionId(row.current_version_id),
         company_status: row.company_status,
+        policy: Arc::new(Policy::of(row.governance.as_ref(), &row.config)),
     }))
 }
 

@@ -35,6 +35,8 @@ const TABLES: &[&str] = &[
     "run_items",
     "run_children",
     "journal",
+    "messages",
+    "memories",
     "budgets",
     // Last, since no index finds them by their company: work that is still
     // claimed finds no run, and ends.

@@ -221,7 +221,7 @@ pub async fn deliver(pool: &PgPool, company: CompanyId, signal: SignalId, after:
                -- What waits with no job waits no more.
                delete from waits w using open
                where w.run_id = any (array[open.run_id]) and w.step = any (array[open.step])
-                   and not exists (select from jobs j where j.id = open.job_id)
+                   and not exists (select from jobs j where j.id = open.job_id offset 0)
            ),
            taken as (
                insert into signals_taken (company_id, run_id, signal_id) select $1, wait.run_id, $2 from wait

@@ -47,6 +47,12 @@ pub struct LoadedRun {
     pub bytes: i64,
     /// How long ago it began.
     pub age: Duration,
+    /// What the company's `governance` and `config.governance` say, where either does.
+    pub policy: Option<(Option<Value>, Option<Value>)>,
+    /// A person has let it begin to have effects.
+    pub reviewed: bool,
+    /// Its playbook was stopped at once.
+    pub killed: bool,
 }
 
 /// Loads the runs that are to go on; one that has ended is left out.
@@ -55,12 +61,18 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
         r#"select r.company_id, r.id, r.playbook_id, r.version_id, r.params, c.status as company_status,
              r.status = 'suspended' as "waited!", r.ending, r.closings, r.job_id, r.called,
              r.status = 'queued' as "queued!", r.cost_nanos, r.bytes,
-             greatest(extract(epoch from clock_timestamp() - r.started_at) * 1000, 0)::bigint as "age_ms!"
+             greatest(extract(epoch from clock_timestamp() - r.started_at) * 1000, 0)::bigint as "age_ms!",
+             c.governance, c.policy, r.reviewed, p.killed_at is not null as "killed!"
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          cross join lateral (
              select * from runs r where r.company_id = k.company_id and r.id = k.id offset 0
          ) r
-         cross join lateral (select c.status from companies c where c.id = k.company_id offset 0) c
+         cross join lateral (
+             select c.status, c.governance, c.config -> 'governance' as policy from companies c where c.id = k.company_id offset 0
+         ) c
+         left join lateral (
+             select p.killed_at from playbooks p where p.company_id = r.company_id and p.id = r.playbook_id offset 0
+         ) p on true
          where r.status in ('queued', 'running', 'suspended')"#,
         companies,
         runs,
@@ -85,6 +97,9 @@ pub async fn load_runs(pool: &PgPool, companies: &[Uuid], runs: &[Uuid]) -> Resu
             cost: Nanos(row.cost_nanos),
             bytes: row.bytes,
             age: Duration::from_millis(u64::try_from(row.age_ms).unwrap_or(0)),
+            policy: (row.governance.is_some() || row.policy.is_some()).then_some((row.governance, row.policy)),
+            reviewed: row.reviewed,
+            killed: row.killed,
         })
         .collect())
 }

@@ -28,6 +28,14 @@ pub struct NewTask<'a> {
     pub priority: &'a str,
     /// The client's own.
     pub metadata: &'a Value,
+    /// What must be completed before.
+    pub needs: &'a [TaskId],
+    /// The agent that has made it.
+    pub by: Option<AgentId>,
+    /// The call that makes it.
+    pub call: Option<&'a str>,
+    /// The task in whose course it is made.
+    pub parent: Option<TaskId>,
 }
 
 /// A task.
@@ -49,6 +57,12 @@ pub struct TaskRow {
     pub priority: String,
     /// The client's own.
     pub metadata: Value,
+    /// What must be completed before.
+    pub needs: Vec<Uuid>,
+    /// The agent that has made it.
+    pub created_by: Option<Uuid>,
+    /// The task in whose course it was made.
+    pub parent_id: Option<Uuid>,
     /// `pending`, `approved`, `rejected` or `cancelled`, where a person is asked.
     pub approval: Option<String>,
     /// What a person said when refusing it.
@@ -91,8 +105,11 @@ impl TaskRow {
 /// Stores a task.
 pub async fn insert(tx: &mut PgConnection, new: &NewTask<'_>) -> Result<(), StoreError> {
     sqlx::query!(
-        "insert into tasks (company_id, id, agent_id, title, description, status, priority, metadata, approval)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, case when $6 = 'pending_approval' then 'pending' end)",
+        "insert into tasks (company_id, id, agent_id, title, description, status, priority, metadata, approval, needs, created_by, call_key,
+             parent_id, root_id)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, case when $6 = 'pending_approval' then 'pending' end, $9, $10, $11, $12,
+             coalesce((select root_id from tasks where company_id = $1 and id = $12::uuid),
+                 case when ($8::jsonb) ->> 'directive' = 'true' then $2::uuid end))",
         new.company.0,
         new.task.0,
         new.agent.map(|agent| agent.0),
@@ -101,6 +118,10 @@ pub async fn insert(tx: &mut PgConnection, new: &NewTask<'_>) -> Result<(), Stor
         new.status,
         new.priority,
         new.metadata,
+        &new.needs.iter().map(|task| task.0).collect::<Vec<_>>(),
+        new.by.map(|agent| agent.0),
+        new.call,
+        new.parent.map(|task| task.0),
     )
     .execute(tx)
     .await?;
@@ -127,7 +148,7 @@ pub async fn least_busy_agent(tx: &mut PgConnection, company: CompanyId) -> Resu
 pub async fn lock(tx: &mut PgConnection, company: CompanyId, task: TaskId) -> Result<Option<TaskRow>, StoreError> {
     Ok(sqlx::query_as!(
         TaskRow,
-        "select company_id, id, agent_id, title, description, status, priority, metadata, approval, feedback, approved_at, result,
+        "select company_id, id, agent_id, title, description, status, priority, metadata, needs, created_by, parent_id, approval, feedback, approved_at, result,
                 error, run_id, cost_nanos, created_at, updated_at, ended_at
          from tasks where company_id = $1 and id = $2 for update",
         company.0,
@@ -142,7 +163,7 @@ pub async fn lock(tx: &mut PgConnection, company: CompanyId, task: TaskId) -> Re
 pub async fn some(tx: &mut PgConnection, tasks: &[(CompanyId, TaskId)]) -> Result<Vec<TaskRow>, StoreError> {
     Ok(sqlx::query_as!(
         TaskRow,
-        "select t.company_id, t.id, agent_id, title, description, status, priority, metadata, approval, feedback,
+        "select t.company_id, t.id, agent_id, title, description, status, priority, metadata, needs, created_by, parent_id, approval, feedback,
                 approved_at, result, error, run_id, cost_nanos, created_at, updated_at, ended_at
          from unnest($1::uuid[], $2::uuid[]) as k (company_id, id)
          join tasks t on t.company_id = k.company_id and t.id = k.id
@@ -200,7 +221,7 @@ pub async fn list(
 ) -> Result<Vec<TaskRow>, StoreError> {
     Ok(sqlx::query_as!(
         TaskRow,
-        "select company_id, id, agent_id, title, description, status, priority, metadata, approval, feedback, approved_at, result,
+        "select company_id, id, agent_id, title, description, status, priority, metadata, needs, created_by, parent_id, approval, feedback, approved_at, result,
                 error, run_id, cost_nanos, created_at, updated_at, ended_at
          from tasks
          where company_id = $1
@@ -254,7 +275,10 @@ pub async fn set_status(
              approval = s.approval,
              approved_at = case when s.approval = 'approved' then coalesce(approved_at, clock_timestamp()) end,
              ended_at = case when s.over then clock_timestamp() end,
-             error = case when s.over then error end
+             error = case when s.over then error end,
+             -- What is done anew is another run.
+             run_id = case when $3 = 'pending' then null else run_id end,
+             result = case when $3 = 'pending' then null else result end
          from (
              select $3 in ('completed', 'rejected', 'failed', 'cancelled') as over,
                  case when $6::text is null then null
@@ -309,4 +333,207 @@ pub async fn update(tx: &mut PgConnection, row: &TaskRow, changes: &TaskChanges<
     .execute(tx)
     .await?;
     Ok(())
+}
+
+/// The task that an agent begins next: the most urgent, then the oldest, of those that need
+/// nothing any more.
+pub async fn next(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<Option<TaskRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        TaskRow,
+        "select company_id, id, agent_id, title, description, status, priority, metadata, needs, created_by, parent_id, approval, feedback,
+                approved_at, result, error, run_id, cost_nanos, created_at, updated_at, ended_at
+         from tasks t
+         where company_id = $1 and agent_id = $2 and status = 'pending'
+             and not exists (
+                 select from unnest(t.needs) n (id)
+                 join tasks needed on needed.company_id = t.company_id and needed.id = n.id
+                 where needed.status <> 'completed'
+             )
+         order by case priority when 'critical' then 0 when 'high' then 1 when 'medium' then 2 else 3 end, id
+         limit 1
+         for update of t",
+        company.0,
+        agent.0,
+    )
+    .fetch_optional(tx)
+    .await?)
+}
+
+/// How many tasks are settled at once.
+pub const ENDED_MAX: i64 = 100;
+
+/// Writes down of an agent's tasks whose runs have ended what came of them.
+pub async fn settle(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<Vec<TaskRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        TaskRow,
+        r#"with ended as (
+               select t.id, r.status, r.output, r.error, r.cost_nanos
+               from tasks t join runs r on r.company_id = t.company_id and r.id = t.run_id
+               where t.company_id = $1 and t.agent_id = $2 and t.status = 'in_progress'
+                   and r.status in ('completed', 'failed', 'cancelled')
+               limit $3
+               for update of t
+           )
+           update tasks t
+           set status = e.status, result = e.output, error = case when e.status = 'failed' then e.error end,
+               cost_nanos = t.cost_nanos + e.cost_nanos, updated_at = clock_timestamp(), ended_at = clock_timestamp()
+           from ended e
+           where t.company_id = $1 and t.id = e.id
+           returning t.company_id, t.id, t.agent_id, t.title, t.description, t.status, t.priority, t.metadata, t.needs,
+               t.created_by, t.parent_id, t.approval, t.feedback, t.approved_at, t.result, t.error, t.run_id, t.cost_nanos, t.created_at,
+               t.updated_at, t.ended_at"#,
+        company.0,
+        agent.0,
+        ENDED_MAX,
+    )
+    .fetch_all(tx)
+    .await?)
+}
+
+/// The results of tasks, for whoever needs them.
+pub async fn results(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    tasks: &[Uuid],
+) -> Result<Vec<(TaskId, String, Option<Value>)>, StoreError> {
+    let rows = sqlx::query!(
+        "select id, title, result from tasks where company_id = $1 and id = any ($2) order by id",
+        company.0,
+        tasks,
+    )
+    .fetch_all(tx)
+    .await?;
+    Ok(rows.into_iter().map(|row| (TaskId(row.id), row.title, row.result)).collect())
+}
+
+/// The agents whose tasks wait for one.
+pub async fn waiting_agents(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    task: TaskId,
+) -> Result<Vec<AgentId>, StoreError> {
+    let agents = sqlx::query_scalar!(
+        r#"select distinct agent_id as "agent!" from tasks
+           where company_id = $1 and needs @> array[$2::uuid] and status = 'pending' and agent_id is not null
+           order by 1"#,
+        company.0,
+        task.0,
+    )
+    .fetch_all(tx)
+    .await?;
+    Ok(agents.into_iter().map(AgentId).collect())
+}
+
+/// An agent's tasks fail that need one which will not be completed.
+pub async fn fail_hopeless(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    agent: AgentId,
+) -> Result<Vec<TaskRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        TaskRow,
+        r#"update tasks t
+           set status = 'failed', updated_at = clock_timestamp(), ended_at = clock_timestamp(),
+               error = jsonb_build_object('code', 'invalid', 'message', 'a task that it needs is ' || lost.status)
+           from (
+               select distinct on (w.id) w.id, needed.status
+               from tasks w
+               cross join lateral unnest(w.needs) n (id)
+               join tasks needed on needed.company_id = w.company_id and needed.id = n.id
+               where w.company_id = $1 and w.agent_id = $2 and w.status = 'pending'
+                   and needed.status in ('failed', 'rejected', 'cancelled')
+           ) lost
+           where t.company_id = $1 and t.id = lost.id and t.status = 'pending'
+           returning t.company_id, t.id, t.agent_id, t.title, t.description, t.status, t.priority, t.metadata, t.needs,
+               t.created_by, t.parent_id, t.approval, t.feedback, t.approved_at, t.result, t.error, t.run_id, t.cost_nanos, t.created_at,
+               t.updated_at, t.ended_at"#,
+        company.0,
+        agent.0,
+    )
+    .fetch_all(tx)
+    .await?)
+}
+
+/// Gives an agent the tasks that nobody had, since there was nobody; says whether it has got
+/// any.
+pub async fn adopt(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update tasks set agent_id = $2, updated_at = clock_timestamp()
+         where company_id = $1 and agent_id is null and status in ('pending', 'pending_approval')",
+        company.0,
+        agent.0,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() > 0)
+}
+
+/// Hands an agent's tasks that have not begun to another one; says whether there were any.
+pub async fn hand_over(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    from: AgentId,
+    to: Option<AgentId>,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update tasks set agent_id = $3, updated_at = clock_timestamp()
+         where company_id = $1 and agent_id = $2 and status in ('pending', 'pending_approval')",
+        company.0,
+        from.0,
+        to.map(|agent| agent.0),
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() > 0)
+}
+
+/// The task that a call has made, where it has.
+pub async fn by_call(tx: &mut PgConnection, company: CompanyId, call: &str) -> Result<Option<TaskRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        TaskRow,
+        "select company_id, id, agent_id, title, description, status, priority, metadata, needs, created_by, parent_id, approval,
+                feedback, approved_at, result, error, run_id, cost_nanos, created_at, updated_at, ended_at
+         from tasks where company_id = $1 and call_key = $2",
+        company.0,
+        call,
+    )
+    .fetch_optional(tx)
+    .await?)
+}
+
+/// How many tasks are open that agents have made.
+pub async fn open_by_agents(tx: &mut PgConnection, company: CompanyId) -> Result<i64, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"select count(*) as "count!" from tasks
+           where company_id = $1 and status in ('pending', 'pending_approval', 'in_progress') and created_by is not null"#,
+        company.0,
+    )
+    .fetch_one(tx)
+    .await?)
+}
+
+/// How the tasks stand that were made in the course of one.
+pub async fn children(tx: &mut PgConnection, company: CompanyId, parent: TaskId) -> Result<Vec<TaskRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        TaskRow,
+        "select company_id, id, agent_id, title, description, status, priority, metadata, needs, created_by, parent_id, approval,
+                feedback, approved_at, result, error, run_id, cost_nanos, created_at, updated_at, ended_at
+         from tasks where company_id = $1 and parent_id = $2 order by id limit 500",
+        company.0,
+        parent.0,
+    )
+    .fetch_all(tx)
+    .await?)
+}
+
+/// How much was spent for a directive.
+pub async fn cost_of_root(tx: &mut PgConnection, company: CompanyId, root: TaskId) -> Result<Nanos, StoreError> {
+    let nanos = sqlx::query_scalar!(
+        r#"select coalesce(sum(cost_nanos), 0)::bigint as "nanos!" from tasks where company_id = $1 and root_id = $2"#,
+        company.0,
+        root.0,
+    )
+    .fetch_one(tx)
+    .await?;
+    Ok(Nanos(nanos))
 }

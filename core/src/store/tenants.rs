@@ -175,6 +175,19 @@ pub async fn company(
     Ok(row)
 }
 
+/// One company, for those who work for it.
+pub async fn company_by_id(tx: &mut PgConnection, company: CompanyId) -> Result<Option<CompanyRow>, StoreError> {
+    Ok(sqlx::query_as!(
+        CompanyRow,
+        r#"select c.id as company, c.account_id as account, c.name, c.description, c.status,
+                  c.config, c.governance, c.created_at, c.updated_at, 0::bigint as "agent_count!"
+           from companies c where c.id = $1"#,
+        company.0,
+    )
+    .fetch_optional(tx)
+    .await?)
+}
+
 /// The same with all that it has spent: in one statement, since this is what is
 /// asked for most.
 pub async fn company_with_cost(
@@ -286,19 +299,21 @@ pub async fn company_ids(
 pub async fn update_company(
     tx: &mut PgConnection,
     company: CompanyId,
-    name: Option<&str>,
-    description: Option<&str>,
+    (name, description): (Option<&str>, Option<&str>),
     config: Option<&Value>,
+    governance: Option<&Value>,
 ) -> Result<(), StoreError> {
     sqlx::query!(
         "update companies
          set name = coalesce($2, name), description = coalesce($3, description),
-             config = config || coalesce($4::jsonb, '{}'::jsonb), updated_at = now()
+             config = config || coalesce($4::jsonb, '{}'::jsonb),
+             governance = case when $5::jsonb is null then governance else nullif($5::jsonb, 'null') end, updated_at = now()
          where id = $1",
         company.0,
         name,
         description,
         config,
+        governance,
     )
     .execute(tx)
     .await?;
@@ -328,15 +343,18 @@ pub async fn set_company_status(
     tx: &mut PgConnection,
     company: CompanyId,
     status: &str,
+    killed: bool,
 ) -> Result<DateTime<Utc>, StoreError> {
     Ok(sqlx::query_scalar!(
         "update companies
-         set status = $2, updated_at = clock_timestamp(),
-             paused_at = case when $2 = 'paused' then clock_timestamp() else paused_at end,
+         set updated_at = case when status = $2 then updated_at else clock_timestamp() end,
+             paused_at = case when $2 = 'paused' and status <> 'paused' then clock_timestamp() else paused_at end,
+             killed_at = case when $3 then clock_timestamp() end, status = $2,
              stopped_at = case when $2 = 'stopped' then clock_timestamp() end
          where id = $1 and status <> 'stopped' returning updated_at",
         company.0,
         status,
+        killed,
     )
     .fetch_one(tx)
     .await?)

@@ -4,6 +4,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use capx_core::domain::address::Rules;
+use capx_core::domain::agent::roles::built_in;
 use capx_core::domain::budget::CREDIT;
 use capx_core::domain::ids::{AgentId, CompanyId};
 use capx_core::engine::FieldProblem;
@@ -12,7 +13,7 @@ use capx_core::engine::tenants::add_agent;
 use capx_core::store::agents::{self, AgentRow, NewAgent};
 use capx_core::store::usage;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
@@ -27,8 +28,6 @@ use crate::api::{ApiError, Shared, openapi};
 /// The adapters that an agent may have. Workers know them too: the two meet
 /// in the database only, and a test compares them.
 const ADAPTERS: &[&str] = &["claude", "anthropic", "gpt", "openai", "custom", "http"];
-/// The roles that bring their own instructions.
-const BUILT_IN_ROLES: &[&str] = &["strategist", "engineer", "marketer", "support", "designer"];
 /// The longest role and instructions, in characters.
 const ROLE_CHARS_MAX: usize = 64;
 const INSTRUCTIONS_CHARS_MAX: usize = 20_000;
@@ -52,6 +51,7 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::AgentsWrite, 1, routes!(remove))
         .with(Scope::AgentsWrite, 2, routes!(wake))
         .with(Scope::AgentsWrite, 2, routes!(pause))
+        .with(Scope::AgentsWrite, 2, routes!(kill))
         .with(Scope::AgentsWrite, 2, routes!(resume))
 }
 
@@ -119,7 +119,7 @@ impl AgentBody {
         match &self.instructions {
             Some(text) => problems
                 .extend(instructions_problem(text).map(|message| FieldProblem::new(at("instructions"), message))),
-            None if with_defaults || BUILT_IN_ROLES.contains(&self.role.as_str()) => {}
+            None if with_defaults || built_in(&self.role).is_some() => {}
             None => wrong("instructions", "is required".into()),
         }
         if self.model.as_deref().is_some_and(|model| model.is_empty() || model.chars().count() > MODEL_CHARS_MAX) {
@@ -140,7 +140,14 @@ impl AgentBody {
         if !config.contains_key("heartbeat") {
             config.entry("heartbeat_interval").or_insert_with(|| HEARTBEAT_INTERVAL_S.into());
         }
-        let instructions = self.instructions.unwrap_or_else(|| format!("You are the {} of this company.", self.role));
+        let role = built_in(&self.role);
+        let own = || {
+            role.map_or_else(
+                || format!("You are the {} of this company.", self.role),
+                |role| role.instructions.to_owned(),
+            )
+        };
+        let instructions = self.instructions.unwrap_or_else(own);
         NewAgent {
             agent: AgentId::new(),
             role: self.role,
@@ -463,6 +470,9 @@ async fn update(
         config: body.config.map(Value::Object),
     };
     agents::update_agent(command.tx(), company, row.agent, &changes).await?;
+    let told =
+        json!({"agent_id": row.agent, "config": changes.config, "budget": changes.budget, "model": changes.model});
+    command.audit(company, "agent.changed", told).await?;
     // It may have more to spend now.
     engine::reconsider(command.tx(), company, Some(row.agent), false).await?;
     command.wake();
@@ -486,6 +496,7 @@ async fn remove(
     let company = caller.company_id(command.tx(), &company).await?;
     let id = find(command.tx(), company, &agent).await?.agent;
     engine::change(command.tx(), company, id, engine::Change::Remove).await?;
+    command.audit(company, "agent.removed", json!({"agent_id": id})).await?;
     command.finish(StatusCode::OK, Deleted { id, deleted: true }).await
 }
 
@@ -550,6 +561,28 @@ async fn pause(
     let company = caller.company_id(command.tx(), &company).await?;
     let row = find_live(command.tx(), company, &agent).await?;
     let at = engine::change(command.tx(), company, row.agent, engine::Change::Pause).await?;
+    command.audit(company, "agent.paused", json!({"agent_id": row.agent})).await?;
+    let shown = AgentStatus { id: row.agent, role: row.role, status: "paused", updated_at: Time(at) };
+    command.finish(StatusCode::OK, shown).await
+}
+
+/// Kill switch of an agent
+///
+/// It stops at once, in the middle of what it does; its state is kept, and `resume` lifts it.
+#[utoipa::path(post, path = "/companies/{company}/agents/{agent}/kill", tag = "Agents",
+    params(("company" = String, Path, description = "`co_…`"), ("agent" = String, Path, description = "`ag_…` or a role")),
+    responses((status = 200, description = "It is paused.", body = One<AgentStatus>)))]
+async fn kill(
+    State(state): Shared,
+    caller: Caller,
+    Path((company, agent)): Path<(String, String)>,
+    Body { digest, .. }: Body<Nothing>,
+) -> Result<Response, ApiError> {
+    let mut command = caller.command(&state, digest).await?;
+    let company = caller.company_id(command.tx(), &company).await?;
+    let row = find_live(command.tx(), company, &agent).await?;
+    let at = engine::change(command.tx(), company, row.agent, engine::Change::Kill).await?;
+    command.audit(company, "agent.killed", json!({"agent_id": row.agent})).await?;
     let shown = AgentStatus { id: row.agent, role: row.role, status: "paused", updated_at: Time(at) };
     command.finish(StatusCode::OK, shown).await
 }
@@ -570,6 +603,7 @@ async fn resume(
     let company = caller.company_id(command.tx(), &company).await?;
     let row = find_live(command.tx(), company, &agent).await?;
     let at = engine::change(command.tx(), company, row.agent, engine::Change::Resume).await?;
+    command.audit(company, "agent.resumed", json!({"agent_id": row.agent})).await?;
     command.wake();
     let shown = AgentStatus { id: row.agent, role: row.role, status: "active", updated_at: Time(at) };
     command.finish(StatusCode::OK, shown).await

@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use capx_core::domain::address::Rules;
+use capx_core::domain::digest::hex;
 use capx_core::domain::ids::{AgentId, ApprovalId, CompanyId, RunId, TaskId};
 use capx_core::domain::task::Change;
 use capx_core::engine::FieldProblem;
@@ -15,7 +16,7 @@ use capx_core::store::approvals::{self, ApprovalRow, Asked, Filter};
 use capx_core::store::tasks::TaskRow;
 use capx_core::store::{agents, tasks, tenants};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 use uuid::Uuid;
@@ -80,6 +81,12 @@ struct Approval {
     estimated_cost: Option<f64>,
     /// Exactly what is to be decided.
     context: Value,
+    /// SHA-256 of that: send it along to decide about nothing else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    digest: Option<String>,
+    /// The arguments that a person has put in the place of those that were asked about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    edited: Option<Value>,
     proposed_at: Time,
     /// When it decides itself, if it does.
     #[schema(required)]
@@ -111,6 +118,8 @@ struct Asker {
 
 impl Approval {
     fn of_gate(row: ApprovalRow) -> Self {
+        let risk =
+            row.context["risk"].as_str().and_then(|risk| ["low", "medium", "high"].into_iter().find(|r| *r == risk));
         Self {
             id: row.approval.to_string(),
             action_id: row.approval.to_string(),
@@ -122,9 +131,11 @@ impl Approval {
             step: Some(row.step_name),
             step_index: Some(row.step),
             agent: Asker { id: row.agent, role: row.role },
-            action_type: row.action,
-            risk: "medium",
-            estimated_cost: None,
+            action_type: row.context["tool"].as_str().map_or(row.action, str::to_owned),
+            risk: risk.unwrap_or("medium"),
+            estimated_cost: row.context["estimated_cost"].as_f64(),
+            digest: Some(hex(&row.digest)),
+            edited: row.edited,
             context: row.context,
             proposed_at: Time(row.proposed_at),
             expires_at: Some(Time(row.expires_at)),
@@ -156,6 +167,8 @@ impl Approval {
             risk: if matches!(row.priority.as_str(), "high" | "critical") { "high" } else { "medium" },
             estimated_cost: None,
             context: json!({"title": row.title, "description": row.description, "priority": row.priority, "metadata": row.metadata}),
+            digest: None,
+            edited: None,
             proposed_at: Time(row.created_at),
             expires_at: None,
             decided_at: decided_at.map(Time),
@@ -307,11 +320,21 @@ pub(super) struct ApproveBody {
     /// Kept with the decision.
     #[schema(max_length = 10_000)]
     pub note: Option<String>,
+    /// The `digest` of what you have seen: anything else is not approved.
+    #[schema(max_length = 64)]
+    pub digest: Option<String>,
+    /// The arguments that the tool is given instead, where a call of one is asked about.
+    pub params: Option<Map<String, Value>>,
 }
 
 impl Check for ApproveBody {
     fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
-        self.note.as_deref().and_then(|note| too_long("note", note)).into_iter().collect()
+        let note = self.note.as_deref().and_then(|note| too_long("note", note));
+        let hex = |digest: &String| digest.len() == 64 && digest.chars().all(|c| c.is_ascii_hexdigit());
+        let digest = self.digest.as_ref().filter(|digest| !hex(digest));
+        let digest =
+            digest.map(|_| FieldProblem::new("digest", "must be the `digest` of the approval, 64 hexadecimal digits"));
+        note.into_iter().chain(digest).collect()
     }
 }
 
@@ -339,8 +362,18 @@ fn too_long(field: &str, words: &str) -> Option<FieldProblem> {
 
 /// Where a gate names its reviewers, one of them decides, or a key with the scope `*`:
 /// whoever may do everything is not locked out by a name in a file.
-async fn may_review(command: &mut Command<'_>, caller: &Caller, id: ApprovalId) -> Result<(), ApiError> {
+async fn may_review(
+    command: &mut Command<'_>,
+    caller: &Caller,
+    id: ApprovalId,
+    shown: Option<&str>,
+) -> Result<(), ApiError> {
     let gate = approvals::get(command.tx(), caller.account, caller.company, id).await?;
+    if let (Some(shown), Some(gate)) = (shown, &gate)
+        && shown != hex(&gate.digest)
+    {
+        return Err(ApiError::Conflict("what would be done is not what `digest` stands for; look at it again".into()));
+    }
     let Some(names) = gate.filter(|gate| gate.escalated_at.is_none()).and_then(|gate| gate.reviewers) else {
         return Ok(());
     };
@@ -357,13 +390,13 @@ async fn decided(
     caller: &Caller,
     approval: &str,
     digest: [u8; 32],
-    verdict: &Verdict,
+    (verdict, shown): (&Verdict, Option<&str>),
 ) -> Result<Response, ApiError> {
     let asked = id_of(approval)?;
     let mut command = caller.command(state, digest).await?;
     let shown = match asked {
         Asked::Gate(id) => {
-            may_review(&mut command, caller, id).await?;
+            may_review(&mut command, caller, id, shown).await?;
             let by = caller.key.to_string();
             let row = decide(&state.engine, command.tx(), caller.account, caller.company, id, &by, verdict).await?;
             Approval::of_gate(row)
@@ -371,10 +404,13 @@ async fn decided(
         Asked::Task(task) => {
             let (company, _) = asked_task(command.tx(), caller, task).await?;
             let (change, feedback) = match verdict {
-                Verdict::Approve { note } => (Change::Approve, note.as_deref()),
+                Verdict::Approve { params: Some(_), .. } => {
+                    return Err(ApiError::field("params", "a task has none: change it by PATCH, then approve it"));
+                }
+                Verdict::Approve { note, .. } => (Change::Approve, note.as_deref()),
                 Verdict::Reject { feedback } => (Change::Reject, Some(feedback.as_str())),
             };
-            engine_tasks::change(command.tx(), company, task, change, feedback).await?;
+            engine_tasks::change(&state.engine, command.tx(), company, task, change, feedback).await?;
             asked_task(command.tx(), caller, task).await?.1
         }
     };
@@ -394,8 +430,8 @@ async fn approve(
     Path(approval): Path<String>,
     Body { body, digest }: Body<ApproveBody>,
 ) -> Result<Response, ApiError> {
-    let verdict = Verdict::Approve { note: body.note };
-    decided(&state, &caller, &approval, digest, &verdict).await
+    let verdict = Verdict::Approve { note: body.note, params: body.params };
+    decided(&state, &caller, &approval, digest, (&verdict, body.digest.as_deref())).await
 }
 
 /// Reject
@@ -411,5 +447,5 @@ async fn reject(
     Body { body, digest }: Body<RejectBody>,
 ) -> Result<Response, ApiError> {
     let verdict = Verdict::Reject { feedback: body.feedback };
-    decided(&state, &caller, &approval, digest, &verdict).await
+    decided(&state, &caller, &approval, digest, (&verdict, None)).await
 }

@@ -4,6 +4,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use capx_core::domain::address::Rules;
+use capx_core::domain::governance;
 use capx_core::domain::ids::{AccountId, CompanyId};
 use capx_core::engine::FieldProblem;
 use capx_core::engine::agents::reconsider;
@@ -12,7 +13,7 @@ use capx_core::engine::tenants::{CreateCompany, create_company_in};
 use capx_core::store::tenants::{self, CompanyRow};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
@@ -35,9 +36,6 @@ const STATUSES: &[&str] = &["running", "paused", "provisioning", "stopped"];
 /// What `config` may hold.
 const CONFIG_KEYS: &[&str] = &["governance", "budget_limit_daily", "timezone"];
 /// What a policy may hold, in any of its documented forms.
-const GOVERNANCE_KEYS: &[&str] =
-    &["mode", "spend_cap", "approval_required", "kill_switch", "approval", "spend_caps", "execution_policy"];
-
 fn statuses() -> utoipa::openapi::schema::Object {
     openapi::names(STATUSES)
 }
@@ -92,6 +90,15 @@ struct UpdateCompanyBody {
     description: Option<String>,
     /// Merged into the company's: `governance`, `budget_limit_daily`, `timezone`.
     config: Option<Map<String, Value>>,
+    /// The policy, in the place of what it was; null takes it away.
+    #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<Object>)]
+    governance: Option<Value>,
+}
+
+/// What is there, be it null.
+fn given<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
 }
 
 /// A company in a list.
@@ -243,25 +250,8 @@ fn check_config(config: &Map<String, Value>, problems: &mut Vec<FieldProblem>) {
 }
 
 fn check_governance(path: &str, policy: &Value, problems: &mut Vec<FieldProblem>) {
-    match policy {
-        Value::String(mode) if ["human_in_loop", "autonomous"].contains(&mode.as_str()) => {}
-        Value::String(_) => problems.push(FieldProblem::new(path, "must be human_in_loop or autonomous")),
-        Value::Object(policy) => {
-            check_keys(path, policy, GOVERNANCE_KEYS, problems);
-            let amount = |name: &str| policy.get(name).is_some_and(|v| !v.as_f64().is_some_and(|usd| usd >= 0.0));
-            if amount("spend_cap") {
-                problems.push(FieldProblem::new(format!("{path}.spend_cap"), "must be an amount in USD, 0 or more"));
-            }
-            if let Some(required) = policy.get("approval_required") {
-                let names = required.as_array().is_some_and(|list| list.iter().all(Value::is_string));
-                if !names && !required.is_boolean() {
-                    let message = "must be true, false or a list of actions";
-                    problems.push(FieldProblem::new(format!("{path}.approval_required"), message));
-                }
-            }
-        }
-        _ => problems.push(FieldProblem::new(path, "must be a mode (human_in_loop, autonomous) or an object")),
-    }
+    let found = governance::check::problems(path, policy);
+    problems.extend(found.into_iter().map(|(field, message)| FieldProblem::new(field, message)));
 }
 
 impl Check for CreateCompanyBody {
@@ -310,6 +300,9 @@ impl Check for UpdateCompanyBody {
         check_description(self.description.as_deref(), &mut problems);
         if let Some(config) = &self.config {
             check_config(config, &mut problems);
+        }
+        if let Some(policy) = self.governance.as_ref().filter(|policy| !policy.is_null()) {
+            check_governance("governance", policy, &mut problems);
         }
         problems
     }
@@ -447,7 +440,12 @@ async fn update(
     let company = caller.company_id(command.tx(), &company).await?;
     let config = body.config.map(Value::Object);
     let name = body.name.as_deref().map(str::trim);
-    tenants::update_company(command.tx(), company, name, body.description.as_deref(), config.as_ref()).await?;
+    let governance = body.governance.as_ref();
+    tenants::update_company(command.tx(), company, (name, body.description.as_deref()), config.as_ref(), governance)
+        .await?;
+    command
+        .audit(company, "company.changed", json!({"name": name, "config": config, "governance": governance}))
+        .await?;
     // Its agents may have more to spend now.
     reconsider(command.tx(), company, None, false).await?;
     command.wake();
@@ -487,6 +485,7 @@ async fn pause(
     let mut command = caller.command(&state, digest).await?;
     let id = caller.company_id(command.tx(), &company).await?;
     let at = lifecycle::change(command.tx(), id, Change::Pause).await?;
+    command.audit(id, "company.paused", json!({})).await?;
     command.finish(StatusCode::OK, Paused { id, status: "paused", paused_at: Time(at) }).await
 }
 
@@ -504,6 +503,7 @@ async fn resume(
     let mut command = caller.command(&state, digest).await?;
     let id = caller.company_id(command.tx(), &company).await?;
     let at = lifecycle::change(command.tx(), id, Change::Resume).await?;
+    command.audit(id, "company.resumed", json!({})).await?;
     command.wake();
     command.finish(StatusCode::OK, Resumed { id, status: "running", resumed_at: Time(at) }).await
 }
@@ -522,6 +522,7 @@ async fn stop(
     let mut command = caller.command(&state, digest).await?;
     let id = caller.company_id(command.tx(), &company).await?;
     let at = lifecycle::change(command.tx(), id, Change::Stop).await?;
+    command.audit(id, "company.stopped", json!({})).await?;
     command.finish(StatusCode::OK, Stopped { id, status: "stopped", stopped_at: Time(at) }).await
 }
 
@@ -539,5 +540,6 @@ async fn kill(
     let mut command = caller.command(&state, digest).await?;
     let id = caller.company_id(command.tx(), &company).await?;
     let at = lifecycle::change(command.tx(), id, Change::Kill).await?;
+    command.audit(id, "company.killed", json!({})).await?;
     command.finish(StatusCode::OK, Paused { id, status: "paused", paused_at: Time(at) }).await
 }

@@ -13,7 +13,7 @@ use capx_core::store::playbooks::{self, Filter, PlaybookRow};
 use capx_core::store::{triggers, usage};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
@@ -48,6 +48,7 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
         .with(Scope::PlaybooksWrite, 2, routes!(update))
         .with(Scope::PlaybooksWrite, 1, routes!(delete))
         .with(Scope::PlaybooksWrite, 2, routes!(pause))
+        .with(Scope::PlaybooksWrite, 2, routes!(kill))
         .with(Scope::PlaybooksWrite, 2, routes!(resume))
         .with(Scope::PlaybooksWrite, 2, routes!(archive))
         .with(Scope::PlaybooksRead, 1, routes!(versions))
@@ -552,12 +553,15 @@ async fn set_status(
     caller: &Caller,
     (company, playbook): (String, String),
     digest: [u8; 32],
-    status: &'static str,
+    (status, killed): (&'static str, bool),
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
     let id = find(command.tx(), company, &playbook).await?.playbook;
-    let at = engine::set_status(command.tx(), company, id, status).await?;
+    let at = engine::set_status(command.tx(), company, id, status, killed).await?;
+    let told = json!({"playbook_id": id, "status": status, "killed": killed});
+    command.audit(company, "playbook.status_changed", told).await?;
+    command.wake();
     command.finish(StatusCode::OK, PlaybookStatus { id, status, updated_at: Time(at) }).await
 }
 
@@ -573,7 +577,23 @@ async fn pause(
     Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    set_status(&state, &caller, path, digest, "paused").await
+    set_status(&state, &caller, path, digest, ("paused", false)).await
+}
+
+/// Kill switch of a playbook
+///
+/// Its runs stop at once, calls that are under way included, and nothing starts one; the
+/// state is kept, and `resume` lifts it.
+#[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/kill", tag = "Playbooks",
+    params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
+    responses((status = 200, description = "It is paused.", body = One<PlaybookStatus>)))]
+async fn kill(
+    State(state): Shared,
+    caller: Caller,
+    Path(path): Path<(String, String)>,
+    Body { digest, .. }: Body<Nothing>,
+) -> Result<Response, ApiError> {
+    set_status(&state, &caller, path, digest, ("paused", true)).await
 }
 
 /// Resume a playbook
@@ -588,7 +608,7 @@ async fn resume(
     Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    set_status(&state, &caller, path, digest, "active").await
+    set_status(&state, &caller, path, digest, ("active", false)).await
 }
 
 /// Archive a playbook
@@ -603,7 +623,7 @@ async fn archive(
     Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    set_status(&state, &caller, path, digest, "archived").await
+    set_status(&state, &caller, path, digest, ("archived", false)).await
 }
 
 /// A version in a list.

@@ -69,6 +69,9 @@ struct CreateTaskBody {
     priority: Option<String>,
     /// Your own keys and values.
     metadata: Option<Map<String, Value>>,
+    /// Tasks (`tsk_…`) that must be completed before it begins.
+    #[schema(max_items = 20)]
+    needs: Option<Vec<String>>,
 }
 
 /// Changes of a task; what is left out stays.
@@ -124,6 +127,14 @@ pub(super) struct Task {
     priority: String,
     #[schema(value_type = Object)]
     metadata: Value,
+    /// Tasks that must be completed before it begins.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<String>)]
+    needs: Vec<TaskId>,
+    /// The agent that has made it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    created_by: Option<AgentId>,
     /// What a person said when refusing it.
     #[serde(skip_serializing_if = "Option::is_none")]
     feedback: Option<String>,
@@ -153,6 +164,8 @@ impl Task {
             agent_id: row.agent_id.map(AgentId),
             run_id: row.run(),
             cost: row.cost().to_usd(),
+            needs: row.needs.iter().copied().map(TaskId).collect(),
+            created_by: row.created_by.map(AgentId),
             title: row.title,
             description: row.description,
             status: row.status,
@@ -210,6 +223,21 @@ impl Check for UpdateTaskBody {
     }
 }
 
+/// Tasks that a body names.
+fn needed(ids: Vec<String>) -> Result<Vec<TaskId>, ApiError> {
+    let read = |(at, id): (usize, String)| {
+        let problem =
+            |_| FieldProblem::new(format!("needs.{at}"), format!("`{id}` is no task's id, which begins with `tsk_`"));
+        id.parse().map_err(problem)
+    };
+    let read: Vec<Result<TaskId, FieldProblem>> = ids.into_iter().enumerate().map(read).collect();
+    let (ids, problems): (Vec<_>, Vec<_>) = read.into_iter().partition(Result::is_ok);
+    match problems.is_empty() {
+        true => Ok(ids.into_iter().flatten().collect()),
+        false => Err(ApiError::fields(problems.into_iter().filter_map(Result::err).collect())),
+    }
+}
+
 /// An agent that a body names: one of the company's that is not removed.
 async fn assignee(tx: &mut PgConnection, company: CompanyId, agent: Option<&str>) -> Result<Option<AgentId>, ApiError> {
     let Some(agent) = agent else { return Ok(None) };
@@ -240,8 +268,13 @@ async fn create(
         description: body.description,
         priority: body.priority.unwrap_or_else(|| "medium".to_owned()),
         metadata: Value::Object(body.metadata.unwrap_or_default()),
+        needs: needed(body.needs.unwrap_or_default())?,
+        by: None,
+        call: None,
+        parent: None,
     };
     let row = engine::create(command.tx(), &company, &request).await?;
+    command.wake();
     command.finish(StatusCode::CREATED, Task::new(row)).await
 }
 
@@ -279,8 +312,13 @@ async fn direct(
         agent: Some(strategist),
         priority: "high".into(),
         metadata: Value::Object(metadata),
+        needs: Vec::new(),
+        by: None,
+        call: None,
+        parent: None,
     };
     let row = engine::create(command.tx(), &company, &request).await?;
+    command.wake();
     command.finish(StatusCode::CREATED, Task::new(row)).await
 }
 
@@ -381,6 +419,7 @@ async fn update(
         metadata: body.metadata.map(Value::Object),
     };
     let row = engine::update(command.tx(), company, id_of(&task)?, &changes).await?;
+    command.wake();
     command.finish(StatusCode::OK, Task::new(row)).await
 }
 
@@ -394,7 +433,8 @@ async fn changed(
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
-    let row = engine::change(command.tx(), company, id_of(&task)?, change, feedback).await?;
+    let row = engine::change(&state.engine, command.tx(), company, id_of(&task)?, change, feedback).await?;
+    command.wake();
     command.finish(StatusCode::OK, Task::new(row)).await
 }
 

@@ -2,6 +2,7 @@
 //! 2023-06-01. Answers are asked for as a stream, so that a long one is seen to move.
 
 use capx_core::domain::agent::message::{Block, Message, Reply, Stop, ToolResult, Usage};
+use capx_core::domain::agent::roles::built_in;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use serde::Deserialize;
@@ -32,13 +33,21 @@ impl Adapter for Claude {
             ];
             let url = format!("{}/v1/messages", self.0.base());
             let reply = provider::post::<Streamed>(egress, ask, url, headers, &body(ask)).await?;
-            Ok(Answered { reply, cost: None })
+            Ok(Answered { reply, cost: None, memory: Map::new() })
         }
         .boxed()
     }
 
     fn default_model(&self) -> &'static str {
         "claude-sonnet-4-6"
+    }
+
+    fn model_of(&self, role: &str) -> &'static str {
+        built_in(role).map_or(self.default_model(), |role| role.model)
+    }
+
+    fn gate(&self) -> Option<String> {
+        Some(format!("anthropic/{}", self.0.digest()))
     }
 }
 
@@ -266,7 +275,7 @@ impl Assembly for Streamed {
                 let mut failure = Failure::new(class, format!("the provider broke off: {}", error.message));
                 let closed_for = busy.then_some(OVERLOADED);
                 failure.retry_after = closed_for;
-                return Err(Trouble { failure, closed_for, maybe_paid: true });
+                return Err(Trouble { failure, closed_for, maybe_paid: true, quota: false });
             }
             Event::Other => {}
         }

@@ -11,7 +11,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use reqwest::Method;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{ANSWER_BYTES_MAX, Adapter, Answered, Ask, Payment, Trouble};
 use crate::egress::{Call, Egress, Unanswered};
@@ -25,6 +25,8 @@ struct Told {
     tool_calls: Option<Vec<Asked>>,
     cost: Option<f64>,
     usage: Option<UsageTold>,
+    #[serde(default)]
+    memory: Option<Map<String, Value>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -80,7 +82,7 @@ fn body(ask: &Ask<'_>) -> Value {
         "params": ask.task.params,
         "agent": {"id": agent.agent, "role": agent.role, "model": model},
         "instructions": agent.instructions,
-        "memory": {},
+        "memory": ask.task.memory,
         // The task itself is in the fields above.
         "messages": ask.messages.iter().skip(1).flat_map(message).collect::<Vec<_>>(),
         "tools": ask.tools.iter().map(|tool| json!({
@@ -132,9 +134,14 @@ async fn turn(egress: &Egress, ask: &Ask<'_>) -> Result<Answered, Trouble> {
         large: None,
         trusted: false,
     };
-    let maybe = |failure: Failure| Trouble { failure, closed_for: None, maybe_paid: true };
+    let maybe = |failure: Failure| Trouble { failure, closed_for: None, maybe_paid: true, quota: false };
     let open = egress.open(call).await;
-    let open = open.map_err(|Unanswered { failure, sent }| Trouble { failure, closed_for: None, maybe_paid: sent })?;
+    let open = open.map_err(|Unanswered { failure, sent }| Trouble {
+        failure,
+        closed_for: None,
+        maybe_paid: sent,
+        quota: false,
+    })?;
     let answer = open.whole().await.map_err(maybe)?;
     if let Some(failure) = answer.failure() {
         return Err(failure.into());
@@ -149,6 +156,7 @@ fn answered(body: &[u8], model: &str) -> Result<Answered, Failure> {
         ))
     })?;
     let (cost, usage) = paid(&told)?;
+    let memory = told.memory.unwrap_or_default();
     let calls = told.tool_calls.unwrap_or_default();
     let stop = if calls.is_empty() { Stop::End } else { Stop::Tools };
     if calls.is_empty() && told.output.is_none() {
@@ -158,7 +166,7 @@ fn answered(body: &[u8], model: &str) -> Result<Answered, Failure> {
     let content = calls.into_iter().map(call).collect();
     let reply =
         Reply { content, stop, usage, model: model.to_owned(), id: None, output: told.output, simulated: false };
-    Ok(Answered { reply, cost })
+    Ok(Answered { reply, cost, memory })
 }
 
 /// What the endpoint says that it cost: `cost` wins over `usage`.
@@ -189,11 +197,12 @@ mod tests {
 
     #[test]
     fn an_answer_gives_an_output_or_asks_for_tools() {
-        let Answered { reply, cost } =
-            answered(br#"{"output": "x", "cost": 0.5, "usage": {"cost_usd": 9}}"#, "custom").expect("an answer");
+        let body = br#"{"output": "x", "cost": 0.5, "usage": {"cost_usd": 9}, "memory": {"k": 1}}"#;
+        let Answered { reply, cost, memory } = answered(body, "custom").expect("an answer");
+        assert_eq!(memory["k"], 1);
         assert_eq!((reply.output, reply.stop, cost), (Some(json!("x")), Stop::End, Some(Nanos(500_000_000))));
         let asks = br#"{"tool_calls": [{"id": "1", "name": "file_read", "input": {"path": "a"}}], "usage": {"input_tokens": 3}}"#;
-        let Answered { reply, cost } = answered(asks, "custom").expect("an answer");
+        let Answered { reply, cost, .. } = answered(asks, "custom").expect("an answer");
         assert_eq!((reply.calls().count(), reply.stop.clone(), cost), (1, Stop::Tools, None));
         assert_eq!(reply.usage.map(|usage| usage.input), Some(3));
         for (body, why) in [

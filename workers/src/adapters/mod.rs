@@ -10,7 +10,7 @@ use capx_core::domain::money::Nanos;
 use capx_core::domain::outcome::Failure;
 use capx_core::store::agents::AgentRow;
 use futures_util::future::BoxFuture;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::egress::Egress;
 
@@ -125,6 +125,8 @@ pub struct Task<'a> {
     pub params: &'a Value,
     /// What a draft before lacked.
     pub feedback: Option<&'a Value>,
+    /// What the agent remembers.
+    pub memory: &'a Map<String, Value>,
 }
 
 /// A turn that came.
@@ -134,6 +136,8 @@ pub struct Answered {
     pub reply: Reply,
     /// What it cost, where the other side says so.
     pub cost: Option<Nanos>,
+    /// What it wants to remember, by name; null forgets.
+    pub memory: Map<String, Value>,
 }
 
 /// A turn that did not come.
@@ -145,11 +149,13 @@ pub struct Trouble {
     pub closed_for: Option<Duration>,
     /// The other side may have done the work all the same.
     pub maybe_paid: bool,
+    /// The account has no money left with the provider.
+    pub quota: bool,
 }
 
 impl From<Failure> for Trouble {
     fn from(failure: Failure) -> Self {
-        Self { failure, closed_for: None, maybe_paid: false }
+        Self { failure, closed_for: None, maybe_paid: false, quota: false }
     }
 }
 
@@ -172,6 +178,16 @@ pub trait Adapter: Send + Sync {
 
     /// The model that is asked where nobody names one.
     fn default_model(&self) -> &'static str;
+
+    /// The same for an agent of a role.
+    fn model_of(&self, _role: &str) -> &'static str {
+        self.default_model()
+    }
+
+    /// Whose refusals hold for everybody: the account with the provider, where there is one.
+    fn gate(&self) -> Option<String> {
+        None
+    }
 
     /// How long one turn may take where the agent does not say.
     fn default_timeout(&self) -> Duration {

@@ -8,7 +8,7 @@ use capx_core::domain::agent::message::{Block, Message, Reply, Stop};
 use capx_core::domain::playbook::rubric::GRADE;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, ready};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{Adapter, Answered, Ask, Payment, Trouble};
 use crate::egress::Egress;
@@ -19,7 +19,7 @@ pub(super) struct OfflineModel;
 
 impl Adapter for OfflineModel {
     fn turn<'a>(&'a self, _: &'a Egress, ask: &'a Ask<'a>) -> BoxFuture<'a, Result<Answered, Trouble>> {
-        ready(Ok(Answered { reply: reply(ask), cost: None })).boxed()
+        ready(Ok(Answered { reply: reply(ask), cost: None, memory: Map::new() })).boxed()
     }
 
     fn default_model(&self) -> &'static str {

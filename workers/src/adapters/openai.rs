@@ -8,7 +8,7 @@ use capx_core::domain::outcome::{ErrorClass, Failure};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::provider::{self, Account, Assembly, malformed};
 use super::{Adapter, Answered, Ask, Offer, Trouble};
@@ -31,13 +31,17 @@ impl Adapter for OpenAi {
             let headers = vec![("authorization".to_owned(), format!("Bearer {}", self.0.key()))];
             let url = format!("{}/chat/completions", self.0.base());
             let reply = provider::post::<Streamed>(egress, ask, url, headers, &body(ask)).await?;
-            Ok(Answered { reply, cost: None })
+            Ok(Answered { reply, cost: None, memory: Map::new() })
         }
         .boxed()
     }
 
     fn default_model(&self) -> &'static str {
         "gpt-4o"
+    }
+
+    fn gate(&self) -> Option<String> {
+        Some(format!("openai/{}", self.0.digest()))
     }
 }
 
@@ -279,7 +283,7 @@ impl Assembly for Streamed {
                 error.kind.as_deref().is_some_and(|kind| kind.contains("rate_limit") || kind.contains("overloaded"));
             let class = if busy { ErrorClass::RateLimited } else { ErrorClass::Transient };
             let failure = Failure::new(class, format!("the provider broke off: {}", error.message));
-            return Err(Trouble { failure, closed_for: busy.then_some(OVERLOADED), maybe_paid: true });
+            return Err(Trouble { failure, closed_for: busy.then_some(OVERLOADED), maybe_paid: true, quota: false });
         }
         self.id = chunk.id.or(self.id.take());
         self.model = chunk.model.unwrap_or(std::mem::take(&mut self.model));

@@ -5,6 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use capx_core::domain::agent::message::Reply;
+use capx_core::domain::digest::{hex, sha256};
 use capx_core::domain::outcome::{ErrorClass, Failure};
 use reqwest::Method;
 use serde_json::Value;
@@ -44,6 +45,11 @@ impl Account {
     pub(super) fn base(&self) -> &str {
         &self.base
     }
+
+    /// The account without its key, for the gate that all workers share.
+    pub(super) fn digest(&self) -> String {
+        hex(&sha256(format!("{}\0{}", self.base, self.key)))[..16].to_owned()
+    }
 }
 
 /// Puts a reply together out of the events of a stream.
@@ -80,6 +86,7 @@ pub(super) async fn post<A: Assembly + Default>(
         failure,
         closed_for: None,
         maybe_paid: sent,
+        quota: false,
     })?;
     if open.status >= 400 {
         return Err(refusal(&open.whole().await.map_err(unanswered)?));
@@ -104,13 +111,13 @@ async fn stream<A: Assembly>(mut open: Open, mut assembly: A) -> Result<Reply, T
 
 /// Something went wrong on the way back.
 fn unanswered(failure: Failure) -> Trouble {
-    Trouble { failure, closed_for: None, maybe_paid: true }
+    Trouble { failure, closed_for: None, maybe_paid: true, quota: false }
 }
 
 /// The answer is no such answer: it may have been paid for, and would be no better again.
 pub(super) fn malformed(why: impl fmt::Display) -> Trouble {
     let failure = Failure::invalid(format!("the provider's answer cannot be read: {why}"));
-    Trouble { failure, closed_for: None, maybe_paid: true }
+    Trouble { failure, closed_for: None, maybe_paid: true, quota: false }
 }
 
 /// What a refusal means. Both providers name it in `error.type` or `error.code`.
@@ -132,14 +139,14 @@ fn refusal(answer: &Answer) -> Trouble {
     let quota = matches!(kind, "insufficient_quota" | "billing_error" | "billing_not_active") || answer.status == 402;
     if quota {
         let failure = Failure { class: ErrorClass::Invalid, retry_after: None, ..failure };
-        return Trouble { failure, closed_for: None, maybe_paid: false };
+        return Trouble { failure, closed_for: None, maybe_paid: false, quota: true };
     }
     let closed_for = matches!(answer.status, 429 | 503 | 529).then(|| wait(answer));
     if closed_for.is_some() {
         failure.class = ErrorClass::RateLimited;
         failure.retry_after = closed_for;
     }
-    Trouble { failure, closed_for, maybe_paid: false }
+    Trouble { failure, closed_for, maybe_paid: false, quota: false }
 }
 
 /// How long a refusal asks everybody to wait: `retry-after-ms`, `retry-after` in seconds, or

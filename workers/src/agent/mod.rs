@@ -10,28 +10,34 @@ use capx_core::domain::agent::message::{Message, Reply, ToolResult};
 use capx_core::domain::agent::price::Price;
 use capx_core::domain::digest;
 use capx_core::domain::money::Nanos;
-use capx_core::domain::outcome::{Failure, Outcome};
+use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
+use capx_core::domain::plan::Gate;
+use capx_core::engine::acting::{self, May};
 use capx_core::engine::spending::{self, Asked, Came, HELD};
 use capx_core::failpoint;
 use capx_core::store::agents::AgentRow;
 use capx_core::store::journal::Place;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use crate::adapters::{self, Adapter, Answered, Ask, Offer, Payment, Task, Trouble};
+use crate::adapters::{self, Answered, Ask, Offer, Payment, Task, Trouble};
+use crate::egress;
 use crate::handlers::{Hands, StepCall};
 use crate::journal::{Journal, Journals};
 use crate::tools::registry::{self, OnUnknown, Tool};
 use crate::tools::{self, ToolCall};
 
 mod prompt;
+mod ways;
+
+use ways::{On, Way, spread, ways};
 
 /// One attempt at a piece of work.
 struct Attempt<'a> {
     hands: &'a Hands,
     call: &'a StepCall<'a>,
     agent: &'a AgentRow,
-    adapter: Box<dyn Adapter>,
-    model: &'a str,
+    /// The models that may be asked, the first one first.
+    ways: Vec<Way>,
     journal: Journal<'a>,
     tools: Vec<&'static Tool>,
     system: String,
@@ -50,6 +56,7 @@ pub async fn work(hands: &Hands, call: StepCall<'_>, journals: &Journals<'_>, ca
         Ok(output) => Outcome::Done { output, cost: journals.booked() },
         Err(Halt::Failed(failure)) => Outcome::Failed { failure, cost: journals.booked() },
         Err(Halt::Waits(delay)) => Outcome::Released { delay },
+        Err(Halt::Asks(gate)) => Outcome::Asks(gate),
     }
 }
 
@@ -59,12 +66,22 @@ enum Halt {
     Failed(Failure),
     /// It is not its time: it is taken up again after a while, and no try is charged.
     Waits(Duration),
+    /// A person is asked about a call.
+    Asks(Box<Gate>),
 }
 
 impl From<Failure> for Halt {
     fn from(failure: Failure) -> Self {
         Self::Failed(failure)
     }
+}
+
+/// What has come of asking a model.
+enum Answer {
+    /// It has answered.
+    Turn(Turn),
+    /// It could not be asked, or has not answered; where there is no other, the attempt ends so.
+    Not(On, Halt),
 }
 
 async fn converse(
@@ -83,27 +100,23 @@ async fn converse(
         let why = agent.error.as_deref().unwrap_or("no reason is known");
         return Err(Failure::invalid(format!("the agent `{role}` is errored: {why}")).into());
     }
-    let name = call.step.adapter.as_deref().unwrap_or(&agent.adapter);
-    let adapter = hands.providers.adapter(name).map_err(Failure::invalid)?;
-    // A model belongs to its adapter: that of the agent is not asked of another one.
-    let own = (name == agent.adapter).then_some(agent.model.as_deref()).flatten();
-    let model = call.step.model.as_deref().or(own);
+    let ways = ways(hands, call, agent)?;
     let journal = journals.of(&call.idempotency_key, agent.agent, category);
     if agent.status == "paused" {
         journal.hold().await?;
         return Err(Halt::Waits(HELD));
     }
     let written = journal.read().await?;
+    let memory = journal.remembered().await?;
     let turns_max = agent.config.get("max_turns").and_then(Value::as_u64).and_then(|turns| u32::try_from(turns).ok());
     let mut attempt = Attempt {
-        model: model.unwrap_or(adapter.default_model()),
         hands,
         call,
         agent,
-        adapter,
+        ways,
         journal,
         tools: registry::offered(agent.config.get("tools").and_then(Value::as_array)),
-        system: prompt::system(agent),
+        system: prompt::system(agent, &memory),
         task: Task {
             company: call.company.to_string(),
             run: call.run.to_string(),
@@ -112,12 +125,13 @@ async fn converse(
             action: &call.step.action,
             params,
             feedback: call.feedback,
+            memory: &memory,
         },
         turns_max: turns_max.unwrap_or(TURNS_DEFAULT).clamp(1, TURNS_MAX),
         base: written.base,
         turns: written.turns,
     };
-    let over = matches!(next(&attempt.turns, attempt.turns_max), Next::Done(_) | Next::Stuck(_));
+    let over = matches!(next(&attempt.turns, attempt.turns_max), Next::Done(_) | Next::Stuck(_) | Next::Circles(_));
     if over && written.of_another {
         // The attempt that said this has failed with it: this one begins anew.
         attempt.base += u32::try_from(attempt.turns.len()).unwrap_or(u32::MAX);
@@ -144,6 +158,10 @@ impl Attempt<'_> {
                 }
                 Next::Done(output) => return Ok(output),
                 Next::Stuck(failure) => return Err(failure.into()),
+                Next::Circles(failure) => {
+                    self.journal.break_off(&failure.message).await?;
+                    return Err(failure.into());
+                }
             }
         }
     }
@@ -157,18 +175,36 @@ impl Attempt<'_> {
         digest::call_key(&self.call.idempotency_key, place.turn, place.call)
     }
 
-    /// Asks the model once more.
+    /// Asks the model once more; another one, where that cannot be asked and the owner says so.
     async fn turn(&self, number: u32) -> Result<Turn, Halt> {
         let fresh = number == 0 && self.base > 0;
         let number = self.base + number;
+        let mut last = None;
+        for (at, way) in self.ways.iter().enumerate() {
+            let others = self.ways.get(at + 1..).unwrap_or_default();
+            match self.ask(way, number, fresh, others.iter().any(|other| other.on.contains(&On::Budget))).await? {
+                Answer::Turn(turn) => return Ok(turn),
+                Answer::Not(why, halt) => {
+                    last = Some(halt);
+                    if !others.iter().any(|other| other.on.contains(&why)) {
+                        break;
+                    }
+                }
+            }
+        }
+        Err(last.unwrap_or_else(|| Halt::Failed(Failure::invalid("no model may be asked"))))
+    }
+
+    /// Asks one model, in one way.
+    async fn ask(&self, way: &Way, number: u32, fresh: bool, has_cheaper: bool) -> Result<Answer, Halt> {
         let place = Place { turn: number, call: 0 };
         let key = self.key(place);
         let messages = messages(prompt::task(&self.task), &self.turns);
-        let timeout = adapters::turn_timeout(self.adapter.as_ref(), self.agent)?.min(self.left());
+        let timeout = adapters::turn_timeout(way.adapter.as_ref(), self.agent)?.min(self.left());
         let offers: Vec<Offer<'_>> = self.tools.iter().map(|tool| offer(tool)).collect();
         let ask = Ask {
             agent: self.agent,
-            model: self.model,
+            model: &way.model,
             system: &self.system,
             messages: &messages,
             tools: &offers,
@@ -178,14 +214,16 @@ impl Attempt<'_> {
             idle: self.call.idle,
             task: &self.task,
         };
-        let (table, price) = self.price(&ask)?;
+        let (table, price) = self.price(way, &ask)?;
         let turn = spending::Turn {
             place,
-            model: self.model.to_owned(),
+            model: way.model.clone(),
             key: key.clone(),
             fresh,
             price,
-            keyed: self.adapter.payment() == Payment::Told,
+            gate: way.adapter.gate().map(|account| format!("{account}/{}", way.model)),
+            has_cheaper,
+            keyed: way.adapter.payment() == Payment::Told,
             run_cap: self.call.playbook.budget,
             step_cap: self.call.step.budget,
             playbook_cap: self.call.playbook.execution.spend_cap,
@@ -193,39 +231,53 @@ impl Attempt<'_> {
         match self.journal.turn_begins(&turn).await? {
             Asked::Go => {}
             Asked::Wait(delay) => return Err(Halt::Waits(delay)),
+            Asked::Closed(delay) => return Ok(Answer::Not(On::Outage, Halt::Waits(spread(delay)))),
+            Asked::TooDear => {
+                let failure = Failure::invalid("there is no money for the model, and none for another");
+                return Ok(Answer::Not(On::Budget, Halt::Failed(failure)));
+            }
             Asked::Refused(failure) => return Err(failure.into()),
             Asked::Lost => return Err(Halt::Waits(Duration::ZERO)),
         }
         failpoint::reach("agent.turn_begun").await;
         let began = Instant::now();
-        let answered = self.adapter.turn(&self.hands.egress, &ask).await;
+        let answered = way.adapter.turn(&self.hands.egress, &ask).await;
         failpoint::reach("agent.turn_answered").await;
         match answered {
-            Ok(Answered { reply, cost }) => {
+            Ok(Answered { reply, cost, memory }) => {
+                // Before the answer is stored, or nobody would know of it: once for each turn.
+                self.journal.remember(&key, &memory, self.call.deeds).await?;
                 let cost = cost.unwrap_or_else(|| paid(table, price, &reply));
                 self.journal.turn_ended(&turn, Came::Answer { response: json!(reply), cost }).await?;
                 failpoint::reach("agent.turn_stored").await;
                 tracing::debug!(
-                    run.id = %self.task.run, agent.id = %self.agent.agent, model = self.model, turn = number,
+                    run.id = %self.task.run, agent.id = %self.agent.agent, model = way.model, turn = number,
                     cost_nanos = cost.0, took_ms = began.elapsed().as_millis(), "a model has answered"
                 );
-                Ok(Turn { reply, calls: Vec::new() })
+                Ok(Answer::Turn(Turn { reply, calls: Vec::new() }))
             }
-            Err(Trouble { failure, maybe_paid, .. }) => {
-                let came = Came::Trouble { failure: failure.clone(), maybe_paid };
+            Err(Trouble { failure, maybe_paid, closed_for, quota }) => {
+                let came = Came::Trouble { failure: failure.clone(), maybe_paid, closed_for };
                 self.journal.turn_ended(&turn, came).await?;
-                Err(failure.into())
+                let why = match quota {
+                    true => On::Quota,
+                    false if failure.class == ErrorClass::Invalid => return Err(failure.into()),
+                    false => On::Outage,
+                };
+                // Everybody waits for the provider, and nobody's try is charged.
+                let waits = closed_for.filter(|_| turn.gate.is_some());
+                Ok(Answer::Not(why, waits.map_or(Halt::Failed(failure), |wait| Halt::Waits(spread(wait)))))
             }
         }
     }
 
     /// What the model's tokens cost, and what the turn may: a model without a price is not
     /// asked.
-    fn price(&self, ask: &Ask<'_>) -> Result<(Option<&Price>, spending::Price), Failure> {
+    fn price(&self, way: &Way, ask: &Ask<'_>) -> Result<(Option<&Price>, spending::Price), Failure> {
         let prices = &self.hands.providers.prices;
         // Prices change by days: which clock says so does not matter.
-        let price = prices.of(self.model, chrono::Utc::now().date_naive());
-        match (self.adapter.payment(), price) {
+        let price = prices.of(&way.model, chrono::Utc::now().date_naive());
+        match (way.adapter.payment(), price) {
             (Payment::Free, _) => Ok((None, spending::Price::AtMost(Nanos::ZERO))),
             (Payment::Told, price) => Ok((price, spending::Price::Afterwards)),
             (Payment::Priced, Some(price)) => {
@@ -236,7 +288,7 @@ impl Attempt<'_> {
             }
             (Payment::Priced, None) => Err(Failure::invalid(format!(
                 "the model `{}` has no price, so nobody could say what it costs: name it in the file of CAPX_PRICES, or use one of {}",
-                self.model,
+                way.model,
                 prices.models().join(", ")
             ))),
         }
@@ -267,40 +319,43 @@ impl Attempt<'_> {
     }
 
     /// Makes a call that the model has asked for; what is wrong with it is told to the model.
-    async fn tool(
-        &self,
-        place: Place,
-        id: String,
-        name: String,
-        input: Value,
-        unknown: bool,
-    ) -> Result<Called, Failure> {
+    async fn tool(&self, place: Place, id: String, name: String, input: Value, unknown: bool) -> Result<Called, Halt> {
         let told =
             |content: String, is_error: bool| ToolResult { id, name: name.clone(), content: cut(content), is_error };
-        let (tool, params) = match self.checked(&name, input) {
+        let (tool, mut params) = match self.checked(&name, input) {
             Ok(checked) => checked,
-            Err(problem) => {
-                let result = told(problem, true);
-                self.journal.call_begins(place, &name, &self.key(place)).await?;
-                self.journal.call_ended(place, &result, true).await?;
-                return Ok(Called::Done { result, refused: true });
-            }
+            Err(problem) => return self.refuse(place, &name, told(problem, true)).await,
         };
         if unknown && tool.on_unknown == OnUnknown::Review {
-            return Err(Failure::invalid(format!(
+            return Err(Halt::Failed(Failure::invalid(format!(
                 "a worker died over a call of `{}`, and nobody knows whether it was made; look at what it did, and retry the run",
                 tool.name
-            )));
+            ))));
         }
         let key = self.key(place);
-        self.journal.call_begins(place, tool.name, &key).await?;
+        match self.journal.acts(&self.acting(place, tool, &key, &params)).await? {
+            May::Go { edited: None } => {}
+            // A person wants it otherwise: their arguments are held to the same schema.
+            May::Go { edited: Some(edited) } => match self.checked(&name, edited) {
+                Ok((_, edited)) => params = edited,
+                Err(problem) => return self.refuse(place, &name, told(problem, true)).await,
+            },
+            May::Ask(_) if self.call.in_list => return Err(Halt::Failed(acting::cannot_wait(tool.name))),
+            May::Ask(gate) => return Err(Halt::Asks(gate)),
+            May::Refused(why) => return self.refuse(place, &name, told(why, true)).await,
+            May::Wait(delay) => return Err(Halt::Waits(delay)),
+            May::Lost => return Err(Halt::Waits(Duration::ZERO)),
+        }
         failpoint::reach("agent.call_begun").await;
+        let mut deeds = self.call.deeds.clone();
+        deeds.doer.agent = Some(self.agent.agent);
         let call = ToolCall {
             company: self.call.company,
             run: self.call.run,
             params,
             secrets: None,
             artifacts: self.call.artifacts,
+            deeds: &deeds,
             idempotency_key: key,
             timeout: self.left(),
             idle: self.call.idle,
@@ -310,9 +365,36 @@ impl Attempt<'_> {
             Err(failure) => told(failure.message, true),
         };
         failpoint::reach("agent.call_made").await;
-        self.journal.call_ended(place, &result, false).await?;
+        self.journal.call_ended((place, tool.name, &self.key(place)), &result, false).await?;
         failpoint::reach("agent.call_stored").await;
         Ok(Called::Done { result, refused: false })
+    }
+
+    /// What is not called, and why the model is told so.
+    async fn refuse(&self, place: Place, name: &str, result: ToolResult) -> Result<Called, Halt> {
+        self.journal.call_begins(place, name, &self.key(place)).await?;
+        self.journal.call_ended((place, name, &self.key(place)), &result, true).await?;
+        Ok(Called::Done { result, refused: true })
+    }
+
+    /// A call as the company's policy, and a person, look at it.
+    fn acting(&self, place: Place, tool: &Tool, key: &str, params: &Map<String, Value>) -> acting::Call {
+        let url = params.get("url").and_then(Value::as_str);
+        let hosts = self.agent.config.get("allowed_hosts").and_then(Value::as_array);
+        let reasoning = self.turns.last().map(|turn| turn.reply.text()).unwrap_or_default();
+        let reasoning: String = reasoning.chars().take(REASONING_CHARS_MAX).collect();
+        acting::Call {
+            place,
+            tool: tool.name.to_owned(),
+            key: key.to_owned(),
+            context: json!({
+                "playbook": self.task.playbook, "step": self.task.step, "role": self.agent.role,
+                "action": self.task.action, "tool": tool.name, "params": params, "reasoning": reasoning,
+                "message": format!("the agent wants to use {}", tool.name),
+            }),
+            host: url.map(|url| egress::host_of(url).unwrap_or_default()),
+            hosts: hosts.map(|hosts| hosts.iter().filter_map(|host| Some(host.as_str()?.to_owned())).collect()),
+        }
     }
 
     /// The tool that a model means, and its arguments; or what is wrong with them.
@@ -346,6 +428,8 @@ fn paid(table: Option<&Price>, price: spending::Price, reply: &Reply) -> Nanos {
     }
 }
 
+/// So much of what the model has said is shown to whoever decides about a call.
+const REASONING_CHARS_MAX: usize = 4_000;
 /// What providers add around it: the prompt that explains tools is some hundred tokens
 /// (Anthropic's pricing page names up to 1,000), and a few for each message.
 const OVERHEAD_TOKENS: u64 = 2_000;

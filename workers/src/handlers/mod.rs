@@ -6,14 +6,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capx_core::domain::digest;
+use capx_core::domain::governance::{Action, Policy};
 use capx_core::domain::ids::{CompanyId, RunId};
-use capx_core::domain::outcome::{Failure, Outcome};
+use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
 use capx_core::domain::plan::{Draft, JUNCTION};
 use capx_core::domain::playbook::load::TOOLS;
 use capx_core::domain::playbook::model::StepKind;
 use capx_core::domain::playbook::rubric::GRADE;
 use capx_core::domain::playbook::{Playbook, Step};
 use capx_core::domain::secret::Secrets;
+use capx_core::engine::beats;
 use capx_core::engine::claim::StepWork;
 use capx_core::store::agents::AgentRow;
 use capx_core::store::jobs::{ClaimedJob, kind};
@@ -22,10 +24,11 @@ use serde_json::{Map, Value, json};
 use crate::adapters::Providers;
 use crate::agent;
 use crate::artifacts::Artifacts;
-use crate::egress::Egress;
+use crate::deeds::Deeds;
+use crate::egress::{self, Egress};
 use crate::journal::Journals;
 use crate::tools::workspace::Workspaces;
-use crate::tools::{self, ToolCall};
+use crate::tools::{self, Search, ToolCall};
 
 /// What the attempts of a worker can reach.
 #[derive(Debug)]
@@ -36,6 +39,15 @@ pub struct Hands {
     pub workspaces: Workspaces,
     /// Which models may be asked.
     pub providers: Providers,
+    /// Where the web is searched, where the operator says so.
+    pub search: Option<Search>,
+}
+
+/// Why the company's policy forbids a tool with its arguments, or nothing.
+fn forbidden(policy: &Policy, tool: &str, params: &Map<String, Value>) -> Option<Failure> {
+    let host = params.get("url").and_then(Value::as_str).map(|url| egress::host_of(url).unwrap_or_default());
+    let rule = policy.forbids(&Action::of_tool(tool)).or_else(|| policy.forbids_host(&host?))?;
+    Some(Failure::new(ErrorClass::Governance, format!("{rule} forbids this call of {tool}")))
 }
 
 /// One step to be done.
@@ -55,6 +67,8 @@ pub struct StepCall<'a> {
     pub secrets: Option<&'a Arc<Secrets>>,
     /// Where what is large is kept.
     pub artifacts: &'a Artifacts<'a>,
+    /// By which it works inside the company.
+    pub deeds: &'a Deeds,
     /// The agent of its role.
     pub agent: Option<&'a AgentRow>,
     /// What its last draft came to, where another one is made.
@@ -67,6 +81,8 @@ pub struct StepCall<'a> {
     pub idle: Duration,
     /// When the attempt began.
     pub began: Instant,
+    /// It is at one item of a list.
+    pub in_list: bool,
 }
 
 impl<'a> StepCall<'a> {
@@ -78,6 +94,7 @@ impl<'a> StepCall<'a> {
             params: self.params,
             secrets: self.secrets,
             artifacts: self.artifacts,
+            deeds: self.deeds,
             idempotency_key: self.idempotency_key,
             timeout: self.timeout,
             idle: self.idle,
@@ -88,7 +105,14 @@ impl<'a> StepCall<'a> {
 impl Hands {
     /// Hands that keep files under a directory.
     pub fn new(egress: Egress, workspaces: impl Into<PathBuf>, providers: Providers) -> Self {
-        Self { egress, workspaces: Workspaces::new(workspaces.into()), providers }
+        Self { egress, workspaces: Workspaces::new(workspaces.into()), providers, search: None }
+    }
+
+    /// The same with a search of the web.
+    #[must_use]
+    pub fn searching(mut self, search: Option<Search>) -> Self {
+        self.search = search;
+        self
     }
 
     /// Does a step.
@@ -164,6 +188,8 @@ impl Hands {
             work.context.round(),
             work.context.item.as_ref().map(|item| item.index),
         );
+        let agent = work.agent(index);
+        let deeds = journals.deeds(agent.map(|agent| agent.agent), beats::task_of(&work.context.inputs));
         let call = StepCall {
             company: job.company,
             run: work.context.run,
@@ -172,7 +198,8 @@ impl Hands {
             params,
             secrets,
             artifacts,
-            agent: work.agent(index),
+            deeds: &deeds,
+            agent,
             feedback: work.context.feedback(),
             idempotency_key: digest::draft_key(
                 own_key,
@@ -182,6 +209,7 @@ impl Hands {
             timeout: job.timeout,
             idle: step.idle,
             began: Instant::now(),
+            in_list: work.context.item.is_some(),
         };
         if let Some(draft) = work.context.to_grade() {
             return self.grade(call, draft, work.judge(index), journals).await;
@@ -192,6 +220,9 @@ impl Hands {
         }
         if TOOLS.contains(&step.action.as_str()) {
             let action = step.action.as_str();
+            if let Some(refused) = forbidden(&work.context.policy, action, &call.params) {
+                return Outcome::failed(refused);
+            }
             return tools::run(self, action, call.of_tool()).await;
         }
         agent::work(self, call, journals, "inference").await

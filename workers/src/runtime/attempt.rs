@@ -13,9 +13,10 @@ use capx_core::domain::plan::{CRASHES_MAX, FAN_LOOK, SUSPECT_CRASHES};
 use capx_core::domain::playbook::Step;
 use capx_core::domain::playbook::model::StepKind;
 use capx_core::engine::advance::{self, Finished};
+use capx_core::engine::beats::Beat;
 use capx_core::engine::calls::Called;
 use capx_core::engine::claim::{Claimed, StepWork, Work};
-use capx_core::engine::{agents, calls, cancel, gates, signals, slots, tenants, triggers};
+use capx_core::engine::{agents, beats, calls, cancel, gates, signals, slots, tenants, triggers};
 use capx_core::failpoint;
 use capx_core::store;
 use capx_core::store::jobs::{self, ClaimedJob};
@@ -23,7 +24,7 @@ use futures_util::FutureExt;
 
 use super::committer::{Attempted, PlainOutcome};
 use super::load::{Held, Slot};
-use super::{Assignment, Shared, panics};
+use super::{Assignment, Shared, kills, panics};
 use crate::artifacts::Artifacts;
 use crate::journal::Journals;
 
@@ -70,13 +71,17 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
             PlainOutcome::Again { delay: UNKNOWN_DELAY, charged: false }
         }
         Work::Idle => PlainOutcome::Again { delay: FAN_LOOK, charged: false },
+        Work::Killed => PlainOutcome::Again { delay: jobs::KILLED, charged: false },
         Work::Halted { stopped: false } => PlainOutcome::Again { delay: jobs::PARKED, charged: false },
         Work::Halted { stopped: true } => {
             shared.watchdog.answer("the end of a run", Box::pin(end_stopped(shared, &job))).await
         }
         Work::Queued => shared.watchdog.answer("an admission", Box::pin(admit(shared, &job, FAN_LOOK))).await,
         Work::Slot => shared.watchdog.answer("an admission", Box::pin(admit(shared, &job, Duration::ZERO))).await,
-        Work::Heartbeat => shared.watchdog.answer("a beat", Box::pin(heartbeat(shared, &job))).await,
+        Work::Heartbeat(Beat::Idle(idle)) => PlainOutcome::Idle(idle),
+        Work::Heartbeat(Beat::Over) => PlainOutcome::Done,
+        Work::Heartbeat(Beat::Later(delay)) => PlainOutcome::Again { delay, charged: false },
+        Work::Heartbeat(Beat::Works) => shared.watchdog.answer("a beat", Box::pin(heartbeat(shared, &job))).await,
         Work::Resume => shared.watchdog.answer("a resumption", Box::pin(resume(shared, &job))).await,
         Work::Schedule => shared.watchdog.answer("a fire", Box::pin(fire(shared, &job))).await,
         Work::Signal => shared.watchdog.answer("an event", Box::pin(signal(shared, &job))).await,
@@ -147,6 +152,9 @@ async fn step(
         // Others may have it already: nothing begins any more.
         return Outcome::Released { delay: Duration::ZERO };
     }
+    if shared.kills.forbid(job, work) {
+        return Outcome::Released { delay: kills::LOOK };
+    }
     if job.crash_count >= CRASHES_MAX {
         return Outcome::failed(Failure::new(
             ErrorClass::Crash,
@@ -182,8 +190,10 @@ async fn step(
     // A handler that is done at once needs no timers.
     let mut ended = (&mut handler).now_or_never();
     if ended.is_none() {
+        let kill = shared.kills.watch(job, work);
         ended = tokio::select! {
             ended = &mut handler => Some(ended),
+            () = kill.killed() => None,
             () = shared.lost.cancelled() => None,
             () = watch(shared, job, work, began) => None,
             () = slot.share() => None,
@@ -282,7 +292,7 @@ async fn admit(shared: &Shared, job: &ClaimedJob, again: Duration) -> PlainOutco
 
 async fn heartbeat(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
     let Some(agent) = job.ref_id else { return PlainOutcome::Done };
-    match agents::beat(&shared.engine, job, AgentId(agent)).await {
+    match beats::work(&shared.engine, job, AgentId(agent)).await {
         // Its transaction has settled the job.
         Ok(()) => PlainOutcome::Nothing,
         Err(error) => {

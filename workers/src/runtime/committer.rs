@@ -9,6 +9,7 @@ use capx_core::domain::outcome::Outcome;
 use capx_core::domain::storable;
 use capx_core::engine::advance::{self, Finished, Pending};
 use capx_core::failpoint;
+use capx_core::store::beats::{self, Idle};
 use capx_core::store::jobs::{self, ClaimedJob, Settle};
 use tokio::sync::{Mutex, mpsc};
 use tokio_util::task::TaskTracker;
@@ -33,7 +34,7 @@ pub(super) enum Attempted {
 }
 
 /// How a job that is not a step ended.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) enum PlainOutcome {
     /// The row goes.
     Done,
@@ -44,6 +45,8 @@ pub(super) enum PlainOutcome {
         /// Whether the try counts.
         charged: bool,
     },
+    /// An agent has beaten, and had nothing to do.
+    Idle(Box<Idle>),
     /// Its own transaction has settled the job.
     Nothing,
 }
@@ -79,6 +82,16 @@ async fn lane(
                 }
                 Attempted::Plain(job, outcome, held) => plain.push((job, outcome, held)),
             }
+        }
+        let idle: Vec<Idle> = plain
+            .iter()
+            .filter_map(|(_, outcome, _)| match outcome {
+                PlainOutcome::Idle(idle) => Some(idle.as_ref().clone()),
+                _ => None,
+            })
+            .collect();
+        if !idle.is_empty() {
+            beat(&shared, &idle).await;
         }
         if !plain.is_empty() {
             settle(&shared, plain).await;
@@ -148,6 +161,27 @@ async fn commit(
     }
 }
 
+/// Writes beats in which there was nothing to do.
+async fn beat(shared: &Shared, idle: &[Idle]) {
+    let mut failures = 0;
+    loop {
+        match shared.watchdog.answer("beats", beats::idle(&shared.engine.pool, idle)).await {
+            Ok(beaten) => {
+                metrics::counter!("capx_idle_beats_total").increment(beaten.len() as u64);
+                shared.timer.notify_one();
+                return;
+            }
+            Err(error) => {
+                failures += 1;
+                tracing::warn!(%error, failures, beats = idle.len(), "beats wait for the database");
+                if !pause(failures, &shared.lost).await {
+                    return;
+                }
+            }
+        }
+    }
+}
+
 async fn settle(shared: &Shared, plain: Vec<(ClaimedJob, PlainOutcome, Held)>) {
     let items: Vec<Settle> = plain
         .iter()
@@ -155,7 +189,7 @@ async fn settle(shared: &Shared, plain: Vec<(ClaimedJob, PlainOutcome, Held)>) {
             let (again_after, charged) = match outcome {
                 PlainOutcome::Done => (None, true),
                 PlainOutcome::Again { delay, charged } => (Some(*delay), *charged),
-                PlainOutcome::Nothing => return None,
+                PlainOutcome::Idle(_) | PlainOutcome::Nothing => return None,
             };
             Some(Settle { lease: job.lease, again_after, charged })
         })

@@ -32,6 +32,7 @@ mod backend;
 mod beat;
 mod claimer;
 mod committer;
+mod kills;
 mod load;
 pub mod panics;
 mod timers;
@@ -145,6 +146,8 @@ pub(crate) struct Shared {
     pub draining: Arc<AtomicBool>,
     /// Over every call of the database.
     pub watchdog: Watchdog,
+    /// Who was stopped at once.
+    pub kills: Arc<kills::Kills>,
 }
 
 /// A claimed job on its way through this worker.
@@ -284,6 +287,7 @@ impl Worker {
             drain: CancellationToken::new(),
             draining: Arc::new(AtomicBool::new(false)),
             watchdog: self.watchdog.clone(),
+            kills: Arc::default(),
         });
         let over = CancellationToken::new();
         // Should this future be dropped, the beat must not vouch for it.
@@ -294,6 +298,7 @@ impl Worker {
         let tasks = TaskTracker::new();
         committer::spawn(&tasks, &shared, finished, assign.clone());
         timers::spawn(&tasks, &shared, over.clone());
+        tasks.spawn(vital(&shared, "kill switch", kills::run(Arc::clone(&shared), over.clone())));
         let claimer = tasks.spawn(vital(&shared, "claimer", claimer::run(Arc::clone(&shared), assign)));
         let attempts = tasks.spawn(backend::serve(Arc::clone(&shared), assigned, done, over.clone()));
         tasks.close();

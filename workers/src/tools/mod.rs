@@ -4,18 +4,23 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use capx_core::domain::agent::evaluate::evaluate;
 use capx_core::domain::ids::{CompanyId, RunId};
 use capx_core::domain::outcome::{Failure, Outcome};
 use capx_core::domain::secret::Secrets;
 use serde_json::{Map, Value};
 
 use crate::artifacts::Artifacts;
+use crate::deeds::Deeds;
 use crate::handlers::Hands;
 
 mod file;
 mod http_request;
 pub mod registry;
+mod web_search;
 pub mod workspace;
+
+pub use web_search::Search;
 
 /// One call of a tool.
 #[derive(Debug)]
@@ -30,6 +35,8 @@ pub struct ToolCall<'a> {
     pub secrets: Option<&'a Arc<Secrets>>,
     /// Where what is large is kept.
     pub artifacts: &'a Artifacts<'a>,
+    /// By which it works inside the company.
+    pub deeds: &'a Deeds,
     /// The same whenever the call is repeated.
     pub idempotency_key: String,
     /// How long is left.
@@ -46,6 +53,13 @@ pub const HTTP_REQUEST: &str = "http.request";
 pub const FILE_READ: &str = "file.read";
 /// Writes one.
 pub const FILE_WRITE: &str = "file.write";
+/// Searches the web.
+pub const WEB_SEARCH: &str = "web_search";
+/// Those that work inside the company: tasks, messages, playbooks, memory.
+const OF_THE_COMPANY: &[&str] =
+    &["send_message", "create_task", "list_tasks", "run_playbook", "memory.read", "memory.search", "memory.write"];
+/// Holds a value against criteria.
+pub const EVALUATE: &str = "evaluate";
 
 /// Runs a registered tool as a step.
 pub async fn run(hands: &Hands, tool: &str, call: ToolCall<'_>) -> Outcome {
@@ -62,6 +76,9 @@ pub async fn use_tool(hands: &Hands, tool: &str, call: ToolCall<'_>) -> Result<V
         HTTP_REQUEST => http_request::run(hands, call).await,
         FILE_READ => file::read(hands, call).await,
         FILE_WRITE => file::write(hands, call).await,
+        WEB_SEARCH => web_search::run(hands, call).await,
+        EVALUATE => evaluate(&call.params).map_err(Failure::invalid),
+        tool if OF_THE_COMPANY.contains(&tool) => call.deeds.perform(tool, call.params, call.idempotency_key).await,
         other => Err(Failure::invalid(format!("the tool `{other}` is not part of this version"))),
     }
 }

@@ -6,7 +6,9 @@ use std::sync::LazyLock;
 use jsonschema::Validator;
 use serde_json::{Value, json};
 
-use super::{FILE_READ, FILE_WRITE, HTTP_REQUEST};
+use capx_core::domain::tool;
+
+use super::{EVALUATE, FILE_READ, FILE_WRITE, HTTP_REQUEST, WEB_SEARCH};
 
 /// How many wrong arguments are told at once.
 const PROBLEMS_MAX: usize = 5;
@@ -40,7 +42,6 @@ static TOOLS: LazyLock<Vec<Tool>> = LazyLock::new(|| {
     vec![
         tool(
             HTTP_REQUEST,
-            &["http_request", "fetch"],
             "Calls an http or https address and gives {status, headers, body}; a JSON body is parsed. A status of 400 or above is an error.",
             OnUnknown::Again,
             json!({
@@ -55,7 +56,6 @@ static TOOLS: LazyLock<Vec<Tool>> = LazyLock::new(|| {
         ),
         tool(
             FILE_READ,
-            &["file_read", "read_file"],
             "Reads a file of the workspace and gives {path, content, bytes}.",
             OnUnknown::Again,
             json!({
@@ -65,7 +65,6 @@ static TOOLS: LazyLock<Vec<Tool>> = LazyLock::new(|| {
         ),
         tool(
             FILE_WRITE,
-            &["file_write", "write_file", "write_code"],
             "Writes a file of the workspace, in the place of what was there, and gives {path, bytes, sha256}.",
             OnUnknown::Again,
             json!({
@@ -76,19 +75,115 @@ static TOOLS: LazyLock<Vec<Tool>> = LazyLock::new(|| {
                 },
             }),
         ),
+        tool(
+            WEB_SEARCH,
+            "Searches the web and gives {results: [{title, url, text}]}.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["query"],
+                "properties": {
+                    "query": {"type": "string", "minLength": 1, "maxLength": 1000},
+                    "count": {"type": "integer", "minimum": 1, "maximum": 20},
+                },
+            }),
+        ),
+        tool(
+            "create_task",
+            "Gives somebody in the company a task and gives {task_id, status}. It is done later, by an agent of that role; without one, by whoever has least to do.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["title"],
+                "properties": {
+                    "title": {"type": "string", "minLength": 1, "maxLength": 500},
+                    "description": {"type": "string", "description": "all that it takes to do it, and what is expected of it"},
+                    "role": {"type": "string", "description": "whose work it is"},
+                    "priority": {"enum": ["low", "medium", "high", "critical"]},
+                    "needs": {"type": "array", "maxItems": 20, "items": {"type": "string"}, "description": "ids of tasks that must be completed before; their results are handed on"},
+                    "metadata": {"type": "object"},
+                },
+            }),
+        ),
+        tool(
+            "list_tasks",
+            "Shows how the company's tasks stand, the newest first.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false,
+                "properties": {"status": {"type": "string"}, "role": {"type": "string"}},
+            }),
+        ),
+        tool(
+            "send_message",
+            "Writes to an agent (`to`, a role), who reads it at once, or into a channel for people.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["body"],
+                "properties": {"to": {"type": "string"}, "channel": {"type": "string"}, "body": {"type": "string", "minLength": 1}},
+            }),
+        ),
+        tool(
+            "run_playbook",
+            "Starts a run of a playbook of the company and gives {run_id, status}; it goes on by itself.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["playbook"],
+                "properties": {"playbook": {"type": "string", "minLength": 1}, "params": {"type": "object"}},
+            }),
+        ),
+        tool(
+            "memory.read",
+            "Gives what is remembered under a key, or the keys where none is named.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false,
+                "properties": {"key": {"type": "string"}, "scope": {"enum": ["agent", "company"]}},
+            }),
+        ),
+        tool(
+            "memory.search",
+            "Finds what is remembered by its words.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["query"],
+                "properties": {"query": {"type": "string", "minLength": 1}, "scope": {"enum": ["agent", "company"]}},
+            }),
+        ),
+        tool(
+            "memory.write",
+            "Remembers a value under a key over all your work; null forgets it. The scope `company` is read by all agents.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["key", "value"],
+                "properties": {
+                    "key": {"type": "string", "minLength": 1, "maxLength": 200}, "value": {},
+                    "scope": {"enum": ["agent", "company"]},
+                },
+            }),
+        ),
+        tool(
+            EVALUATE,
+            "Computes how far a value meets criteria, each an expression over `output`, such as `len(output.title) < 60`.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["output", "checks"],
+                "properties": {
+                    "output": {},
+                    "checks": {"type": "array", "minItems": 1, "maxItems": 50, "items": {
+                        "type": "object", "additionalProperties": false, "required": ["check"],
+                        "properties": {"name": {"type": "string"}, "check": {"type": "string"}, "weight": {"type": "number"}, "threshold": {"type": "number"}},
+                    }},
+                },
+            }),
+        ),
     ]
 });
 
-fn tool(
-    name: &'static str,
-    aliases: &'static [&'static str],
-    description: &'static str,
-    on_unknown: OnUnknown,
-    schema: Value,
-) -> Tool {
+/// A tool by the name that policies know it by, which brings its other names.
+fn tool(name: &'static str, description: &'static str, on_unknown: OnUnknown, schema: Value) -> Tool {
     let validator = jsonschema::validator_for(&schema);
     #[expect(clippy::expect_used, reason = "the schemas are ours, and a test makes them all")]
     let validator = validator.expect("a tool's schema");
+    let aliases = tool::named(name).map_or(&[][..], |known| known.aliases);
     Tool { name, aliases, description, on_unknown, schema, validator }
 }
 

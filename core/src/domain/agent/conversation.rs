@@ -15,6 +15,8 @@ pub const TURNS_MAX: u32 = 500;
 pub const CALLS_MAX: usize = 32;
 /// So often in a row may a model give arguments that its tools refuse.
 pub const REFUSED_MAX: u32 = 5;
+/// So many turns in a row may ask for the same and be told the same.
+pub const SAME_CALLS_MAX: u32 = 8;
 /// What of a tool's result a model is shown, in bytes.
 pub const RESULT_BYTES_MAX: usize = 64 * 1024;
 
@@ -65,6 +67,8 @@ pub enum Next {
     Done(Value),
     /// It goes no further.
     Stuck(Failure),
+    /// It goes round in circles: the agent is stopped, with this as evidence.
+    Circles(Failure),
 }
 
 /// Decides by all turns so far, of which there may be `max`.
@@ -94,6 +98,14 @@ pub fn next(turns: &[Turn], max: u32) -> Next {
         return Next::Stuck(Failure::invalid(format!(
             "the model gave arguments that its tools refuse in {REFUSED_MAX} turns in a row; the last refusal: {}",
             last_refusal(last)
+        )));
+    }
+    if same_in_a_row(turns) >= SAME_CALLS_MAX {
+        let asked =
+            last.reply.calls().next().map(|(_, name, input)| format!("`{name}` with {input}")).unwrap_or_default();
+        return Next::Circles(Failure::invalid(format!(
+            "the model has asked for the same {SAME_CALLS_MAX} times in a row and was told the same: {}",
+            cut_short(&asked),
         )));
     }
     match number + 1 {
@@ -147,6 +159,32 @@ fn refused_in_a_row(turns: &[Turn]) -> u32 {
         !turn.calls.is_empty() && turn.calls.iter().all(|call| matches!(call, Some(Called::Done { refused: true, .. })))
     };
     u32::try_from(turns.iter().rev().take_while(all_refused).count()).unwrap_or(u32::MAX)
+}
+
+/// How many turns up to the last one have asked for the same and were told the same.
+fn same_in_a_row(turns: &[Turn]) -> u32 {
+    let Some(last) = turns.last() else { return 0 };
+    let asked = |turn: &Turn| -> Vec<(String, Value)> {
+        turn.reply.calls().map(|(_, name, input)| (name.to_owned(), input.clone())).collect()
+    };
+    let told = |turn: &Turn| -> Vec<Option<String>> {
+        let content = |call: &Option<Called>| match call {
+            Some(Called::Done { result, .. }) => Some(result.content.clone()),
+            _ => None,
+        };
+        turn.calls.iter().map(content).collect()
+    };
+    let (asks, tells) = (asked(last), told(last));
+    if asks.is_empty() {
+        return 0;
+    }
+    let same = |turn: &&Turn| asked(turn) == asks && told(turn) == tells;
+    u32::try_from(turns.iter().rev().take_while(same).count()).unwrap_or(u32::MAX)
+}
+
+/// The beginning of a text, for a sentence.
+fn cut_short(text: &str) -> String {
+    text.chars().take(200).collect()
 }
 
 fn last_refusal(turn: &Turn) -> &str {
@@ -259,6 +297,9 @@ mod tests {
     #[test]
     fn what_goes_round_in_circles_ends() {
         let turn = |refused| Turn { reply: asks(1), calls: vec![done(0, refused)] };
+        let same: Vec<Turn> = (0..SAME_CALLS_MAX).map(|_| turn(false)).collect();
+        assert!(matches!(next(&same, 500), Next::Circles(f) if f.message.contains("look")));
+        assert_eq!(next(&same[1..], 500), Next::Turn(SAME_CALLS_MAX - 1));
         let fine: Vec<Turn> = (0..5).map(|_| turn(false)).collect();
         assert!(matches!(next(&fine, 5), Next::Stuck(f) if f.message.contains("max_turns")));
         let refused: Vec<Turn> = (0..REFUSED_MAX).map(|_| turn(true)).collect();
@@ -301,7 +342,7 @@ mod tests {
                         prop_assert_eq!(made, turns.iter().map(|turn| turn.reply.calls().count()).sum::<usize>());
                         return Ok(());
                     }
-                    Next::Stuck(why) => prop_assert!(false, "{}", why.message),
+                    Next::Stuck(why) | Next::Circles(why) => prop_assert!(false, "{}", why.message),
                 }
             }
             prop_assert!(false, "no end");

@@ -2,5 +2,7 @@
 //! cost, and what comes next. Pure: everything is decided from what was stored.
 
 pub mod conversation;
+pub mod evaluate;
 pub mod message;
 pub mod price;
+pub mod roles;

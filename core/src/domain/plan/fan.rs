@@ -164,7 +164,7 @@ impl RunContext {
                 Err(_) => ItemDecision::Failed,
             },
             // No item is a step that waits or has items of its own.
-            Outcome::Waits { .. } | Outcome::Fans(_) => ItemDecision::Failed,
+            Outcome::Waits { .. } | Outcome::Asks(_) | Outcome::Fans(_) => ItemDecision::Failed,
         }
     }
 }

@@ -97,7 +97,7 @@ pub enum Hold {
     /// It is attempted again at once: to grade the draft, or to make another.
     Again,
     /// A person decides.
-    Ask(Gate),
+    Ask(Box<Gate>),
 }
 
 impl RunContext {
@@ -181,7 +181,7 @@ impl RunContext {
                 let evaluation = told("escalate");
                 let gate = self.escalation(at, step, &output, evaluation.as_ref());
                 let draft = Draft { stage: Stage::Escalated, output: Some(output), evaluation, ..draft };
-                (done(Value::Null), graded(draft, Some(Hold::Ask(gate))))
+                (done(Value::Null), graded(draft, Some(Hold::Ask(Box::new(gate)))))
             }
             Some(OnFail::Retry | OnFail::Block) => {
                 let drafts = if draft.count > 1 { format!(", after {} drafts", draft.count) } else { String::new() };
@@ -201,7 +201,7 @@ impl RunContext {
         let output = draft.output.clone().unwrap_or_default();
         if draft.stage == Stage::Escalated {
             let gate = self.escalation(at, step, &output, draft.evaluation.as_ref());
-            let holds = Some(Hold::Ask(gate));
+            let holds = Some(Hold::Ask(Box::new(gate)));
             return (Outcome::done(Value::Null), Some(Graded { draft, is_news: false, holds }));
         }
         let score = draft.evaluation.as_ref().map(|evaluation| evaluation["score"].clone());
@@ -223,7 +223,7 @@ impl RunContext {
             "rubric": evaluation,
         });
         let digest = digest::sha256(context.to_string());
-        Gate { step: at, context, digest, approval }
+        Gate { step: at, context, digest, approval, call: None }
     }
 
     /// The output as what it comes to: what is computed, and what was graded.

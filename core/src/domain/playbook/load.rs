@@ -41,7 +41,20 @@ const TOP_KEYS_LATER: &[&str] = &["role"];
 pub(super) const HTTP_REQUEST: &str = "http.request";
 
 /// The tools that run without an agent's model.
-pub const TOOLS: &[&str] = &[HTTP_REQUEST, "file.read", "file.write", "transform"];
+pub const TOOLS: &[&str] = &[
+    HTTP_REQUEST,
+    "file.read",
+    "file.write",
+    "transform",
+    "web_search",
+    "send_message",
+    "create_task",
+    "list_tasks",
+    "run_playbook",
+    "memory.read",
+    "memory.search",
+    "memory.write",
+];
 
 /// How many problems of a playbook are told.
 const PROBLEMS_MAX: usize = 200;

@@ -286,6 +286,9 @@ pub enum Pause {
     Computed(Template),
 }
 
+/// What the names of our own playbooks begin with, and nobody else's.
+pub const OWN: char = '@';
+
 /// How a playbook may be run.
 #[derive(Debug, Clone, Default)]
 pub struct Execution {
@@ -428,6 +431,22 @@ pub enum OnTimeout {
     Escalate,
 }
 
+impl OnTimeout {
+    /// The word in playbooks and tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Reject => "reject",
+            Self::Approve => "approve",
+            Self::Escalate => "escalate",
+        }
+    }
+
+    /// From that.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Reject, Self::Approve, Self::Escalate].into_iter().find(|rule| rule.as_str() == name)
+    }
+}
+
 impl Default for Approval {
     fn default() -> Self {
         Self { reviewers: Vec::new(), timeout: APPROVAL_TIMEOUT, on_timeout: OnTimeout::Reject, message: None }
@@ -469,6 +488,11 @@ impl Step {
 }
 
 impl Playbook {
+    /// Whether it is one of our own, by which agents do what they find in their beats.
+    pub fn is_own(&self) -> bool {
+        self.name.starts_with(OWN)
+    }
+
     /// Stands for a stored text that no longer loads.
     pub fn unreadable(reason: String) -> Self {
         Self {
