@@ -117,6 +117,10 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Before there is any thread, which a new namespace of users does not allow.
+    if let Some(code) = capx_workers::sandbox::enter() {
+        return code;
+    }
     let cli = Cli::parse();
     let ended = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -169,7 +173,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
             if let Some(bind) = bind {
                 serve::health(&url, &bind, &stop).await?;
             }
-            let worker = serve::worker(&url, &worker, keyring, false)?;
+            let worker = serve::worker(&url, &worker, keyring, false).await?;
             tracing::info!("the worker runs");
             worker.run(stop).await?;
             Ok(())

@@ -14,6 +14,8 @@ use capx_core::engine::{Engine, Waker};
 use capx_core::store::{self, PoolKind, SchemaState};
 use capx_workers::adapters::{ANTHROPIC_BASE_URL, Account, OPENAI_BASE_URL, Offline, Providers};
 use capx_workers::egress::Egress;
+use capx_workers::mcp::McpServers;
+use capx_workers::sandbox::Sandbox;
 use capx_workers::tools::Search;
 use capx_workers::{Hands, Worker, WorkerConfig};
 use clap::Args;
@@ -71,6 +73,10 @@ pub struct WorkerArgs {
     /// Where runs keep their files; workers on several machines must share it.
     #[arg(long, env = "CAPX_WORKSPACE", default_value = WORKSPACE)]
     pub workspace: PathBuf,
+    /// Let `shell.run` and `code.execute` run programs, each in a sandbox. A worker does not
+    /// start where the machine cannot hold one.
+    #[arg(long, env = "CAPX_ALLOW_PROGRAMS", value_parser = clap::builder::FalseyValueParser::new(), default_value_t = false, action = clap::ArgAction::SetTrue)]
+    pub allow_programs: bool,
 }
 
 /// Reads a duration flag.
@@ -106,7 +112,9 @@ impl WorkerArgs {
     pub fn hands(&self, dev: bool) -> anyhow::Result<Hands> {
         let rules = egress_rules(dev)?;
         let egress = Egress::new(rules).map_err(anyhow::Error::msg)?;
-        Ok(Hands::new(egress, &self.workspace, providers(dev)?).searching(search()?))
+        // What this process runs, even where its file has been replaced since.
+        let sandbox = self.allow_programs.then(|| Sandbox::new("/proc/self/exe"));
+        Ok(Hands::new(egress, &self.workspace, providers(dev)?).searching(search()?).running(sandbox).with_mcp(mcp()?))
     }
 }
 
@@ -122,6 +130,16 @@ fn search() -> anyhow::Result<Option<Search>> {
         Ok::<_, anyhow::Error>((name.trim().to_owned(), value.trim().to_owned()))
     });
     Ok(Some(Search { url: parsed, key: key.transpose()? }))
+}
+
+/// The servers whose tools agents may use, from the file that `CAPX_MCP` names.
+fn mcp() -> anyhow::Result<McpServers> {
+    let Some(path) = std::env::var_os("CAPX_MCP").filter(|path| !path.is_empty()) else {
+        return Ok(McpServers::default());
+    };
+    let shown = PathBuf::from(&path).display().to_string();
+    let text = std::fs::read_to_string(&path).with_context(|| format!("CAPX_MCP: {shown}"))?;
+    McpServers::read(&text).map_err(|why| anyhow::anyhow!("CAPX_MCP: {shown}: {why}"))
 }
 
 /// Which models may be asked, from the environment, by the names that the providers' own
@@ -207,12 +225,17 @@ pub async fn check_database(pool: &PgPool) -> anyhow::Result<()> {
 const WORKER_CONNECTIONS: u32 = 8;
 
 /// A worker over a database.
-pub fn worker(url: &str, args: &WorkerArgs, keyring: Keyring, dev: bool) -> anyhow::Result<Worker> {
+pub async fn worker(url: &str, args: &WorkerArgs, keyring: Keyring, dev: bool) -> anyhow::Result<Worker> {
+    let hands = args.hands(dev)?;
+    if let Some(sandbox) = &hands.sandbox {
+        let held = sandbox.probe().await;
+        held.map_err(|failure| anyhow::anyhow!("--allow-programs: {}", failure.message))?;
+    }
     let pool = store::pool(url, PoolKind::Queue, WORKER_CONNECTIONS)?;
     let waker = Waker::start(url);
     let claims = store::pool(url, PoolKind::Claims, 1)?;
     let engine = Engine::new(pool.clone()).with_claims(claims).with_waker(waker).with_keyring(keyring);
-    Ok(Worker::new(engine, url, args.config(), args.hands(dev)?).listening(pool))
+    Ok(Worker::new(engine, url, args.config(), hands).listening(pool))
 }
 
 /// Where the API listens.

@@ -181,7 +181,7 @@ async fn with_database(
     let api = tokio::spawn(serve::api(listener, state));
     let mut workers = Vec::new();
     for _ in 0..args.workers {
-        let worker = serve::worker(url, &worker_args(args), keyring.clone(), true)?;
+        let worker = serve::worker(url, &worker_args(args), keyring.clone(), true).await?;
         let stop = stop.clone();
         workers.push(tokio::spawn(async move {
             // One that gives up takes everything down, with its reason; one that an

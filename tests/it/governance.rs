@@ -314,3 +314,24 @@ async fn a_model_that_obeys_every_injected_order_does_nothing_that_nobody_has_le
     assert!(calls.len() > 100, "every order was obeyed: {}", calls.len());
     assert_eq!(witness.calls().len(), 0, "no byte has left");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_work_takes_longer_than_the_policy_lets_it() {
+    let db = Db::new().await;
+    let witness = Witness::start(&[]).await;
+    witness.hold(true);
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let policy = json!({"execution_policy": {"max_task_duration": "1s"}});
+    let company = company(&api, policy, json!([agent("a", "work", json!([]))])).await;
+    let step = format!("name: w\nsteps:\n  - {{id: do, action: http.request, params: {{url: '{}'}}}}\n", witness.url);
+    let (_, started) = run(&api, company, &step).await;
+    let ended = of_run(&api, &started, 30).await;
+    let error = ended["steps"][0]["error"].to_string();
+    assert_eq!(ended["status"], "failed", "{ended}");
+    assert!(
+        error.contains("execution_policy.max_task_duration ended it after 1s") && error.contains("governance"),
+        "{error}"
+    );
+    assert_eq!(witness.held_calls(), 1);
+}

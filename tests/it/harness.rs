@@ -24,6 +24,8 @@ use capx_core::store::runs::RunRow;
 use capx_core::store::{self, PoolKind, runs, tenants};
 use capx_workers::adapters::Providers;
 use capx_workers::egress::Egress;
+use capx_workers::mcp::McpServers;
+use capx_workers::sandbox::Sandbox;
 use capx_workers::{Hands, Worker, WorkerConfig};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::{Map, Value, json};
@@ -217,11 +219,27 @@ impl Db {
 
     /// The same with models of its own.
     pub fn worker_with(&self, lease: Duration, providers: Providers) -> Running {
-        let pool = store::pool(&self.url, PoolKind::Queue, 6).unwrap();
         let egress = Egress::new(Rules::default().with_loopback()).unwrap();
+        self.worker_by(lease, Hands::new(egress, &self.files, providers))
+    }
+
+    /// One that may run programs.
+    pub fn worker_with_programs(&self, sandbox: Sandbox) -> Running {
+        let egress = Egress::new(Rules::default().with_loopback()).unwrap();
+        self.worker_by(SHORT_LEASE, Hands::new(egress, &self.files, Providers::offline()).running(Some(sandbox)))
+    }
+
+    /// One that knows MCP servers.
+    pub fn worker_with_mcp(&self, servers: McpServers) -> Running {
+        let egress = Egress::new(Rules::default().with_loopback()).unwrap();
+        self.worker_by(SHORT_LEASE, Hands::new(egress, &self.files, Providers::offline()).with_mcp(servers))
+    }
+
+    fn worker_by(&self, lease: Duration, hands: Hands) -> Running {
+        let pool = store::pool(&self.url, PoolKind::Queue, 6).unwrap();
         let config = WorkerConfig { slots: 16, lease, drain: Duration::from_secs(20), ..WorkerConfig::default() };
         let engine = Engine::new(pool.clone()).with_waker(Waker::start(&self.url)).with_keyring(self.keyring());
-        let worker = Worker::new(engine, &self.url, config, Hands::new(egress, &self.files, providers)).listening(pool);
+        let worker = Worker::new(engine, &self.url, config, hands).listening(pool);
         let stop = CancellationToken::new();
         let token = stop.clone();
         let task = tokio::spawn(async move {

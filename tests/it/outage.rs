@@ -43,13 +43,15 @@ impl Working {
             drain: Duration::from_secs(20),
             workspace: db.files.clone(),
             unanswered: Duration::from_secs(3),
+            allow_programs: false,
         };
         let stop = CancellationToken::new();
         let restarts = Arc::new(AtomicUsize::new(0));
         let (token, count, url) = (stop.clone(), Arc::clone(&restarts), db.url.clone());
         // One that gives up is started again, as whoever supervises it would.
         let task = tokio::spawn(async move {
-            while serve::worker(&url, &args, Keyring::default(), true).unwrap().run(token.clone()).await.is_err() {
+            while serve::worker(&url, &args, Keyring::default(), true).await.unwrap().run(token.clone()).await.is_err()
+            {
                 count.fetch_add(1, Relaxed);
             }
         });

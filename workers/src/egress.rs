@@ -153,6 +153,12 @@ impl Egress {
         Ok(Self { client, unguarded: plain().build().map_err(no_client)?, rules })
     }
 
+    /// The client for addresses that the operator names, for protocols that make their own
+    /// requests: no redirects, no proxies, as everywhere.
+    pub fn of_operator(&self) -> Client {
+        self.unguarded.clone()
+    }
+
     fn check(&self, url: &str) -> Result<Url, Failure> {
         self.rules.check(url).map_err(|wrong| match wrong {
             WrongUrl::Refused(refused) => Failure::new(ErrorClass::Governance, refused.to_string()),

@@ -13,7 +13,9 @@ pub mod deeds;
 pub mod egress;
 pub mod handlers;
 pub mod journal;
+pub mod mcp;
 pub mod runtime;
+pub mod sandbox;
 pub mod tools;
 
 pub use handlers::Hands;

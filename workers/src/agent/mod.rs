@@ -2,6 +2,7 @@
 //! What comes next is decided by what the journal holds, so that a worker that takes over
 //! goes on with the first call that has no result.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capx_core::domain::agent::conversation::Called;
@@ -39,7 +40,7 @@ struct Attempt<'a> {
     /// The models that may be asked, the first one first.
     ways: Vec<Way>,
     journal: Journal<'a>,
-    tools: Vec<&'static Tool>,
+    tools: Vec<Arc<Tool>>,
     system: String,
     task: Task<'a>,
     /// How often the model may be asked.
@@ -108,6 +109,9 @@ async fn converse(
     }
     let written = journal.read().await?;
     let memory = journal.remembered().await?;
+    let names = agent.config.get("tools").and_then(Value::as_array);
+    let mut tools = registry::offered(names, hands.sandbox.is_some());
+    tools.extend(hands.mcp.offered(&hands.egress, names).await?);
     let turns_max = agent.config.get("max_turns").and_then(Value::as_u64).and_then(|turns| u32::try_from(turns).ok());
     let mut attempt = Attempt {
         hands,
@@ -115,7 +119,7 @@ async fn converse(
         agent,
         ways,
         journal,
-        tools: registry::offered(agent.config.get("tools").and_then(Value::as_array)),
+        tools,
         system: prompt::system(agent, &memory),
         task: Task {
             company: call.company.to_string(),
@@ -333,14 +337,14 @@ impl Attempt<'_> {
             ))));
         }
         let key = self.key(place);
-        match self.journal.acts(&self.acting(place, tool, &key, &params)).await? {
+        match self.journal.acts(&self.acting(place, &tool, &key, &params)).await? {
             May::Go { edited: None } => {}
             // A person wants it otherwise: their arguments are held to the same schema.
             May::Go { edited: Some(edited) } => match self.checked(&name, edited) {
                 Ok((_, edited)) => params = edited,
                 Err(problem) => return self.refuse(place, &name, told(problem, true)).await,
             },
-            May::Ask(_) if self.call.in_list => return Err(Halt::Failed(acting::cannot_wait(tool.name))),
+            May::Ask(_) if self.call.in_list => return Err(Halt::Failed(acting::cannot_wait(&tool.name))),
             May::Ask(gate) => return Err(Halt::Asks(gate)),
             May::Refused(why) => return self.refuse(place, &name, told(why, true)).await,
             May::Wait(delay) => return Err(Halt::Waits(delay)),
@@ -360,12 +364,12 @@ impl Attempt<'_> {
             timeout: self.left(),
             idle: self.call.idle,
         };
-        let result = match tools::use_tool(self.hands, tool.name, call).await {
+        let result = match tools::use_tool(self.hands, &tool.name, call).await {
             Ok(output) => told(shown(&output), false),
             Err(failure) => told(failure.message, true),
         };
         failpoint::reach("agent.call_made").await;
-        self.journal.call_ended((place, tool.name, &self.key(place)), &result, false).await?;
+        self.journal.call_ended((place, &tool.name, &self.key(place)), &result, false).await?;
         failpoint::reach("agent.call_stored").await;
         Ok(Called::Done { result, refused: false })
     }
@@ -385,7 +389,7 @@ impl Attempt<'_> {
         let reasoning: String = reasoning.chars().take(REASONING_CHARS_MAX).collect();
         acting::Call {
             place,
-            tool: tool.name.to_owned(),
+            tool: tool.name.to_string(),
             key: key.to_owned(),
             context: json!({
                 "playbook": self.task.playbook, "step": self.task.step, "role": self.agent.role,
@@ -398,7 +402,7 @@ impl Attempt<'_> {
     }
 
     /// The tool that a model means, and its arguments; or what is wrong with them.
-    fn checked(&self, name: &str, input: Value) -> Result<(&'static Tool, serde_json::Map<String, Value>), String> {
+    fn checked(&self, name: &str, input: Value) -> Result<(Arc<Tool>, serde_json::Map<String, Value>), String> {
         let Some(tool) = registry::find(&self.tools, name) else {
             let offered: Vec<String> = self.tools.iter().map(|tool| tool.wire_name()).collect();
             return Err(match offered.is_empty() {
@@ -407,7 +411,7 @@ impl Attempt<'_> {
             });
         };
         match (tool.problem(&input), input) {
-            (None, Value::Object(params)) => Ok((tool, params)),
+            (None, Value::Object(params)) => Ok((Arc::clone(tool), params)),
             (Some(problem), _) => Err(problem),
             (None, _) => Err(format!("the arguments of `{}` are no object", tool.name)),
         }
@@ -416,7 +420,7 @@ impl Attempt<'_> {
 
 /// A tool as a model is told of it.
 fn offer(tool: &Tool) -> Offer<'_> {
-    Offer { name: tool.wire_name(), description: tool.description, schema: &tool.schema }
+    Offer { name: tool.wire_name(), description: &tool.description, schema: &tool.schema }
 }
 
 /// What a turn has cost by what it has used; at its worst, where the provider does not say.

@@ -27,6 +27,8 @@ use crate::artifacts::Artifacts;
 use crate::deeds::Deeds;
 use crate::egress::{self, Egress};
 use crate::journal::Journals;
+use crate::mcp::McpServers;
+use crate::sandbox::Sandbox;
 use crate::tools::workspace::Workspaces;
 use crate::tools::{self, Search, ToolCall};
 
@@ -41,6 +43,10 @@ pub struct Hands {
     pub providers: Providers,
     /// Where the web is searched, where the operator says so.
     pub search: Option<Search>,
+    /// Where programs are run, where the operator allows any.
+    pub sandbox: Option<Sandbox>,
+    /// Whose tools agents may use besides.
+    pub mcp: McpServers,
 }
 
 /// Why the company's policy forbids a tool with its arguments, or nothing.
@@ -105,13 +111,34 @@ impl<'a> StepCall<'a> {
 impl Hands {
     /// Hands that keep files under a directory.
     pub fn new(egress: Egress, workspaces: impl Into<PathBuf>, providers: Providers) -> Self {
-        Self { egress, workspaces: Workspaces::new(workspaces.into()), providers, search: None }
+        Self {
+            egress,
+            workspaces: Workspaces::new(workspaces.into()),
+            providers,
+            search: None,
+            sandbox: None,
+            mcp: McpServers::default(),
+        }
     }
 
     /// The same with a search of the web.
     #[must_use]
     pub fn searching(mut self, search: Option<Search>) -> Self {
         self.search = search;
+        self
+    }
+
+    /// The same with a place to run programs in.
+    #[must_use]
+    pub fn running(mut self, sandbox: Option<Sandbox>) -> Self {
+        self.sandbox = sandbox;
+        self
+    }
+
+    /// The same with the tools of servers.
+    #[must_use]
+    pub fn with_mcp(mut self, servers: McpServers) -> Self {
+        self.mcp = servers;
         self
     }
 

@@ -185,7 +185,10 @@ async fn step(
     };
     let handler = panics::given(secrets.clone(), shared.hands.step(job, work, &artifacts, &journals));
     let handler = AssertUnwindSafe(handler).catch_unwind();
-    let handler = tokio::time::timeout(job.timeout, handler);
+    // The company's limit holds whatever the playbook allows.
+    let policed = work.context.policy.task_max.filter(|max| *max < job.timeout);
+    let time = policed.unwrap_or(job.timeout);
+    let handler = tokio::time::timeout(time, handler);
     tokio::pin!(handler);
     // A handler that is done at once needs no timers.
     let mut ended = (&mut handler).now_or_never();
@@ -206,10 +209,13 @@ async fn step(
             let said = panics::said(panic.as_ref());
             Outcome::failed(Failure::transient(format!("the handler panicked: {said}")))
         }
-        Some(Err(_)) => Outcome::failed(Failure::new(
-            ErrorClass::Timeout,
-            format!("the attempt took longer than {:?}", job.timeout),
-        )),
+        Some(Err(_)) => Outcome::failed(match policed {
+            Some(max) => Failure::new(
+                ErrorClass::Governance,
+                format!("execution_policy.max_task_duration ended it after {max:?}"),
+            ),
+            None => Failure::new(ErrorClass::Timeout, format!("the attempt took longer than {time:?}")),
+        }),
         None => Outcome::Released { delay: Duration::ZERO },
     };
     // Money that was spent is, even if nothing came of it.

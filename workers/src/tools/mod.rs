@@ -13,9 +13,11 @@ use serde_json::{Map, Value};
 use crate::artifacts::Artifacts;
 use crate::deeds::Deeds;
 use crate::handlers::Hands;
+use crate::mcp;
 
 mod file;
 mod http_request;
+mod program;
 pub mod registry;
 mod web_search;
 pub mod workspace;
@@ -55,6 +57,10 @@ pub const FILE_READ: &str = "file.read";
 pub const FILE_WRITE: &str = "file.write";
 /// Searches the web.
 pub const WEB_SEARCH: &str = "web_search";
+/// Runs a command in the sandbox.
+pub const SHELL_RUN: &str = "shell.run";
+/// Runs code in the sandbox.
+pub const CODE_EXECUTE: &str = "code.execute";
 /// Those that work inside the company: tasks, messages, playbooks, memory.
 const OF_THE_COMPANY: &[&str] =
     &["send_message", "create_task", "list_tasks", "run_playbook", "memory.read", "memory.search", "memory.write"];
@@ -77,8 +83,12 @@ pub async fn use_tool(hands: &Hands, tool: &str, call: ToolCall<'_>) -> Result<V
         FILE_READ => file::read(hands, call).await,
         FILE_WRITE => file::write(hands, call).await,
         WEB_SEARCH => web_search::run(hands, call).await,
+        SHELL_RUN | CODE_EXECUTE => program::run(hands, tool, call).await,
         EVALUATE => evaluate(&call.params).map_err(Failure::invalid),
         tool if OF_THE_COMPANY.contains(&tool) => call.deeds.perform(tool, call.params, call.idempotency_key).await,
+        tool if tool.starts_with(mcp::PREFIX) => {
+            hands.mcp.call(&hands.egress, tool, call.params, (&call.idempotency_key, call.timeout)).await
+        }
         other => Err(Failure::invalid(format!("the tool `{other}` is not part of this version"))),
     }
 }

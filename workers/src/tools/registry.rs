@@ -1,14 +1,16 @@
 //! Which tools there are for a model: by what names, for what arguments, and what may be
 //! done when nobody knows what came of a call.
 
-use std::sync::LazyLock;
+use std::borrow::Cow;
+use std::sync::{Arc, LazyLock};
 
 use jsonschema::Validator;
 use serde_json::{Value, json};
 
+use capx_core::domain::digest::{hex, sha256};
 use capx_core::domain::tool;
 
-use super::{EVALUATE, FILE_READ, FILE_WRITE, HTTP_REQUEST, WEB_SEARCH};
+use super::{CODE_EXECUTE, EVALUATE, FILE_READ, FILE_WRITE, HTTP_REQUEST, SHELL_RUN, WEB_SEARCH};
 
 /// How many wrong arguments are told at once.
 const PROBLEMS_MAX: usize = 5;
@@ -26,11 +28,11 @@ pub enum OnUnknown {
 #[derive(Debug)]
 pub struct Tool {
     /// Its name in playbooks and policies.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Other names of the same.
     pub aliases: &'static [&'static str],
     /// What it does, for a model.
-    pub description: &'static str,
+    pub description: Cow<'static, str>,
     /// What to do where its outcome is unknown.
     pub on_unknown: OnUnknown,
     /// The JSON Schema of its arguments.
@@ -38,7 +40,7 @@ pub struct Tool {
     validator: Validator,
 }
 
-static TOOLS: LazyLock<Vec<Tool>> = LazyLock::new(|| {
+static TOOLS: LazyLock<Vec<Arc<Tool>>> = LazyLock::new(|| {
     vec![
         tool(
             HTTP_REQUEST,
@@ -84,6 +86,34 @@ static TOOLS: LazyLock<Vec<Tool>> = LazyLock::new(|| {
                 "properties": {
                     "query": {"type": "string", "minLength": 1, "maxLength": 1000},
                     "count": {"type": "integer", "minimum": 1, "maximum": 20},
+                },
+            }),
+        ),
+        tool(
+            SHELL_RUN,
+            "Runs a command in a sandbox without a network, in a copy of the workspace whose changes are kept, and gives {exit_code, stdout, stderr, files, removed}. An exit code but 0 is an error.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["command"],
+                "properties": {
+                    "command": {"description": "text for sh, or a program and its arguments", "oneOf": [
+                        {"type": "string", "minLength": 1},
+                        {"type": "array", "minItems": 1, "maxItems": 256, "items": {"type": "string"}},
+                    ]},
+                    "stdin": {"type": "string"},
+                },
+            }),
+        ),
+        tool(
+            CODE_EXECUTE,
+            "Runs code in a sandbox without a network, in a copy of the workspace whose changes are kept, and gives {exit_code, stdout, stderr, files, removed}. An exit code but 0 is an error.",
+            OnUnknown::Again,
+            json!({
+                "type": "object", "additionalProperties": false, "required": ["code"],
+                "properties": {
+                    "language": {"enum": ["python", "sh"], "description": "python when left out"},
+                    "code": {"type": "string", "minLength": 1},
+                    "stdin": {"type": "string"},
                 },
             }),
         ),
@@ -179,19 +209,34 @@ static TOOLS: LazyLock<Vec<Tool>> = LazyLock::new(|| {
 });
 
 /// A tool by the name that policies know it by, which brings its other names.
-fn tool(name: &'static str, description: &'static str, on_unknown: OnUnknown, schema: Value) -> Tool {
+fn tool(name: &'static str, description: &'static str, on_unknown: OnUnknown, schema: Value) -> Arc<Tool> {
     let validator = jsonschema::validator_for(&schema);
     #[expect(clippy::expect_used, reason = "the schemas are ours, and a test makes them all")]
     let validator = validator.expect("a tool's schema");
     let aliases = tool::named(name).map_or(&[][..], |known| known.aliases);
-    Tool { name, aliases, description, on_unknown, schema, validator }
+    Arc::new(Tool { name: name.into(), aliases, description: description.into(), on_unknown, schema, validator })
 }
 
+/// The longest name that providers take, in characters (64 at both Anthropic and `OpenAI`).
+const WIRE_NAME_MAX: usize = 64;
+
 impl Tool {
-    /// The name that a provider is given: nothing but letters, digits, `_` and `-`.
+    /// A tool of a server; nothing, where its schema is none.
+    pub fn of_server(name: String, description: String, on_unknown: OnUnknown, schema: Value) -> Option<Self> {
+        let validator = jsonschema::validator_for(&schema).ok()?;
+        Some(Self { name: name.into(), aliases: &[], description: description.into(), on_unknown, schema, validator })
+    }
+
+    /// The name that a provider is given: nothing but letters, digits, `_` and `-`; the rest of
+    /// one that is too long is a digest of it.
     pub fn wire_name(&self) -> String {
         let plain = |c: char| if c.is_ascii_alphanumeric() || c == '_' || c == '-' { c } else { '_' };
-        self.name.chars().map(plain).collect()
+        let name: String = self.name.chars().map(plain).collect();
+        if name.len() <= WIRE_NAME_MAX {
+            return name;
+        }
+        let rest = hex(&sha256(self.name.as_bytes()));
+        format!("{}_{}", &name[..WIRE_NAME_MAX - 9], &rest[..8])
     }
 
     fn is_named(&self, name: &str) -> bool {
@@ -213,18 +258,20 @@ impl Tool {
     }
 }
 
-/// The tools that an agent is offered: those that it names, or all.
-pub fn offered(names: Option<&Vec<Value>>) -> Vec<&'static Tool> {
-    let named = |tool: &&Tool| match names {
+/// The tools that an agent is offered: those that it names, or all; those that run programs
+/// only where a worker may.
+pub fn offered(names: Option<&Vec<Value>>, programs: bool) -> Vec<Arc<Tool>> {
+    let named = |tool: &&Arc<Tool>| match names {
         None => true,
         Some(names) => names.iter().filter_map(Value::as_str).any(|name| tool.is_named(name)),
     };
-    TOOLS.iter().filter(named).collect()
+    let may = |tool: &&Arc<Tool>| programs || ![SHELL_RUN, CODE_EXECUTE].contains(&&*tool.name);
+    TOOLS.iter().filter(may).filter(named).cloned().collect()
 }
 
 /// One of them, by any of its names.
-pub fn find<'a>(tools: &[&'a Tool], name: &str) -> Option<&'a Tool> {
-    tools.iter().copied().find(|tool| tool.is_named(name))
+pub fn find<'a>(tools: &'a [Arc<Tool>], name: &str) -> Option<&'a Arc<Tool>> {
+    tools.iter().find(|tool| tool.is_named(name))
 }
 
 /// Whether there is such a tool at all.
@@ -238,13 +285,13 @@ mod tests {
 
     #[test]
     fn tools_go_by_any_of_their_names_and_each_name_is_of_one() {
-        let tools = offered(None);
-        assert_eq!(find(&tools, "file_read").map(|t| t.name), Some("file.read"));
-        assert_eq!(find(&tools, "http.request").map(Tool::wire_name).as_deref(), Some("http_request"));
+        let tools = offered(None, true);
+        assert_eq!(find(&tools, "file_read").map(|t| &*t.name), Some("file.read"));
+        assert_eq!(find(&tools, "http.request").map(|t| t.wire_name()).as_deref(), Some("http_request"));
         let named = vec![json!("file_read"), json!("unheard_of")];
-        assert_eq!(offered(Some(&named)).iter().map(|t| t.name).collect::<Vec<_>>(), ["file.read"]);
+        assert_eq!(offered(Some(&named), true).iter().map(|t| &*t.name).collect::<Vec<_>>(), ["file.read"]);
         for tool in &tools {
-            let names = tool.aliases.iter().copied().chain([tool.name]);
+            let names = tool.aliases.iter().copied().chain([&*tool.name]);
             for name in names {
                 assert_eq!(tools.iter().filter(|other| other.is_named(name)).count(), 1, "{name}");
             }
@@ -253,7 +300,7 @@ mod tests {
 
     #[test]
     fn wrong_arguments_are_told_in_words() {
-        let tools = offered(None);
+        let tools = offered(None, true);
         let write = find(&tools, "file.write").expect("a tool");
         assert_eq!(write.problem(&json!({"path": "a", "content": "b"})), None);
         let problem = write.problem(&json!({"path": 3, "contents": "b"})).expect("a problem");

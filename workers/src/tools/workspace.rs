@@ -103,8 +103,10 @@ mod linux {
     };
     use rustix::io::Errno;
 
-    use super::{FILE_BYTES_MAX, Workspace, WorkspaceFile, parts};
+    use super::{FILE_BYTES_MAX, PATH_PARTS_MAX, Workspace, WorkspaceFile, parts};
 
+    /// How a file begins that is being written.
+    const TEMPORARY: &str = ".capx-";
     const BENEATH: ResolveFlags =
         ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
     const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::RDONLY).union(OFlags::CLOEXEC);
@@ -148,6 +150,51 @@ mod linux {
             Ok(WorkspaceFile { file: File::from(file), path: path.to_owned(), bytes })
         }
 
+        /// The paths of the regular files that there are, at most so many.
+        pub fn paths(&self, most: usize) -> Result<Vec<String>, Failure> {
+            self.open()?;
+            let mut found = Vec::new();
+            let mut within = vec![(self.directory.clone(), String::new(), 0)];
+            while let Some((directory, above, depth)) = within.pop() {
+                let entries = std::fs::read_dir(&directory)
+                    .map_err(|error| Failure::transient(format!("the workspace: {error}")))?;
+                for entry in entries.flatten() {
+                    let name = entry.file_name();
+                    let (Some(name), Ok(kind)) = (name.to_str(), entry.file_type()) else { continue };
+                    let path = if above.is_empty() { name.to_owned() } else { format!("{above}/{name}") };
+                    if kind.is_dir() && depth < PATH_PARTS_MAX {
+                        within.push((entry.path(), path, depth + 1));
+                    } else if kind.is_file() && !name.starts_with(TEMPORARY) {
+                        found.push(path);
+                    }
+                    if found.len() > most {
+                        return Err(Failure::invalid(format!("the workspace holds more than {most} files")));
+                    }
+                }
+            }
+            found.sort();
+            Ok(found)
+        }
+
+        /// Removes a file; nothing, where there is none.
+        pub fn remove(&self, path: &str) -> Result<(), Failure> {
+            let parts = parts(path)?;
+            let Some((name, above)) = parts.split_last() else { return Err(failure(path, Errno::NOENT)) };
+            let root = self.open()?;
+            let directory = match above {
+                [] => root,
+                above => match openat2(&root, above.join("/").as_str(), DIRECTORY, Mode::empty(), BENEATH) {
+                    Ok(directory) => directory,
+                    Err(Errno::NOENT) => return Ok(()),
+                    Err(error) => return Err(failure(path, error)),
+                },
+            };
+            match unlinkat(&directory, *name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => Ok(()),
+                Err(error) => Err(failure(path, error)),
+            }
+        }
+
         /// Writes a file whole: a reader sees the old or the new one, and a
         /// crash leaves no half.
         pub fn write(&self, path: &str, bytes: &[u8], key: &str) -> Result<(), Failure> {
@@ -169,7 +216,7 @@ mod linux {
                     openat2(&directory, *part, DIRECTORY, Mode::empty(), BENEATH).map_err(|e| failure(path, e))?;
             }
             // An attempt that ran out of time may still be writing.
-            let temporary = format!(".capx-{key}-{:08x}", rand::random::<u32>());
+            let temporary = format!("{TEMPORARY}{key}-{:08x}", rand::random::<u32>());
             let written = write_and_rename(&directory, &temporary, name, bytes);
             if written.is_err() {
                 let _ = unlinkat(&directory, temporary.as_str(), AtFlags::empty());
@@ -193,6 +240,17 @@ mod linux {
 impl Workspace {
     /// Refused: only Linux can hold a path inside its directory.
     pub fn file(&self, path: &str) -> Result<WorkspaceFile, Failure> {
+        parts(path)?;
+        Err(Failure::invalid("file tools need Linux"))
+    }
+
+    /// Refused: only Linux can hold a path inside its directory.
+    pub fn paths(&self, _: usize) -> Result<Vec<String>, Failure> {
+        Err(Failure::invalid("file tools need Linux"))
+    }
+
+    /// Refused: only Linux can hold a path inside its directory.
+    pub fn remove(&self, path: &str) -> Result<(), Failure> {
         parts(path)?;
         Err(Failure::invalid("file tools need Linux"))
     }

@@ -47,6 +47,8 @@ pub const TOOLS: &[&str] = &[
     "file.write",
     "transform",
     "web_search",
+    "shell.run",
+    "code.execute",
     "send_message",
     "create_task",
     "list_tasks",
