@@ -81,7 +81,7 @@ const ESCAPES: &[&str] = &[
     "mount -t proc proc /tmp",
     "mount -o remount,rw /",
     "umount /usr",
-    "chroot /work /bin/sh -c 'echo x'",
+    "chroot / /bin/sh -c 'echo x'",
     "unshare -r id",
     "nsenter -t 1 -m ls",
     "setpriv --ambient-caps +sys_admin id",
@@ -92,14 +92,15 @@ const ESCAPES: &[&str] = &[
     "date -s 2001-01-01",
     "ulimit -n 100000",
     "ulimit -v unlimited",
-    "ulimit -u 100000",
+    "ulimit -t 100000",
     "ulimit -c unlimited && test \"$(ulimit -c)\" != 0",
     "test -n \"$(ls /proc/*/fd 2>/dev/null)\"",
     "perl -MSocket -e 'socket(S, PF_INET, SOCK_STREAM, 0) or exit 1; connect(S, sockaddr_in($ENV{PORT}, inet_aton(\"127.0.0.1\"))) or exit 1'",
     "perl -MSocket -e 'socket(S, PF_INET, SOCK_DGRAM, 0) or exit 1'",
     "perl -MSocket -e 'socket(S, PF_INET6, SOCK_STREAM, 0) or exit 1'",
     "perl -MSocket -e 'socket(S, PF_UNIX, SOCK_STREAM, 0) or exit 1; connect(S, pack_sockaddr_un(\"\\0capx-$ENV{PORT}\")) or exit 1'",
-    "perl -e 'exit(kill(9, -1) > 0 ? 0 : 1)'; kill -9 1 && test ! -d /proc && exit 1",
+    "ls /usr/src/*",
+    "perl -MSocket -e 'socketpair(A, B, 30, SOCK_STREAM, 0) or exit 1'",
     "perl -e 'open(F, \"+<&=\", $_) and exit 0 for 3..200; exit 1'",
 ];
 
@@ -114,14 +115,26 @@ async fn no_program_reaches_the_machine() {
     let name = std::os::unix::net::SocketAddr::from_abstract_name(format!("capx-{port}")).unwrap();
     let socket = std::os::unix::net::UnixListener::bind_addr(&name).unwrap();
     socket.set_nonblocking(true).unwrap();
-    let mut outside = std::process::Command::new("sleep").arg("600").spawn().unwrap();
-    let settings =
-        format!("CANARY={} PORT={port} OUTSIDE={}; export CANARY PORT OUTSIDE", canary.display(), outside.id());
+    // It ends by itself when its input does, whatever becomes of this test.
+    let mut outside = std::process::Command::new("cat")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let settings = format!(
+        "CANARY={} PORT={port} OUTSIDE={}; PATH=$PATH:/usr/sbin:/sbin; export CANARY PORT OUTSIDE PATH",
+        canary.display(),
+        outside.id()
+    );
     assert!(ESCAPES.len() >= 40);
+    // They are refused, and not merely missing.
+    let names = "cat ls ln mknod mount umount chroot unshare nsenter setpriv hostname date perl";
+    let there =
+        sh(&format!("PATH=$PATH:/usr/sbin:/sbin; for name in {names}; do command -v $name; done | wc -l")).await;
+    assert_eq!(there.stdout.text.trim(), "13", "{there:?}");
     for escape in ESCAPES {
         let report = sh(&format!("{settings}\n{{ {escape}\n}} && echo ESCAPED; echo tried")).await;
-        // Even one that ended itself with all the rest has not got further.
-        assert!(report.stdout.text.contains("tried") || report.signal.is_some(), "{escape}: {report:?}");
+        assert!(report.stdout.text.contains("tried"), "{escape}: {report:?}");
         assert!(!report.stdout.text.contains("ESCAPED"), "{escape}: {report:?}");
         assert!(!report.stdout.text.contains("machine's own"), "{escape}: {report:?}");
     }
@@ -216,21 +229,73 @@ async fn no_program_takes_more_than_it_is_given() {
     let time = Duration::from_secs(2);
     let bomb = run(&["/bin/sh", "-c", "b() { b | b & }; b; sleep 61.0625"], vec![], time).await.unwrap();
     assert!(bomb.timed_out || bomb.exit_code.is_some(), "{bomb:?}");
-    let memory = run(&["perl", "-e", "$x = 'a' x (64 << 30); print length $x"], vec![], time).await.unwrap();
-    assert!(memory.exit_code != Some(0) && !memory.stdout.text.contains("6871"), "{memory:?}");
-    let files = sh("head -c 200000000 /dev/zero > big; ls -l big | awk '{print $5}'; rm big; i=0; while [ $i -lt 6000 ]; do : > f$i || break; i=$((i+1)); done; echo $i").await;
-    let made: u64 = files.stdout.text.lines().last().unwrap_or_default().parse().unwrap_or(0);
-    assert!(files.stderr.text.contains("space") || files.signal.is_some() || made < 6_000, "{files:?}");
-    let sparse = sh("truncate -s 1T sparse || echo no").await;
-    assert!(sparse.stdout.text.contains("no") || sparse.signal.is_some(), "{sparse:?}");
+    let forks =
+        "$n++ while defined($p = fork) and $p; exit unless defined $p or 1; print \"$n\\n\" if !defined $p; sleep 1";
+    let forks = run(&["perl", "-e", forks], vec![], Duration::from_secs(20)).await.unwrap();
+    let made: u64 = forks.stdout.text.trim().parse().unwrap();
+    assert!((8..32).contains(&made), "{forks:?}");
+    for (bytes, fits) in [("256 << 20", true), ("64 << 30", false)] {
+        let script = format!("$x = 'a' x ({bytes}); print 'has it'");
+        let memory = run(&["perl", "-e", &script], vec![], Duration::from_secs(20)).await.unwrap();
+        assert_eq!(memory.stdout.text == "has it", fits, "{memory:?}");
+    }
+    for (script, most) in [
+        ("head -c 400000000 /dev/zero > big; stat -c %s big; rm big", 64 << 20),
+        ("head -c 60000000 /dev/zero > a; cp a b; cp a c; cp a d; cat a b c d | wc -c; rm a b c d", 160 << 20),
+        ("truncate -s 1T sparse; stat -c %s sparse; rm sparse", 64 << 20),
+        (
+            "perl -e 'for (1..40000) { open(F, \">f$_\") or last; close F; $n++ } print \"$n\\n\"; unlink glob \"f*\"'",
+            16_384,
+        ),
+    ] {
+        let report = sh(script).await;
+        let got: u64 = report.stdout.text.trim().parse().unwrap_or_else(|_| panic!("{script}: {report:?}"));
+        assert!(got <= most, "{script}: {report:?}");
+    }
     let loud = run(&["/bin/sh", "-c", "yes"], vec![], Duration::from_secs(20)).await.unwrap();
-    assert!(loud.stdout.cut && loud.stdout.text.len() <= 256 * 1024 && !loud.timed_out, "{:?}", loud.signal);
+    assert!(
+        loud.stdout.flooded && loud.stdout.cut && loud.stdout.text.len() <= 256 * 1024 && !loud.timed_out,
+        "{:?}",
+        loud.signal
+    );
     let spin = run(&["perl", "-e", "1 while 1"], vec![], Duration::from_secs(1)).await.unwrap();
     assert!(spin.timed_out);
     // Whoever steps aside ends with the rest, and keeps nobody waiting.
     let aside = sh("setsid sh -c 'sleep 62.0625 & sleep 62.0625' & (sleep 62.0625 &) ; echo done").await;
     assert_eq!((aside.exit_code, aside.stdout.text.as_str()), (Some(0), "done\n"));
     eventually("everything to have ended", || async { processes("61.0625") + processes("62.0625") == 0 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_cannot_deceive_who_gathers_its_files() {
+    let file = |path: &str| File::new(path.into(), b"x".to_vec());
+    let given = || vec![file("kept/a"), file("kept/b"), file("c")];
+    // What it hides is not removed.
+    let argv = ["/bin/sh", "-c", "chmod 000 kept/a; chmod 000 kept; chmod 000 ."];
+    let report = run(&argv, given(), Duration::from_secs(20)).await.unwrap();
+    assert_eq!((report.removed.len(), report.files.len()), (0, 0), "{report:?}");
+    // Nor are its limits those of who looks.
+    let limits = format!("$new = pack('QQ', 0, 0); print syscall({}, 1, 7, $new, 0), ' ', $! + 0", libc::SYS_prlimit64);
+    let report = run(&["perl", "-e", &limits], given(), Duration::from_secs(20)).await.unwrap();
+    assert_eq!((report.stdout.text.as_str(), report.removed.len()), ("-1 1", 0), "{report:?}");
+    // The first process of its world hears none of its signals.
+    let report = sh("kill -9 1; kill -STOP 1; kill -TERM 1; kill -SEGV 1; echo alive").await;
+    assert_eq!((report.exit_code, report.stdout.text.as_str()), (Some(0), "alive\n"), "{report:?}");
+    // Too many names, names of other worlds, and a directory that is too deep are told.
+    let odd = "i=0; while [ $i -lt 3000 ]; do : > n$i; i=$((i+1)); done; : > .capx-x; d=; for i in $(seq 60); do d=$d/d; done; mkdir -p .$d; : > \"$(printf 'a\\nb')\"";
+    let report = sh(odd).await;
+    assert!(report.files.len() <= 2_000 && report.left.len() == 20, "{} {:?}", report.files.len(), report.left);
+    assert!(report.files.iter().all(|file| !file.path.contains(".capx") && !file.path.contains('\n')));
+    // As much as there may be goes in and comes out, and nobody waits for who reads nothing.
+    let large = vec![File::new("large".into(), vec![7; 64 << 20])];
+    let argv = ["/bin/sh", "-c", "mv large moved"];
+    let report = run(&argv, large, Duration::from_secs(30)).await.unwrap();
+    assert_eq!((report.removed.as_slice(), report.files[0].bytes.len()), (&["large".to_owned()][..], 64 << 20));
+    let unread = Order { argv: vec!["true".into()], stdin: "x".repeat(256 << 10), ..Order::default() };
+    assert_eq!(sandbox().run(unread, Duration::from_secs(20)).await.unwrap().exit_code, Some(0));
+    // Who leaves many behind is not hindered by them.
+    let report = sh("i=0; while [ $i -lt 100 ]; do (true &); i=$((i+1)); done; echo through").await;
+    assert_eq!(report.stdout.text, "through\n", "{report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

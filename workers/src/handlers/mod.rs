@@ -233,7 +233,7 @@ impl Hands {
                 work.context.drafts_before(),
                 work.context.to_grade().is_some(),
             ),
-            timeout: job.timeout,
+            timeout: work.context.policy.task_max.map_or(job.timeout, |max| max.min(job.timeout)),
             idle: step.idle,
             began: Instant::now(),
             in_list: work.context.item.is_some(),

@@ -19,17 +19,17 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_statfs, libc::SYS_fstatfs, libc::SYS_faccessat, libc::SYS_faccessat2, libc::SYS_readlinkat,
     libc::SYS_getdents64, libc::SYS_mkdirat, libc::SYS_unlinkat, libc::SYS_renameat, libc::SYS_renameat2,
     libc::SYS_linkat, libc::SYS_symlinkat, libc::SYS_ftruncate, libc::SYS_truncate, libc::SYS_fallocate,
-    libc::SYS_fsync, libc::SYS_fdatasync, libc::SYS_sync_file_range, libc::SYS_fchmod, libc::SYS_fchmodat,
+    libc::SYS_fsync, libc::SYS_fdatasync, libc::SYS_sync_file_range, libc::SYS_fchmod, libc::SYS_fchmodat, libc::SYS_fchmodat2,
     libc::SYS_fchown, libc::SYS_fchownat, libc::SYS_utimensat, libc::SYS_umask, libc::SYS_chdir, libc::SYS_fchdir,
     libc::SYS_getcwd, libc::SYS_dup, libc::SYS_dup3, libc::SYS_fcntl, libc::SYS_flock, libc::SYS_ioctl,
     libc::SYS_sendfile, libc::SYS_copy_file_range, libc::SYS_splice, libc::SYS_tee, libc::SYS_fadvise64,
     libc::SYS_getxattr, libc::SYS_lgetxattr, libc::SYS_fgetxattr, libc::SYS_listxattr, libc::SYS_llistxattr,
     libc::SYS_flistxattr, libc::SYS_pipe2, libc::SYS_eventfd2, libc::SYS_ppoll, libc::SYS_pselect6,
     libc::SYS_epoll_create1, libc::SYS_epoll_ctl, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2,
-    libc::SYS_inotify_init1, libc::SYS_inotify_add_watch, libc::SYS_inotify_rm_watch, libc::SYS_memfd_create,
-    // A pair of sockets leads nowhere but to the other end.
-    libc::SYS_socketpair, libc::SYS_sendto, libc::SYS_recvfrom, libc::SYS_sendmsg, libc::SYS_recvmsg,
-    libc::SYS_shutdown, libc::SYS_getsockopt, libc::SYS_setsockopt, libc::SYS_getsockname, libc::SYS_getpeername,
+    libc::SYS_inotify_init1, libc::SYS_inotify_add_watch, libc::SYS_inotify_rm_watch,
+    // On a pair of sockets, which leads nowhere but to the other end.
+    libc::SYS_sendto, libc::SYS_recvfrom, libc::SYS_sendmsg, libc::SYS_recvmsg,
+    libc::SYS_shutdown, libc::SYS_getsockopt, libc::SYS_getsockname, libc::SYS_getpeername,
     // Memory.
     libc::SYS_brk, libc::SYS_mmap, libc::SYS_munmap, libc::SYS_mremap, libc::SYS_mprotect, libc::SYS_madvise,
     libc::SYS_msync, libc::SYS_mincore, libc::SYS_membarrier, libc::SYS_mlock, libc::SYS_munlock,
@@ -42,7 +42,7 @@ const ALLOWED: &[c_long] = &[
     libc::SYS_getegid, libc::SYS_getresuid, libc::SYS_getresgid, libc::SYS_getgroups, libc::SYS_getpgid,
     libc::SYS_setpgid, libc::SYS_getsid, libc::SYS_setsid, libc::SYS_setuid, libc::SYS_setgid, libc::SYS_setreuid,
     libc::SYS_setregid, libc::SYS_setresuid, libc::SYS_setresgid, libc::SYS_set_tid_address,
-    libc::SYS_set_robust_list, libc::SYS_get_robust_list, libc::SYS_rseq, libc::SYS_futex, libc::SYS_prlimit64,
+    libc::SYS_set_robust_list, libc::SYS_get_robust_list, libc::SYS_rseq, libc::SYS_futex,
     libc::SYS_getrlimit, libc::SYS_setrlimit, libc::SYS_getrusage, libc::SYS_times, libc::SYS_prctl,
     libc::SYS_capget, libc::SYS_getpriority, libc::SYS_setpriority, libc::SYS_sched_yield,
     libc::SYS_sched_getaffinity, libc::SYS_sched_getparam, libc::SYS_sched_getscheduler,
@@ -102,6 +102,10 @@ fn programs() -> Result<Vec<BpfProgram>, seccompiler::Error> {
     allowed.insert(libc::SYS_clone, vec![is(0, NAMESPACES, 0)?]);
     allowed.insert(libc::SYS_clone3, vec![]);
     let sure = u64::from(u32::MAX);
+    // Its own limits, not those of who started it.
+    allowed.insert(libc::SYS_prlimit64, vec![is(0, sure, 0)?]);
+    let unix = u64::from(libc::AF_UNIX.unsigned_abs());
+    allowed.insert(libc::SYS_socketpair, vec![is(0, sure, unix)?]);
     let terminal = BTreeMap::from([(libc::SYS_ioctl, vec![is(1, sure, INTO_TERMINAL)?])]);
     // Its flags lie in memory, where no filter can see them; without it, libraries use `clone`.
     let unseen = BTreeMap::from([(libc::SYS_clone3, vec![])]);

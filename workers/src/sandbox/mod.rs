@@ -15,7 +15,7 @@ use std::time::Duration;
 use capx_core::domain::outcome::{ErrorClass, Failure};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 #[cfg(target_os = "linux")]
 mod filter;
@@ -45,9 +45,9 @@ pub mod limits {
     /// See [`FILES_BYTES_MAX`].
     pub const FILES_MAX: usize = 2_000;
     /// Bytes of address space, by process.
-    pub const MEMORY_BYTES_MAX: u64 = 2 * 1024 * 1024 * 1024;
+    pub const MEMORY_BYTES_MAX: u64 = 1024 * 1024 * 1024;
     /// Processes and threads at once.
-    pub const PROCESSES_MAX: u64 = 64;
+    pub const PROCESSES_MAX: u64 = 32;
     /// Open files, by process.
     pub const OPEN_FILES_MAX: u64 = 256;
     /// Bytes that are kept of what it prints, by stream; the rest is read and thrown away.
@@ -86,26 +86,63 @@ impl Sandbox {
         Self { program: program.into(), room: Arc::new(Semaphore::new(PROGRAMS_MAX)) }
     }
 
-    /// Whether every layer holds on this machine.
+    /// Whether every layer holds on this machine, and a program runs behind them.
     ///
     /// # Errors
     /// Which does not.
     pub async fn probe(&self) -> Result<(), Failure> {
-        let argv = vec!["/bin/sh".to_owned(), "-c".to_owned(), "exit 0".to_owned()];
-        self.run(Order { argv, ..Order::default() }, Duration::from_secs(10)).await.map(drop)
+        let argv = vec!["/bin/sh".to_owned(), "-c".to_owned(), "echo runs".to_owned()];
+        let report = self.run(Order { argv, ..Order::default() }, Duration::from_secs(10)).await?;
+        match (report.exit_code, report.stdout.text.as_str()) {
+            (Some(0), "runs\n") => Ok(()),
+            _ => Err(Failure::invalid(format!("the sandbox starts no program: {}", report.stderr.text))),
+        }
     }
 
+    /// Waits until one more program may run here.
+    ///
+    /// # Errors
+    /// Where the worker ends before.
+    pub async fn turn(&self) -> Result<Turn, Failure> {
+        let room = Arc::clone(&self.room).acquire_owned().await;
+        Ok(Turn { program: self.program.clone(), _room: room.map_err(|_| Failure::transient("the worker stops"))? })
+    }
+
+    /// Waits for a turn, and runs a program.
+    ///
+    /// # Errors
+    /// As [`Turn::run`] has them.
+    pub async fn run(&self, order: Order, time: Duration) -> Result<Report, Failure> {
+        self.turn().await?.run(order, time).await
+    }
+}
+
+/// The right to run one program.
+#[derive(Debug)]
+pub struct Turn {
+    program: PathBuf,
+    _room: OwnedSemaphorePermit,
+}
+
+impl Turn {
     /// Runs a program to its end, or to the end of its time.
     ///
     /// # Errors
     /// Where it was not run, or nothing was heard of its end. A program that fails is no
     /// error here.
-    pub async fn run(&self, mut order: Order, time: Duration) -> Result<Report, Failure> {
-        let Ok(_room) = self.room.acquire().await else { return Err(Failure::transient("the worker stops")) };
+    pub async fn run(self, mut order: Order, time: Duration) -> Result<Report, Failure> {
         order.millis = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let sent = wire::pack(&order, &order.files).map_err(|error| Failure::invalid(error.to_string()))?;
+        let packed = apart(move || wire::pack(&order, &order.files)).await;
+        let sent = packed.map_err(|error| Failure::invalid(error.to_string()))?;
         let mut command = Command::new(&self.program);
-        command.arg(COMMAND).env_clear().stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        // In a group of its own: a Ctrl-C is the worker's, which drains.
+        command
+            .arg(COMMAND)
+            .env_clear()
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
         // Its end is that of all inside: see `outside::outlives`.
         let mut child = command
             .kill_on_drop(true)
@@ -118,6 +155,7 @@ impl Sandbox {
             // One that refuses may do so before it has read everything.
             let _ = input.write_all(&sent).await;
             let _ = input.flush().await;
+            drop(sent);
             let mut answer = Vec::new();
             output.take(wire::MESSAGE_BYTES_MAX).read_to_end(&mut answer).await.map(|_| answer)
         };
@@ -125,11 +163,17 @@ impl Sandbox {
             .await
             .map_err(|_| Failure::new(ErrorClass::Timeout, "the sandbox did not end in its time"))?
             .map_err(|error| Failure::transient(format!("the sandbox: {error}")))?;
-        let mut report: Report = wire::unpack(&mut answer.as_slice())
+        let mut report: Report = apart(move || wire::unpack(&mut answer.as_slice()))
+            .await
             .map_err(|error| Failure::transient(format!("the sandbox ended without a word: {error}")))?;
         match report.refused.take() {
             Some(why) => Err(Failure::invalid(format!("the sandbox does not hold here, so nothing was run: {why}"))),
             None => Ok(report),
         }
     }
+}
+
+/// Work on many bytes, where it holds up nobody.
+async fn apart<T: Send + 'static>(work: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> std::io::Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(std::io::Error::other(error)))
 }

@@ -21,7 +21,7 @@ const NICE: i32 = 10;
 
 /// Is the process.
 pub fn run() -> ExitCode {
-    match ready().and_then(|order| wait(&order)) {
+    match ready().and_then(wait) {
         Ok(code) => code,
         Err(why) => refuse(why),
     }
@@ -71,19 +71,27 @@ fn ready() -> Result<Vec<u8>, String> {
 
 /// Files that the worker's own parent has left open are not the program's.
 fn close_others() -> Result<(), String> {
-    let open: Vec<i32> = fs::read_dir("/proc/self/fd")
-        .map_err(no("open files"))?
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .filter(|fd| *fd > 2)
-        .collect();
-    for fd in open {
+    for fd in others()? {
         // The one by which they were listed is closed already.
         let _ = close(fd);
     }
-    Ok(())
+    // That one is there again.
+    match others()?.len() {
+        0 | 1 => Ok(()),
+        more => Err(format!("open files: {more} cannot be closed")),
+    }
 }
 
-fn wait(order: &[u8]) -> Result<ExitCode, String> {
+fn others() -> Result<Vec<i32>, String> {
+    let listed = fs::read_dir("/proc/self/fd").map_err(no("open files"))?;
+    let numbers = listed.map(|entry| {
+        let name = entry.map_err(no("open files"))?.file_name();
+        name.to_str().and_then(|name| name.parse().ok()).ok_or_else(|| "open files: no number".to_owned())
+    });
+    numbers.filter(|fd| !matches!(fd, Ok(0..=2))).collect()
+}
+
+fn wait(order: Vec<u8>) -> Result<ExitCode, String> {
     // Not by its path, which nobody may be allowed to walk.
     let mut child = Command::new("/proc/self/exe")
         .args([COMMAND, INSIDE])
@@ -94,8 +102,9 @@ fn wait(order: &[u8]) -> Result<ExitCode, String> {
         .map_err(no("the first process inside"))?;
     if let Some(mut input) = child.stdin.take() {
         // Where it is gone, it has said why.
-        let _ = input.write_all(order);
+        let _ = input.write_all(&order);
     }
+    drop(order);
     if let Some(alive) = child.stderr.take()
         && !outlives(&alive)?
     {
@@ -110,7 +119,7 @@ fn wait(order: &[u8]) -> Result<ExitCode, String> {
 /// with that one everything in its namespace.
 fn outlives(inside: &impl AsFd) -> Result<bool, String> {
     let input = stdin();
-    let mut ends = [PollFd::new(&input, PollFlags::IN), PollFd::new(inside, PollFlags::IN)];
+    let mut ends = [PollFd::new(&input, PollFlags::IN), PollFd::new(inside, PollFlags::empty())];
     // A thread would be simpler, but there can be none any more: its processes would be in
     // another namespace than its own.
     while poll(&mut ends, None).map_err(no("poll"))? == 0 {}

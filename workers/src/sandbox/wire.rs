@@ -9,7 +9,7 @@ use super::limits::{FILES_BYTES_MAX, FILES_MAX};
 
 /// The longest message, in bytes: the files, and as much again of heads and prints.
 pub const MESSAGE_BYTES_MAX: u64 = FILES_BYTES_MAX + HEAD_BYTES_MAX;
-const HEAD_BYTES_MAX: u64 = 8 * 1024 * 1024;
+const HEAD_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 /// A file, by its path in the workspace.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -73,6 +73,8 @@ pub struct Printed {
     pub text: String,
     /// There was more.
     pub cut: bool,
+    /// There was so much that the program was ended.
+    pub flooded: bool,
 }
 
 /// A head that files follow.
@@ -121,6 +123,9 @@ pub fn unpack<T: Head>(from: &mut impl Read) -> io::Result<T> {
     from.read_exact(&mut length)?;
     let mut head: T = serde_json::from_slice(&take(from, u64::from_be_bytes(length), HEAD_BYTES_MAX)?)?;
     let mut room = FILES_BYTES_MAX;
+    if head.files_mut().len() > FILES_MAX {
+        return Err(io::Error::other("more files than there may be"));
+    }
     for file in head.files_mut() {
         file.bytes = take(from, file.size, room)?;
         room -= file.size;

@@ -4,6 +4,7 @@
 //! nothing where its end was not heard of.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use capx_core::domain::outcome::{ErrorClass, Failure};
 use capx_core::domain::secret::Secrets;
@@ -12,13 +13,15 @@ use serde_json::{Map, Value, json};
 use super::workspace::{Workspace, WorkspaceFile};
 use super::{SHELL_RUN, ToolCall, blocking, only, text};
 use crate::handlers::Hands;
-use crate::sandbox::limits::{FILES_BYTES_MAX, FILES_MAX};
+use crate::sandbox::limits::{FILES_BYTES_MAX, FILES_MAX, PRINTED_BYTES_END};
 use crate::sandbox::{File, Order, Printed, Report};
 
 /// The longest code, command or input, in bytes.
 const TEXT_BYTES_MAX: usize = 256 * 1024;
 /// So much of what was printed is in the message of a program that failed, by stream.
 const TOLD_CHARS: usize = 800;
+/// How long before its step a program ends, at most.
+const MARGIN: Duration = Duration::from_secs(5);
 /// The longest single argument that Linux starts a program with is 128 KiB; longer code is
 /// read from its input.
 const ARGUMENT_BYTES_MAX: usize = 100 * 1024;
@@ -30,16 +33,21 @@ pub(super) async fn run(hands: &Hands, tool: &str, call: ToolCall<'_>) -> Result
             "{tool} is off: the operator allows programs by CAPX_ALLOW_PROGRAMS=1 on the workers, on machines where the sandbox holds"
         )));
     };
+    let began = Instant::now();
+    let turn = sandbox.turn().await?;
     let workspace = Arc::new(hands.workspaces.of(call.company, call.run));
     let files = blocking({
         let workspace = Arc::clone(&workspace);
         move || take(&workspace)
     });
     let order = Order { argv, stdin, millis: 0, files: files.await? };
-    let report = sandbox.run(order, call.timeout).await?;
+    // It ends before its step does, so that what it said is told.
+    let margin = MARGIN.min(call.timeout / 4);
+    let time = call.timeout.saturating_sub(began.elapsed()).saturating_sub(margin);
+    let mut report = turn.run(order, time).await?;
     let (key, secrets) = (call.idempotency_key, call.secrets.cloned());
     blocking(move || {
-        keep(&workspace, &report, &key)?;
+        keep(&workspace, &mut report, &key)?;
         answer(report, secrets.as_deref())
     })
     .await
@@ -111,11 +119,20 @@ fn take(workspace: &Workspace) -> Result<Vec<File>, Failure> {
     Ok(files)
 }
 
-fn keep(workspace: &Workspace, report: &Report, key: &str) -> Result<(), Failure> {
-    for file in &report.files {
-        workspace.write(&file.path, &file.bytes, key)?;
+/// Takes over what the program has changed; what the workspace does not take is told.
+fn keep(workspace: &Workspace, report: &mut Report, key: &str) -> Result<(), Failure> {
+    // A directory may stand where a file was, and a file where a directory was.
+    for path in &report.removed {
+        workspace.remove(path)?;
     }
-    report.removed.iter().try_for_each(|path| workspace.remove(path))
+    for file in std::mem::take(&mut report.files) {
+        match workspace.write(&file.path, &file.bytes, key) {
+            Ok(()) => report.files.push(file),
+            Err(failure) if failure.class == ErrorClass::Transient => return Err(failure),
+            Err(failure) => report.left.push(failure.message),
+        }
+    }
+    Ok(())
 }
 
 fn answer(mut report: Report, secrets: Option<&Secrets>) -> Result<Value, Failure> {
@@ -127,6 +144,11 @@ fn answer(mut report: Report, secrets: Option<&Secrets>) -> Result<Value, Failur
     let ended = match (report.timed_out, report.exit_code, report.signal) {
         (true, ..) => return Err(Failure::new(ErrorClass::Timeout, said(&report, "the program's time was over"))),
         (_, Some(0), _) => 0,
+        _ if report.stdout.flooded || report.stderr.flooded => {
+            return Err(Failure::invalid(format!(
+                "the program was ended, since it printed over {PRINTED_BYTES_END} bytes"
+            )));
+        }
         (_, Some(code), _) => return Err(Failure::invalid(said(&report, &format!("the program ended with {code}")))),
         (_, None, signal) => {
             let signal = signal.unwrap_or_default();

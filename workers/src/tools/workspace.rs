@@ -13,8 +13,10 @@ use capx_core::domain::outcome::Failure;
 /// The largest file that a step reads or writes, in bytes.
 pub const FILE_BYTES_MAX: usize = ARTIFACT_BYTES_MAX;
 /// The longest path, in bytes, and its most parts.
-const PATH_BYTES_MAX: usize = 1_024;
+pub const PATH_BYTES_MAX: usize = 1_024;
 const PATH_PARTS_MAX: usize = 32;
+/// How a file's name begins that is being written.
+pub const TEMPORARY: &str = ".capx-";
 
 /// Where all runs keep their files.
 #[derive(Debug, Clone)]
@@ -103,10 +105,8 @@ mod linux {
     };
     use rustix::io::Errno;
 
-    use super::{FILE_BYTES_MAX, PATH_PARTS_MAX, Workspace, WorkspaceFile, parts};
+    use super::{FILE_BYTES_MAX, PATH_PARTS_MAX, TEMPORARY, Workspace, WorkspaceFile, parts};
 
-    /// How a file begins that is being written.
-    const TEMPORARY: &str = ".capx-";
     const BENEATH: ResolveFlags =
         ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
     const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::RDONLY).union(OFlags::CLOEXEC);
@@ -176,23 +176,30 @@ mod linux {
             Ok(found)
         }
 
-        /// Removes a file; nothing, where there is none.
+        /// Removes a file, and the directories that are empty without it; nothing, where there
+        /// is none.
         pub fn remove(&self, path: &str) -> Result<(), Failure> {
             let parts = parts(path)?;
-            let Some((name, above)) = parts.split_last() else { return Err(failure(path, Errno::NOENT)) };
             let root = self.open()?;
-            let directory = match above {
-                [] => root,
-                above => match openat2(&root, above.join("/").as_str(), DIRECTORY, Mode::empty(), BENEATH) {
-                    Ok(directory) => directory,
-                    Err(Errno::NOENT) => return Ok(()),
+            for length in (1..=parts.len()).rev() {
+                let (above, flags) = (
+                    parts[..length - 1].join("/"),
+                    match length == parts.len() {
+                        true => AtFlags::empty(),
+                        false => AtFlags::REMOVEDIR,
+                    },
+                );
+                let opened = match above.is_empty() {
+                    true => openat(&root, ".", DIRECTORY, Mode::empty()),
+                    false => openat2(&root, above.as_str(), DIRECTORY, Mode::empty(), BENEATH),
+                };
+                match opened.and_then(|directory| unlinkat(&directory, parts[length - 1], flags)) {
+                    Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => {}
+                    Err(Errno::NOTEMPTY) if length < parts.len() => return Ok(()),
                     Err(error) => return Err(failure(path, error)),
-                },
-            };
-            match unlinkat(&directory, *name, AtFlags::empty()) {
-                Ok(()) | Err(Errno::NOENT) => Ok(()),
-                Err(error) => Err(failure(path, error)),
+                }
             }
+            Ok(())
         }
 
         /// Writes a file whole: a reader sees the old or the new one, and a
