@@ -333,5 +333,5 @@ async fn no_work_takes_longer_than_the_policy_lets_it() {
         error.contains("execution_policy.max_task_duration ended it after 1s") && error.contains("governance"),
         "{error}"
     );
-    assert_eq!(witness.held_calls(), 1);
+    assert!(witness.held_calls() > 0);
 }

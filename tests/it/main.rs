@@ -45,6 +45,7 @@ mod sandbox;
 mod schedules;
 mod secrets;
 mod seeds;
+mod ssrf;
 mod streams;
 mod tenancy;
 mod triggers;

@@ -279,7 +279,7 @@ async fn a_program_cannot_deceive_who_gathers_its_files() {
     let report = run(&["perl", "-e", &limits], given(), Duration::from_secs(20)).await.unwrap();
     assert_eq!((report.stdout.text.as_str(), report.removed.len()), ("-1 1", 0), "{report:?}");
     // The first process of its world hears none of its signals.
-    let report = sh("kill -9 1; kill -STOP 1; kill -TERM 1; kill -SEGV 1; echo alive").await;
+    let report = sh("kill -9 1; kill -STOP 1; kill -TERM 1; kill -SEGV 1; kill -BUS 1; kill -SEGV 1; echo alive").await;
     assert_eq!((report.exit_code, report.stdout.text.as_str()), (Some(0), "alive\n"), "{report:?}");
     // Too many names, names of other worlds, and a directory that is too deep are told.
     let odd = "i=0; while [ $i -lt 3000 ]; do : > n$i; i=$((i+1)); done; : > .capx-x; d=; for i in $(seq 60); do d=$d/d; done; mkdir -p .$d; : > \"$(printf 'a\\nb')\"";

@@ -109,6 +109,34 @@ impl Plan {
     }
 }
 
+/// What a run is told of one message, and of what came of one task before it, in bytes of
+/// JSON: all that there may be of both are less than the parameters of a run may have.
+pub const TOLD_BYTES_MAX: usize = 8 * 1024;
+
+/// A text, or what of it is told.
+pub fn brief(text: &str) -> String {
+    let mut bytes = 0;
+    let over = text.char_indices().find(|(_, c)| {
+        // As JSON writes it.
+        bytes += match c {
+            '"' | '\\' | '\n' | '\r' | '\t' => 2,
+            c if c.is_control() => 6,
+            c => c.len_utf8(),
+        };
+        bytes > TOLD_BYTES_MAX
+    });
+    match over {
+        None => text.to_owned(),
+        Some((at, _)) => format!("{} [cut: {at} of {} bytes are told]", &text[..at], text.len()),
+    }
+}
+
+/// A value, or the first of it as text.
+pub fn brief_value(value: serde_json::Value) -> serde_json::Value {
+    let text = value.to_string();
+    if text.len() <= TOLD_BYTES_MAX { value } else { brief(&text).into() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,5 +177,17 @@ mod tests {
             prop_assert_eq!((next.planned_us - planned * S) % (interval as i64 * S), 0);
             prop_assert!(next.delay <= Duration::from_secs(interval).mul_f64(1.1001));
         }
+    }
+
+    #[test]
+    fn what_is_told_is_bounded_as_json() {
+        assert_eq!(brief("short \u{1}"), "short \u{1}");
+        for text in ["x".repeat(100_000), "\u{1}".repeat(100_000), "\"\u{20ac}".repeat(50_000)] {
+            let told = brief(&text);
+            assert!(told.contains("[cut: ") && serde_json::json!(told).to_string().len() < TOLD_BYTES_MAX + 100);
+            let value = brief_value(serde_json::json!({"a": text}));
+            assert!(value.is_string() && value.to_string().len() < 2 * TOLD_BYTES_MAX + 100);
+        }
+        assert_eq!(brief_value(serde_json::json!({"a": 1})), serde_json::json!({"a": 1}));
     }
 }

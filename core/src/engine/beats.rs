@@ -18,7 +18,7 @@ use crate::domain::company::works;
 use crate::domain::digest::sha256;
 use crate::domain::event::{AGENT_STATE_CHANGED, Event, HEARTBEAT_FIRED};
 use crate::domain::governance::Policy;
-use crate::domain::heartbeat::{BEAT_MAX, ITEMS_MAX, Next, Plan, SAME_BEATS_MAX, SOON};
+use crate::domain::heartbeat::{BEAT_MAX, ITEMS_MAX, Next, Plan, SAME_BEATS_MAX, SOON, brief, brief_value};
 use crate::domain::ids::{AgentId, CompanyId, PlaybookId, TaskId};
 use crate::domain::money::Nanos;
 use crate::failpoint;
@@ -195,7 +195,7 @@ async fn begin(
     let messages: Vec<Value> = beats::take_messages(tx, company, agent, MESSAGES_MAX)
         .await?
         .into_iter()
-        .map(|m| json!({"from": m.from, "channel": m.channel, "text": m.body, "sent_at": m.at}))
+        .map(|m| json!({"from": m.from, "channel": m.channel, "text": brief(&m.body), "sent_at": m.at}))
         .collect();
     let reasons = if beating.began_us.is_none() { &beating.wakes } else { &beating.reasons };
     let mut params = Map::new();
@@ -229,8 +229,9 @@ async fn told(tx: &mut PgConnection, company: CompanyId, task: &TaskRow) -> Resu
     }
     if !task.needs.is_empty() {
         let results = store_tasks::results(tx, company, &task.needs).await?;
-        let results =
-            results.into_iter().map(|(id, title, result)| json!({"id": id, "title": title, "result": result}));
+        let results = results
+            .into_iter()
+            .map(|(id, title, result)| json!({"id": id, "title": title, "result": result.map(brief_value)}));
         told["needs"] = results.collect();
     }
     Ok(told)

@@ -250,8 +250,10 @@ async fn pause(tx: &mut PgConnection, work: &Work, facts: &Facts, cap: &Cap) -> 
         let delay = u64::try_from(until.timestamp_micros() - facts.now_us).unwrap_or(0);
         let resume = NewJob {
             ref_id: Some(work.agent.0),
-            delay: Duration::from_micros(delay),
-            unique_key: Some(format!("resume:{}:{}", work.agent, cap.account.starts)),
+            // Not before it, by what a queue rounds off.
+            delay: Duration::from_micros(delay) + Duration::from_millis(1),
+            // A day and a month that begin together end apart: one job for each end.
+            unique_key: Some(format!("resume:{}:{}", work.agent, until.timestamp_micros())),
             ..NewJob::new(queue::SYSTEM, kind::RESUME, work.company)
         };
         jobs::enqueue(&mut *tx, &resume).await?;

@@ -250,10 +250,12 @@ impl Attempt<'_> {
         match answered {
             Ok(Answered { reply, cost, memory }) => {
                 // Before the answer is stored, or nobody would know of it: once for each turn.
-                self.journal.remember(&key, &memory, self.call.deeds).await?;
+                // What it cannot be, the answer is paid for all the same.
+                let remembered = self.journal.remember(&key, &memory, self.call.deeds).await;
                 let cost = cost.unwrap_or_else(|| paid(table, price, &reply));
                 self.journal.turn_ended(&turn, Came::Answer { response: json!(reply), cost }).await?;
                 failpoint::reach("agent.turn_stored").await;
+                remembered?;
                 tracing::debug!(
                     run.id = %self.task.run, agent.id = %self.agent.agent, model = way.model, turn = number,
                     cost_nanos = cost.0, took_ms = began.elapsed().as_millis(), "a model has answered"

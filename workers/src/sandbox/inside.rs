@@ -18,7 +18,7 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus,
     Scope, path_beneath_rules,
 };
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -84,6 +84,9 @@ pub fn run() -> ExitCode {
 
 fn work() -> Result<Report, String> {
     set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).map_err(no("the parent's end"))?;
+    // The kernel lets none through to the first process of a namespace but those that the
+    // standard library handles; here those come from the program. It starts with none blocked.
+    SigSet::all().thread_block().map_err(no("signals"))?;
     // Whoever started it may have ended before that held.
     let alive = std::io::stderr();
     let mut end = [PollFd::new(&alive, PollFlags::empty())];

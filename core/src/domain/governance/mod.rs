@@ -77,21 +77,22 @@ impl<'a> Action<'a> {
 
     /// How much is at stake.
     pub fn risk(&self) -> Risk {
-        let class = self.tool.map_or(Risk::Medium, |tool| tool.class.risk());
+        let class = self.class().map_or(Risk::Medium, Class::risk);
         if self.estimate.0 >= 50 * CREDIT { Risk::High } else { class }
     }
 
     fn class(&self) -> Option<Class> {
-        self.tool.map(|tool| tool.class)
+        // What a server does with a call nobody here knows: it is taken to reach outside.
+        self.tool.map(|tool| tool.class).or_else(|| self.name.starts_with("mcp:").then_some(Class::Outbound))
     }
 
     fn is_named(&self, name: &str) -> bool {
-        let of_tool = |tool: &Tool| {
-            same_name(tool.name, name)
-                || tool.aliases.iter().any(|alias| same_name(alias, name))
-                || tool.class.as_str() == name
-        };
-        same_name(self.name, name) || matches_glob(self.name, name) || self.tool.is_some_and(of_tool)
+        let of_tool =
+            |tool: &Tool| same_name(tool.name, name) || tool.aliases.iter().any(|alias| same_name(alias, name));
+        same_name(self.name, name)
+            || matches_glob(self.name, name)
+            || self.class().is_some_and(|class| class.as_str() == name)
+            || self.tool.is_some_and(of_tool)
     }
 }
 
@@ -299,6 +300,9 @@ mod tests {
 
     #[test]
     fn a_list_names_actions_tools_and_classes() {
+        let outbound = of(json!({"execution_policy": {"blocked_tools": ["outbound"]}}));
+        assert_eq!(outbound.decide(&Action::of_tool("mcp:crm/delete")), deny("blocked_tools"));
+        assert_eq!(Action::of_tool("mcp:crm/delete").risk(), Risk::High);
         let policy = of(json!({"approval_required": ["publish", "outbound-email", "execute", "mcp:crm/*"]}));
         for (action, asked) in [
             (Action::of_agent("publish", None), true),
