@@ -52,17 +52,6 @@ async fn events(db: &Db, company: CompanyId, name: &str) -> Vec<Value> {
         .unwrap()
 }
 
-async fn company(api: &Api, body: Value) -> CompanyId {
-    let (status, made) = api.post("/v1/companies", body).await;
-    assert_eq!(status, 201, "{made}");
-    let id = made["data"]["id"].as_str().unwrap().to_owned();
-    eventually("the company to run", || async {
-        api.get(&format!("/v1/companies/{id}")).await.1["data"]["status"] == "running"
-    })
-    .await;
-    id.parse().unwrap()
-}
-
 async fn agent(api: &Api, company: CompanyId) -> Value {
     api.get(&format!("/v1/companies/{company}/agents/a")).await.1["data"].clone()
 }
@@ -76,7 +65,7 @@ async fn an_agent_stops_before_its_cap_says_so_and_goes_on_when_that_is_raised()
     // A turn may cost some 5,000 tokens read and 200 said, as far as anybody can know before.
     let body = json!({"name": "c", "agents": [{"role": "a", "adapter": "claude", "instructions": "Work.",
         "config": {"budget_limit_daily": 0.04, "max_tokens": 200, "tools": ["file_read"]}}]});
-    let company = company(&api, body).await;
+    let company = api.company(body).await;
     let playbook = db.playbook(company, STEP).await;
     let mut runs: Vec<RunId> = Vec::new();
     for _ in 0..20 {
@@ -128,7 +117,7 @@ async fn a_new_period_brings_new_money() {
     let api = db.api().await;
     let body = json!({"name": "c", "config": {"timezone": "Asia/Tokyo"}, "governance": {"spend_caps": {"per_company": {"daily": 0.001}}},
         "agents": [{"role": "a", "adapter": "claude", "instructions": "Work."}]});
-    let company = company(&api, body).await;
+    let company = api.company(body).await;
     let playbook = db.playbook(company, STEP).await;
     let run = db.start(company, playbook, json!({})).await;
     eventually("the agent to be paused", || async { agent(&api, company).await["status"] == "paused" }).await;

@@ -17,14 +17,7 @@ fn call(name: &str, input: Value) -> Value {
 }
 
 async fn company(api: &Api, agents: Value) -> CompanyId {
-    let (status, made) = api.post("/v1/companies", json!({"name": "c", "agents": agents})).await;
-    assert_eq!(status, 201, "{made}");
-    let id = made["data"]["id"].as_str().unwrap().to_owned();
-    eventually("the company to run", || async {
-        api.get(&format!("/v1/companies/{id}")).await.1["data"]["status"] == "running"
-    })
-    .await;
-    id.parse().unwrap()
+    api.company(json!({"name": "c", "agents": agents})).await
 }
 
 const STEP: &str = "name: w\nsteps:\n  - {id: do, role: a, action: work}\noutput: ${steps.do.output}\n";

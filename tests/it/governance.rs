@@ -10,15 +10,7 @@ use crate::harness::witness::Witness;
 use crate::harness::{Api, Db, SHORT_LEASE, eventually};
 
 async fn company(api: &Api, governance: Value, agents: Value) -> CompanyId {
-    let (status, made) =
-        api.post("/v1/companies", json!({"name": "c", "governance": governance, "agents": agents})).await;
-    assert_eq!(status, 201, "{made}");
-    let id = made["data"]["id"].as_str().unwrap().to_owned();
-    eventually("the company to run", || async {
-        api.get(&format!("/v1/companies/{id}")).await.1["data"]["status"] == "running"
-    })
-    .await;
-    id.parse().unwrap()
+    api.company(json!({"name": "c", "governance": governance, "agents": agents})).await
 }
 
 /// An agent whose model says what the script says, turn by turn.

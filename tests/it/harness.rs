@@ -337,6 +337,18 @@ impl Api {
         self.send("GET", path, None).await
     }
 
+    /// Makes a company, and waits until it runs.
+    pub async fn company(&self, body: Value) -> CompanyId {
+        let (status, made) = self.post("/v1/companies", body).await;
+        assert_eq!(status, 201, "{made}");
+        let id = made["data"]["id"].as_str().unwrap();
+        eventually("the company to run", || async {
+            self.get(&format!("/v1/companies/{id}")).await.1["data"]["status"] == "running"
+        })
+        .await;
+        id.parse().unwrap()
+    }
+
     pub async fn post(&self, path: &str, body: Value) -> (u16, Value) {
         self.send("POST", path, Some(body)).await
     }

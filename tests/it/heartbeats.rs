@@ -16,14 +16,7 @@ use crate::process::Process;
 async fn company(api: &Api, agents: Value, more: Value) -> CompanyId {
     let mut body = json!({"name": "c", "agents": agents});
     body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    let (status, made) = api.post("/v1/companies", body).await;
-    assert_eq!(status, 201, "{made}");
-    let id = made["data"]["id"].as_str().unwrap().to_owned();
-    eventually("the company to run", || async {
-        api.get(&format!("/v1/companies/{id}")).await.1["data"]["status"] == "running"
-    })
-    .await;
-    id.parse().unwrap()
+    api.company(body).await
 }
 
 async fn task(api: &Api, company: CompanyId, body: Value) -> String {

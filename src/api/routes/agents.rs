@@ -545,6 +545,26 @@ struct AgentStatus {
     updated_at: Time,
 }
 
+/// Changes an agent's status, and says to what; the change is in the audit log under its name.
+async fn change(
+    state: &crate::api::ApiState,
+    caller: &Caller,
+    (company, agent): (String, String),
+    digest: [u8; 32],
+    (change, audited, status): (engine::Change, &'static str, &'static str),
+) -> Result<Response, ApiError> {
+    let mut command = caller.command(state, digest).await?;
+    let company = caller.company_id(command.tx(), &company).await?;
+    let row = find_live(command.tx(), company, &agent).await?;
+    let at = engine::change(command.tx(), company, row.agent, change).await?;
+    command.audit(company, audited, json!({"agent_id": row.agent})).await?;
+    if change == engine::Change::Resume {
+        command.wake();
+    }
+    let shown = AgentStatus { id: row.agent, role: row.role, status, updated_at: Time(at) };
+    command.finish(StatusCode::OK, shown).await
+}
+
 /// Pause an agent
 ///
 /// It finishes its current cycle and keeps its state.
@@ -554,16 +574,10 @@ struct AgentStatus {
 async fn pause(
     State(state): Shared,
     caller: Caller,
-    Path((company, agent)): Path<(String, String)>,
+    Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    let mut command = caller.command(&state, digest).await?;
-    let company = caller.company_id(command.tx(), &company).await?;
-    let row = find_live(command.tx(), company, &agent).await?;
-    let at = engine::change(command.tx(), company, row.agent, engine::Change::Pause).await?;
-    command.audit(company, "agent.paused", json!({"agent_id": row.agent})).await?;
-    let shown = AgentStatus { id: row.agent, role: row.role, status: "paused", updated_at: Time(at) };
-    command.finish(StatusCode::OK, shown).await
+    change(&state, &caller, path, digest, (engine::Change::Pause, "agent.paused", "paused")).await
 }
 
 /// Kill switch of an agent
@@ -575,16 +589,10 @@ async fn pause(
 async fn kill(
     State(state): Shared,
     caller: Caller,
-    Path((company, agent)): Path<(String, String)>,
+    Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    let mut command = caller.command(&state, digest).await?;
-    let company = caller.company_id(command.tx(), &company).await?;
-    let row = find_live(command.tx(), company, &agent).await?;
-    let at = engine::change(command.tx(), company, row.agent, engine::Change::Kill).await?;
-    command.audit(company, "agent.killed", json!({"agent_id": row.agent})).await?;
-    let shown = AgentStatus { id: row.agent, role: row.role, status: "paused", updated_at: Time(at) };
-    command.finish(StatusCode::OK, shown).await
+    change(&state, &caller, path, digest, (engine::Change::Kill, "agent.killed", "paused")).await
 }
 
 /// Resume an agent
@@ -596,17 +604,10 @@ async fn kill(
 async fn resume(
     State(state): Shared,
     caller: Caller,
-    Path((company, agent)): Path<(String, String)>,
+    Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    let mut command = caller.command(&state, digest).await?;
-    let company = caller.company_id(command.tx(), &company).await?;
-    let row = find_live(command.tx(), company, &agent).await?;
-    let at = engine::change(command.tx(), company, row.agent, engine::Change::Resume).await?;
-    command.audit(company, "agent.resumed", json!({"agent_id": row.agent})).await?;
-    command.wake();
-    let shown = AgentStatus { id: row.agent, role: row.role, status: "active", updated_at: Time(at) };
-    command.finish(StatusCode::OK, shown).await
+    change(&state, &caller, path, digest, (engine::Change::Resume, "agent.resumed", "active")).await
 }
 
 #[cfg(test)]
