@@ -162,3 +162,32 @@ async fn an_agent_and_a_playbook_are_killed_alone() {
         assert_eq!(db.run(company, run).await.status, RunStatus::Running);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tool_under_a_killed_agents_role_is_not_used() {
+    let db = Db::new().await;
+    let outside = Outside::start(Duration::ZERO).await;
+    let company = company(&db, &outside).await;
+    let step = format!(
+        "name: t\nsteps:\n  - {{id: do, role: a, action: http.request, params: {{url: '{}/tool'}}}}\n",
+        outside.url
+    );
+    let playbook = db.playbook(company, &step).await;
+    let api = db.api().await;
+    let agent = format!("/v1/companies/{company}/agents/a");
+    let worker = db.worker(SHORT_LEASE);
+    eventually("the agent to be ready", || async { api.get(&agent).await.1["data"]["status"] == "active" }).await;
+    worker.stop().await;
+    assert_eq!(api.post(&format!("{agent}/kill"), json!({})).await.0, 200);
+    // Its first attempt is made by a worker that has never heard of the agent.
+    let run = db.start(company, playbook, json!({})).await;
+    let _worker = db.worker(SHORT_LEASE);
+    eventually("the step to wait for its agent", || async {
+        db.count("select count(*) from jobs where kind = 'step' and held_for is not null").await == 1
+    })
+    .await;
+    assert_eq!((outside.count(), db.run(company, run).await.status), (0, RunStatus::Running));
+    assert_eq!(api.post(&format!("{agent}/resume"), json!({})).await.0, 200);
+    db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(outside.count(), 1);
+}

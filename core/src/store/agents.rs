@@ -79,6 +79,8 @@ pub struct AgentRow {
     pub last_heartbeat_at: Option<DateTime<Utc>>,
     /// Why it is paused, and until when, where nobody has asked for it.
     pub paused: Option<(String, Option<DateTime<Utc>>)>,
+    /// Its kill switch is on.
+    pub killed: bool,
     /// All that it has spent, where that was asked for,
     pub cost: Nanos,
     /// and what of it in this month.
@@ -106,6 +108,7 @@ macro_rules! agent_row {
             heartbeat_count: row.heartbeat_count,
             last_heartbeat_at: row.last_heartbeat_at,
             paused: row.paused_reason.map(|reason| (reason, row.paused_until)),
+            killed: row.killed,
             cost: Nanos::ZERO,
             used: Nanos::ZERO,
             created_at: row.created_at,
@@ -137,7 +140,8 @@ pub async fn agents(
 ) -> Result<Vec<AgentRow>, StoreError> {
     let rows = sqlx::query!(
         r#"select a.company_id, a.id, a.role, a.adapter, a.instructions, a.model, a.budget, a.config, s.status as "status!",
-                a.error, a.heartbeat_count, a.last_heartbeat_at, a.created_at, a.updated_at, a.paused_reason, a.paused_until
+                a.error, a.heartbeat_count, a.last_heartbeat_at, a.created_at, a.updated_at, a.paused_reason, a.paused_until,
+                a.paused_by is not distinct from 'kill' as "killed!"
          from agents a
          join companies c on c.id = a.company_id
          cross join lateral (
@@ -179,9 +183,10 @@ pub async fn agents_of(
     companies: &[Uuid],
 ) -> Result<Vec<AgentRow>, StoreError> {
     let rows = sqlx::query!(
-        "select company_id, id, role, adapter, instructions, model, budget, config, status, error,
-                heartbeat_count, last_heartbeat_at, created_at, updated_at, paused_reason, paused_until
-         from agents where company_id = any ($1) and status <> 'removed'",
+        r#"select company_id, id, role, adapter, instructions, model, budget, config, status, error,
+                heartbeat_count, last_heartbeat_at, created_at, updated_at, paused_reason, paused_until,
+                paused_by is not distinct from 'kill' as "killed!"
+         from agents where company_id = any ($1) and status <> 'removed'"#,
         companies,
     )
     .fetch_all(executor)

@@ -17,6 +17,7 @@ use capx_core::domain::playbook::{Playbook, Step};
 use capx_core::domain::secret::Secrets;
 use capx_core::engine::beats;
 use capx_core::engine::claim::StepWork;
+use capx_core::engine::spending::HELD;
 use capx_core::store::agents::AgentRow;
 use capx_core::store::jobs::{ClaimedJob, kind};
 use serde_json::{Map, Value, json};
@@ -249,6 +250,14 @@ impl Hands {
             let action = step.action.as_str();
             if let Some(refused) = forbidden(&work.context.policy, action, &call.params) {
                 return Outcome::failed(refused);
+            }
+            // Who was stopped does nothing, with a model or without: its job waits for it.
+            if let Some(agent) = agent.filter(|agent| agent.killed) {
+                let journal = journals.of(&call.idempotency_key, agent.agent, "tool");
+                return match journal.hold().await {
+                    Ok(()) => Outcome::Released { delay: HELD },
+                    Err(failure) => Outcome::failed(failure),
+                };
             }
             return tools::run(self, action, call.of_tool()).await;
         }
