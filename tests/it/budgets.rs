@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use capx_core::domain::ids::{CompanyId, RunId};
 use capx_core::domain::run::RunStatus;
+use capx_core::engine::spending;
 use capx_workers::adapters::Providers;
 use serde_json::{Value, json};
 
 use crate::harness::{Api, Db, SHORT_LEASE, eventually};
 use crate::process::Process;
-use crate::provider::{Provider, Says};
+use crate::provider::{Provider, Says, Trouble};
 
 const STEP: &str = "name: work\nsteps:\n  - {id: do, role: a, action: research}\n";
 const CLAUDE_TURN: i64 = 1_001 * 3_000 + 37 * 15_000 + 11 * 300 + 7 * 3_750;
@@ -32,7 +33,7 @@ async fn balances(db: &Db, company: CompanyId) -> (i64, i64) {
     assert!(sums.iter().all(|(_, sum)| sum.unwrap_or(0) == spent), "{sums:?}");
     let reserved: Vec<(String, i64)> = sqlx::query_as(
         "select scope || period, sum(reserved_nanos)::bigint from budgets where company_id = $1 group by scope, period
-         union all select 'journal', coalesce(sum(reserved_nanos + kept_nanos), 0)::bigint from journal where company_id = $1",
+         union all select 'journal', coalesce(sum(reserved_nanos), 0)::bigint from journal where company_id = $1",
     )
     .bind(company.0)
     .fetch_all(&db.pool)
@@ -202,17 +203,19 @@ async fn two_hundred_agents_share_money_for_fifty_calls_whoever_dies() {
     // A job that three workers have died over is left to people, with the money that its call
     // may have cost; the others wait for money.
     eventually("fifty calls", || async {
-        db.count("select count(*) from journal where state = 'done' or reserved_nanos > 0").await == 50
+        // Time passes.
+        long_ago(&db).await;
+        db.count("select count(*) from journal where state = 'done' or reserved_nanos + kept_nanos > 0").await == 50
             && db.count("select count(*) from jobs where kind = 'step' and held_for is null").await == 0
     })
     .await;
     // What nobody heard of may have reached the other side or not.
     let keys = provider.keys();
-    let unheard = db.count("select count(*) from journal where reserved_nanos > 0").await;
+    let unheard = db.count("select count(*) from journal where reserved_nanos + kept_nanos > 0").await;
     assert!(keys.len() as i64 <= 50 && keys.len() as i64 >= 50 - unheard, "exactly fifty were admitted");
     assert!(keys.values().all(|times| *times <= 3), "a call that was asked for again was the same: {keys:?}");
-    let held = unheard * 250_000_000;
-    assert_eq!(balances(&db, company).await, (12_500_000_000 - held, held), "to the last nano-dollar");
+    let (spent, held) = balances(&db, company).await;
+    assert_eq!(spent + held, 12_500_000_000, "to the last nano-dollar");
     // People look, and have the runs go on that were put into quarantine.
     let failed: Vec<uuid::Uuid> =
         sqlx::query_scalar("select id from runs where status = 'failed'").fetch_all(&db.pool).await.unwrap();
@@ -229,4 +232,185 @@ async fn two_hundred_agents_share_money_for_fifty_calls_whoever_dies() {
     .await;
     assert_eq!(provider.keys().len(), 50);
     assert_eq!(balances(&db, company).await, (12_500_000_000, 0), "the money is spent, to the last nano-dollar");
+}
+
+fn custom(provider: &Provider, max_cost: Option<f64>) -> Value {
+    let mut config = json!({"endpoint": format!("{}/custom", provider.url)});
+    if let Some(most) = max_cost {
+        config["max_cost"] = json!(most);
+    }
+    config
+}
+
+/// An answer that drips on and on.
+const NO_END: Trouble = Trouble::Endless(1, Duration::from_millis(100));
+const FREE: &str = r#"{"output": "done", "cost": 0}"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn that_a_call_has_cost_nothing_does_not_let_the_next_ones_pass_the_cap() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    provider.troubled(&[Trouble::Raw("application/json", FREE)]);
+    let mut config = custom(&provider, None);
+    config["budget_limit_daily"] = json!(0.4);
+    let company = db.company(&["a"], "custom", config).await;
+    let playbook = db.playbook(company, STEP).await;
+    let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+    let api = db.api().await;
+    let run = db.start(company, playbook, json!({})).await;
+    db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(balances(&db, company).await, (0, 0));
+    // Each of these costs 0.25: one is within the cap, a second passes it, if nothing is held
+    // for the first.
+    for _ in 0..10 {
+        db.start(company, playbook, json!({})).await;
+    }
+    eventually("the agent to be paused", || async { agent(&api, company).await["status"] == "paused" }).await;
+    assert_eq!(balances(&db, company).await, (250_000_000, 0));
+    assert_eq!(provider.seen().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_above_what_its_owner_said_is_booked_and_the_agent_paused() {
+    for most in [0.0, 0.1] {
+        let db = Db::new().await;
+        let provider = Provider::start(vec![Says::Words("done")]).await;
+        let company = db.company(&["a"], "custom", custom(&provider, Some(most))).await;
+        let playbook = db.playbook(company, STEP).await;
+        let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+        let api = db.api().await;
+        eventually("the agent", || async { agent(&api, company).await["status"] == "active" }).await;
+        let run = db.start(company, playbook, json!({})).await;
+        db.until(company, run, RunStatus::Completed).await;
+        let shown = agent(&api, company).await;
+        let reason = format!("a call has cost 0.25 USD, more than the agent's config.max_cost of {most}");
+        assert_eq!((&shown["status"], &shown["paused_reason"]), (&json!("paused"), &json!(reason)), "{shown}");
+        assert_eq!(balances(&db, company).await, (250_000_000, 0));
+        // Its owner takes note, and it goes on.
+        let path = format!("/v1/companies/{company}/agents/a");
+        let (status, changed) = api.send("PATCH", &path, Some(json!({"config": {"max_cost": 0.25}}))).await;
+        assert_eq!((status, &changed["data"]["status"]), (200, &json!("active")), "{changed}");
+        let run = db.start(company, playbook, json!({})).await;
+        db.until(company, run, RunStatus::Completed).await;
+        assert_eq!(agent(&api, company).await["status"], "active");
+    }
+}
+
+/// Nothing is heard of calls that are under way for so long.
+async fn long_ago(db: &Db) {
+    sqlx::query("update journal set began_at = began_at - interval '2 minutes' where reserved_nanos > 0")
+        .execute(&db.pool)
+        .await
+        .unwrap();
+    spending::settle_unheard(&db.engine).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_hears_of_is_booked_at_its_worst_and_taken_back_when_it_is_heard_of() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    provider.troubled(&[NO_END, NO_END]);
+    let company = db.company(&["a"], "custom", custom(&provider, Some(0.4))).await;
+    let playbook = db.playbook(company, STEP).await;
+    let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+    let api = db.api().await;
+    let run = db.start(company, playbook, json!({})).await;
+    eventually("the call", || async { provider.seen().len() == 1 }).await;
+    long_ago(&db).await;
+    assert_eq!(balances(&db, company).await, (0, 400_000_000), "a call that is under way is left alone");
+    // Its agent is stopped over it.
+    api.post(&format!("/v1/companies/{company}/agents/a/kill"), json!({})).await;
+    eventually("the job to wait", || async {
+        db.count("select count(*) from jobs where held_for is not null").await == 1
+    })
+    .await;
+    long_ago(&db).await;
+    assert_eq!(balances(&db, company).await, (400_000_000, 0));
+    long_ago(&db).await;
+    assert_eq!(balances(&db, company).await, (400_000_000, 0), "once");
+    let (_, costs) = api.get(&format!("/v1/companies/{company}/costs")).await;
+    assert_eq!(costs["data"]["total"], 0.4, "{costs}");
+    // It goes on, and the same call is answered under its key; the first try of it says nothing.
+    api.post(&format!("/v1/companies/{company}/agents/a/resume"), json!({})).await;
+    eventually("the call again", || async { provider.seen().len() == 2 }).await;
+    assert_eq!(balances(&db, company).await, (0, 400_000_000), "it is held again, and not booked");
+    api.post(&format!("/v1/companies/{company}/agents/a/kill"), json!({})).await;
+    eventually("the job to wait", || async {
+        db.count("select count(*) from jobs where held_for is not null").await == 1
+    })
+    .await;
+    api.post(&format!("/v1/companies/{company}/agents/a/resume"), json!({})).await;
+    db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(balances(&db, company).await, (250_000_000, 0));
+    assert_eq!(provider.keys().len(), 1);
+    assert_eq!(db.count("select count(*) from ledger where unheard").await, 2, "booked, and taken back");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_run_keeps_no_money_apart() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    provider.troubled(&[NO_END]);
+    let company = db.company(&["a"], "claude", json!({"max_tokens": 200})).await;
+    let playbook = db.playbook(company, STEP).await;
+    let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+    let api = db.api().await;
+    let run = db.start(company, playbook, json!({})).await;
+    eventually("the call", || async { provider.seen().len() == 1 }).await;
+    let held = balances(&db, company).await.1;
+    assert!(held > 0);
+    let (status, _) =
+        api.post(&format!("/v1/companies/{company}/playbooks/{playbook}/runs/{run}/cancel"), json!({})).await;
+    assert_eq!(status, 200);
+    long_ago(&db).await;
+    assert_eq!(balances(&db, company).await, (held, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_of_one_run_wait_for_each_others_money() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    let mut config = custom(&provider, Some(0.4));
+    // Each costs 0.25 and may cost 0.4: there is room for three, one after another.
+    config["budget_limit_daily"] = json!(0.95);
+    let company = db.company(&["a"], "custom", config).await;
+    let yaml = "name: x\nsteps:\n  - {id: p, needs: [], role: a, action: work}\n  - {id: q, needs: [], role: a, action: work}\n  - {id: r, needs: [], role: a, action: work}\n";
+    let playbook = db.playbook(company, yaml).await;
+    let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+    let run = db.start(company, playbook, json!({})).await;
+    db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(balances(&db, company).await, (750_000_000, 0));
+    assert!(events(&db, company, "agent.state_changed").await.iter().all(|event| event["to"] != "paused"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resumption_waits_for_the_period_that_the_agent_is_paused_for_now() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    let mut config = custom(&provider, Some(0.25));
+    config["budget_limit_daily"] = json!(0.2);
+    let company = db.company(&["a"], "custom", config).await;
+    let playbook = db.playbook(company, STEP).await;
+    let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+    let api = db.api().await;
+    let run = db.start(company, playbook, json!({})).await;
+    eventually("the agent to be paused", || async { agent(&api, company).await["status"] == "paused" }).await;
+    // The job comes too early, as it does when the time zone of the company has changed.
+    let due = "update jobs set due_at = now() where kind = 'resume' and state = 'scheduled'";
+    assert_eq!(sqlx::query(due).execute(&db.pool).await.unwrap().rows_affected(), 1);
+    db.engine.waker.wake();
+    eventually("it to wait again", || async {
+        db.count("select count(*) from jobs where kind = 'resume' and state = 'scheduled' and due_at > now()").await
+            == 1
+    })
+    .await;
+    assert_eq!(agent(&api, company).await["status"], "paused");
+    // The job is lost: upkeep sees to it.
+    sqlx::query("delete from jobs where kind = 'resume'").execute(&db.pool).await.unwrap();
+    sqlx::query("update agents set paused_until = now() - interval '1 minute', config = config - 'budget_limit_daily'")
+        .execute(&db.pool)
+        .await
+        .unwrap();
+    capx_core::engine::upkeep::round(&db.engine).await.unwrap();
+    db.until(company, run, RunStatus::Completed).await;
 }

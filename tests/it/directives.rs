@@ -102,6 +102,33 @@ async fn all_that_is_done_for_a_directive_counts_against_its_budget() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn runs_that_are_begun_for_a_directive_count_for_it_too() {
+    let db = Db::new().await;
+    let run = json!({"playbook": "outer"});
+    let provider = Provider::start(vec![Says::Asks(vec![("run_playbook", run)]), Says::Words("done")]).await;
+    let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+    let api = db.api().await;
+    let config = json!({"endpoint": format!("{}/custom", provider.url), "max_cost": 0.25});
+    let agents = json!([{"role": "strategist", "adapter": "custom", "config": config}]);
+    let company = company(&api, agents).await;
+    // It begins a run, which calls another one, in which an agent works.
+    db.playbook(company, "name: inner\nsteps:\n  - {id: do, role: strategist, action: work}\n").await;
+    db.playbook(company, "name: outer\nsteps:\n  - {id: call, playbook: inner}\n").await;
+    let (_, made) =
+        api.post(&format!("/v1/companies/{company}/directives"), json!({"objective": "x", "budget": 500})).await;
+    assert!(made["data"]["id"].is_string(), "{made}");
+    // Each inner run begins another outer one, up to the depth that there is.
+    let told = "select count(*) from journal where response::text like '%begin each other more than%'";
+    eventually("the depth to be refused", || async { db.count(told).await == 1 }).await;
+    eventually("all to end", || async { db.count("select count(*) from runs where ended_at is null").await == 0 })
+        .await;
+    let spent = db.count("select coalesce(sum(nanos), 0)::bigint from ledger").await;
+    assert!(spent > 1_500_000_000, "{spent}");
+    let counted = db.count("select sum(spent_nanos)::bigint from budgets where scope = 'directive'").await;
+    assert_eq!(counted, spent);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_agent_whose_beats_cost_and_change_nothing_is_stopped() {
     let db = Db::new().await;
     let provider = Provider::start(vec![Says::Words("nothing to do")]).await;

@@ -119,20 +119,16 @@ impl Journal<'_> {
 
     /// Writes down what a turn came to, and books what it cost.
     pub async fn turn_ended(&self, turn: &Turn, mut came: Came) -> Result<(), Failure> {
-        let mut cost = Nanos::ZERO;
-        if let Came::Answer { response, cost: paid } = &mut came {
+        if let Came::Answer { response, .. } = &mut came {
             storable::without_nul(response);
-            cost = *paid;
         }
         let (engine, work, turn) = (self.of.engine.clone(), self.work.clone(), turn.clone());
         let ended = self.again("ended", move || {
             let (engine, work, turn, came) = (engine.clone(), work.clone(), turn.clone(), came.clone());
             async move { spending::end(&engine, &work, &turn, &came).await }
         });
-        if !ended.await? {
-            return Err(lost());
-        }
-        self.of.booked.fetch_add(cost.0, Ordering::Relaxed);
+        let booked = ended.await?.ok_or_else(lost)?;
+        self.of.booked.fetch_add(booked.0, Ordering::Relaxed);
         Ok(())
     }
 
@@ -194,7 +190,7 @@ impl Journal<'_> {
     ) -> Result<(), Failure> {
         let mut response = json!(Stored { result: result.clone(), refused });
         storable::without_nul(&mut response);
-        let end = End { done: true, response, cost: Nanos::ZERO, model: None, frees: true };
+        let end = End { done: true, response, cost: Nanos::ZERO, frees: true, unheard: false };
         let (engine, work, is_error) = (self.of.engine.clone(), self.work.clone(), result.is_error);
         // What was refused had no effect.
         let (tool, key) = (if refused { "transform" } else { tool }.to_owned(), key.to_owned());

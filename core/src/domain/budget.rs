@@ -294,7 +294,6 @@ impl Said<'_> {
 pub fn admit(caps: &[Cap], balances: &[Balance], estimate: Estimate) -> Admission {
     let of = |cap: &Cap| balances.iter().find(|balance| balance.account == cap.account);
     let mut wanted = match estimate {
-        Estimate::AtMost(Nanos(0)) => return Admission::Admitted(Nanos::ZERO),
         Estimate::AtMost(most) | Estimate::Guess(most) => most.0,
     };
     let mut busy = None;
@@ -303,7 +302,8 @@ pub fn admit(caps: &[Cap], balances: &[Balance], estimate: Estimate) -> Admissio
         let (unspent, left) =
             (cap.limit.0.saturating_sub(spent), cap.limit.0.saturating_sub(spent).saturating_sub(reserved));
         let enough = match estimate {
-            Estimate::AtMost(most) => (unspent >= most.0, left >= most.0),
+            // Where nothing is left, nothing is asked for, whatever it is said to cost.
+            Estimate::AtMost(most) => (unspent > 0 && unspent >= most.0, left >= most.0),
             Estimate::Guess(_) => (unspent > 0, left > 0),
         };
         match enough {
@@ -411,7 +411,8 @@ mod tests {
         assert_eq!(decide(0, 0, at_most(100)), Admission::Admitted(Nanos(100)));
         assert_eq!(decide(60, 0, at_most(50)), Admission::Capped(cap(100)));
         assert_eq!(decide(40, 20, at_most(50)), Admission::Busy(cap(100)));
-        assert_eq!(decide(100, 0, at_most(0)), Admission::Admitted(Nanos(0)));
+        assert_eq!(decide(99, 1, at_most(0)), Admission::Admitted(Nanos(0)));
+        assert_eq!(decide(100, 0, at_most(0)), Admission::Capped(cap(100)), "said to cost nothing");
         assert_eq!(decide(60, 10, Estimate::Guess(Nanos(50))), Admission::Admitted(Nanos(30)));
         assert_eq!(decide(60, 40, Estimate::Guess(Nanos(50))), Admission::Busy(cap(100)));
         assert_eq!(decide(100, 0, Estimate::Guess(Nanos(50))), Admission::Capped(cap(100)));

@@ -138,11 +138,21 @@ pub async fn break_off(engine: &Engine, company: CompanyId, agent: AgentId, why:
     Ok(())
 }
 
-/// The period is over in which an agent's money was used up.
-pub async fn period_over(engine: &Engine, company: CompanyId, agent: AgentId) -> Result<(), EngineError> {
+/// The period may be over in which an agent's money was used up; how long it is until then, where
+/// it is not.
+pub async fn period_over(engine: &Engine, company: CompanyId, agent: AgentId) -> Result<Option<Duration>, EngineError> {
     let mut tx = engine.pool.begin().await?;
     reconsider(&mut tx, company, Some(agent), true).await?;
+    let left = agents::paused_for_ms(&mut tx, company, agent).await?;
     tx.commit().await?;
     engine.waker.wake();
+    Ok(left.map(|ms| Duration::from_millis(ms.unsigned_abs())))
+}
+
+/// Whoever's period is over goes on, whatever has become of the job that was to see to it.
+pub async fn periods_over(engine: &Engine) -> Result<(), EngineError> {
+    for (company, agent) in agents::overdue(&engine.pool).await? {
+        period_over(engine, company, agent).await?;
+    }
     Ok(())
 }

@@ -14,6 +14,7 @@ use super::{Engine, EngineError, FieldProblem, repeating};
 use crate::domain::event::{Event, MEMORY_WRITTEN, MESSAGE_SENT};
 use crate::domain::ids::{AgentId, CompanyId, PlaybookId, RunId, TaskId};
 use crate::domain::outcome::Failure;
+use crate::domain::plan::DEPTH_MAX;
 use crate::domain::storable;
 use crate::domain::task::PRIORITIES;
 use crate::store::jobs::Lease;
@@ -30,8 +31,8 @@ pub const KEYS_MAX: i64 = 1_000;
 pub const VERSIONS_MAX: i32 = 10;
 /// The longest message, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
-/// How many tasks of a company may be open that agents have made: whoever gives work to others
-/// without end stops there.
+/// How many tasks of a company may be open that agents have made, and how many runs: whoever gives
+/// work to others without end stops there.
 pub const OPEN_MAX: i64 = 500;
 /// What one look at tasks or memories gives.
 const LIST_MAX: i64 = 100;
@@ -185,7 +186,11 @@ async fn give(tx: &mut PgConnection, doer: &Doer, params: &Map<String, Value>) -
         needs,
         by: doer.agent,
         call: Some(doer.key.clone()),
-        parent: doer.task,
+        // What is done by a run that serves a directive does, too.
+        parent: match doer.task {
+            Some(task) => Some(task),
+            None => children::root(tx, doer.company, doer.run).await?,
+        },
     };
     let row = tasks::create(tx, &company, &request).await?;
     Ok(told(&row))
@@ -227,7 +232,20 @@ async fn run(
     let given = ["params", "inputs"].iter().find_map(|key| params.get(*key)?.as_object()).cloned().unwrap_or_default();
     let key = format!("call:{}", doer.key);
     let started = match start::decide(engine, &mut *tx, None, (doer.company, id), given, "agent", Some(&key)).await? {
-        Decided::New(new) => start::start_in(&mut *tx, *new).await?,
+        Decided::New(new) => {
+            let depth = children::depth(tx, doer.company, doer.run).await?.unwrap_or(0) + 1;
+            if depth > DEPTH_MAX {
+                let message = format!("runs begin each other more than {DEPTH_MAX} deep");
+                return Err(EngineError::Conflict(message));
+            }
+            if children::open_by_agents(tx, doer.company, OPEN_MAX).await? >= OPEN_MAX {
+                let message = format!("{OPEN_MAX} runs that agents have begun are open; wait for some of them");
+                return Err(EngineError::Conflict(message));
+            }
+            let started = start::start_in(&mut *tx, *new).await?;
+            children::follow(tx, doer.company, (started.run, doer.run), depth).await?;
+            started
+        }
         Decided::Known(known) => known,
     };
     Ok(json!({"run_id": started.run, "playbook_id": id, "status": started.status.as_str()}))

@@ -1,13 +1,15 @@
 //! Calls that cost money: reserved before they are made, settled after. One transaction
 //! each, which decides under the locks of all that counts what is spent.
 //!
-//! Locks go job, budgets (company, agent, playbook, run, step), agent, run.
+//! Locks go job, provider's gate, budgets (company, agent, directive, playbook, run, step), the
+//! call, agent, run.
 
 use std::time::Duration;
 
 use chrono::{DateTime, NaiveDate};
 use serde_json::{Value, json};
 use sqlx::PgConnection;
+use uuid::Uuid;
 
 use super::{Engine, EngineError};
 use crate::domain::budget::{self, Account, Admission, Balance, Cap, Estimate, Said, Scope, Spender, ends_us, passed};
@@ -19,7 +21,7 @@ use crate::domain::money::Nanos;
 use crate::domain::outcome::{ErrorClass, Failure};
 use crate::store::budgets::{Change, Facts};
 use crate::store::jobs::{NewJob, kind, queue};
-use crate::store::journal::{Begun, End, Ended, Place, Work};
+use crate::store::journal::{Begun, Booking, End, Ended, Place, Work};
 use crate::store::provider_gates::{self, Enter};
 use crate::store::{agents, budgets, events, jobs, journal};
 
@@ -105,11 +107,11 @@ pub(super) fn may_act<'a>(company_status: &str, agent_status: &'a str, stopped: 
 }
 
 /// Who spends, by the facts.
-fn spender(work: &Work, facts: &Facts, (day, month): (NaiveDate, NaiveDate)) -> Spender {
+fn spender(work: &Work, facts: &Facts, (day, month): (NaiveDate, NaiveDate), directive: Option<Uuid>) -> Spender {
     Spender {
         company: work.company.0,
         agent: Some(work.agent.0),
-        directive: facts.directive.map(|(root, _)| root),
+        directive,
         playbook: facts.playbook.0,
         run: work.run.0,
         step: work.step,
@@ -128,7 +130,7 @@ fn said<'a>(facts: &'a Facts, turn: &Turn) -> Said<'a> {
         governance: facts.governance.as_ref(),
         agent_budget: facts.agent_budget,
         agent_config: Some(&facts.agent_config),
-        directive: facts.directive.and_then(|(_, budget)| budget).map(budget::credits),
+        directive: facts.directive.map(|(_, budget)| budget::credits(budget)),
         playbook_month: turn.playbook_cap,
         run: turn.run_cap,
         step: turn.step_cap,
@@ -139,15 +141,53 @@ fn changes(accounts: &[Account], spent: i64, reserved: i64) -> Vec<Change> {
     accounts.iter().map(|account| Change { account: *account, spent, reserved }).collect()
 }
 
-/// What a call is taken to cost: what its owner says, the dearest so far, or a guess.
+/// The most that a call may cost by the word of the agent's owner.
+fn max_cost(facts: &Facts) -> Option<Nanos> {
+    facts.agent_config.get("max_cost").and_then(Value::as_f64).and_then(Nanos::from_usd)
+}
+
+/// What a call is taken to cost: what its owner says, the dearest so far, or a guess. That one
+/// has cost nothing says nothing about the next.
 fn estimate(price: Price, facts: &Facts) -> Estimate {
-    let named = || facts.agent_config.get("max_cost").and_then(Value::as_f64).and_then(Nanos::from_usd);
     match price {
         Price::AtMost(most) => Estimate::AtMost(most),
-        Price::Afterwards => match named().or(facts.dearest) {
-            Some(most) => Estimate::AtMost(most),
-            None => Estimate::Guess(budget::CALL_GUESS),
+        Price::Afterwards => match (max_cost(facts), facts.dearest) {
+            (Some(named), dearest) => Estimate::AtMost(named.max(dearest.unwrap_or(Nanos::ZERO))),
+            (None, Some(dearest)) if dearest > Nanos::ZERO => Estimate::AtMost(dearest),
+            (None, _) => Estimate::Guess(budget::CALL_GUESS),
         },
+    }
+}
+
+/// Settles what a call holds that was begun before: free again where it is the very same call,
+/// and booked at its worst where nobody will ever hear of it. What was booked so is taken back
+/// where the call is repeated under its key: the other side counts it once. Says what was booked.
+async fn settle(tx: &mut PgConnection, work: &Work, turn: &Turn, facts: &Facts) -> Result<Nanos, EngineError> {
+    let Some(before) = facts.before else { return Ok(Nanos::ZERO) };
+    let booked = match () {
+        () if turn.keyed => Nanos(-before.kept.0),
+        () if before.unheard => Nanos::ZERO,
+        () => before.reserved,
+    };
+    if before.reserved > Nanos::ZERO || booked.0 != 0 {
+        let of_then = spender(work, facts, (before.day, before.month), before.directive);
+        let changes = changes(&of_then.accounts(), booked.0, -before.reserved.0);
+        budgets::apply(tx, work.company, &changes).await?;
+    }
+    Ok(booked)
+}
+
+fn booking(work: &Work, model: &str, cost: Nanos, unheard: bool) -> Booking {
+    Booking {
+        company: work.company,
+        run: work.run,
+        step: work.step,
+        agent: Some(work.agent),
+        category: work.category.to_owned(),
+        cost,
+        model: Some(model.to_owned()),
+        unheard,
+        by: (work.lease.job, work.lease.epoch, work.attempt),
     }
 }
 
@@ -178,37 +218,21 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
         return Ok(Asked::Refused(Failure::new(ErrorClass::Governance, format!("{rule} forbids to ask a model"))));
     }
     let (day, month) = budget::days(facts.now_us, zone(&facts));
-    let spender = spender(work, &facts, (day, month));
+    let directive = facts.directive.map(|(root, _)| root);
+    let spender = spender(work, &facts, (day, month), directive);
     let accounts = spender.accounts();
-    let caps = said(&facts, turn).caps(&spender);
-    // What is known to be over, or to be the same call once more, is free again.
-    let (mut kept, mut freed) = (Nanos::ZERO, None);
-    if let Some(before) = facts.before.filter(|before| before.reserved > Nanos::ZERO) {
-        match turn.keyed || before.unheard {
-            true => freed = Some(before),
-            false => kept = before.reserved,
-        }
-    }
-    if let Some(before) = freed {
-        let of_then = Spender { day: before.day, month: before.month, ..spender };
-        budgets::apply(&mut tx, work.company, &changes(&of_then.accounts(), 0, -before.reserved.0)).await?;
-    }
-    let estimate = estimate(turn.price, &facts);
-    let balances = match estimate {
-        // Nothing is counted of what costs nothing.
-        Estimate::AtMost(Nanos::ZERO) => Vec::new(),
-        _ => budgets::apply(&mut tx, work.company, &changes(&accounts, 0, 0)).await?,
-    };
-    let reserved = match budget::admit(&caps, &balances, estimate) {
+    let kept = settle(&mut tx, work, turn, &facts).await?;
+    let reserved = match admit(&mut tx, work, turn, &facts, &spender).await? {
         Admission::Admitted(reserved) => reserved,
-        Admission::Busy(_) if budgets::others_under_way(&mut tx, work).await? => return Ok(Asked::Wait(BUSY)),
+        // What holds the money ends, and is booked at its worst where nobody hears of it.
+        Admission::Busy(_) if !turn.has_cheaper => return Ok(Asked::Wait(BUSY)),
         Admission::Busy(_) | Admission::Capped(_) if turn.has_cheaper => return Ok(Asked::TooDear),
         Admission::Busy(cap) | Admission::Capped(cap) if cap.account.scope > Scope::Agent => {
             return Ok(Asked::Refused(used_up(&cap)));
         }
-        // What calls hold that nobody will hear of is as good as spent, until a person looks.
         Admission::Busy(cap) | Admission::Capped(cap) => {
-            pause(&mut tx, work, &facts, &cap).await?;
+            let reason = format!("{} of {} USD is used up", cap.rule, cap.limit.to_usd());
+            pause(&mut tx, work, &facts, (reason, Some(&cap))).await?;
             jobs::hold(&mut tx, work.lease, work.agent).await?;
             tx.commit().await?;
             return Ok(Asked::Wait(HELD));
@@ -217,13 +241,33 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
     if reserved > Nanos::ZERO {
         budgets::apply(&mut tx, work.company, &changes(&accounts, 0, reserved.0)).await?;
     }
-    let begun = Begun { fresh: turn.fresh, reserved, kept, day: Some(day), month: Some(month) };
+    let begun = Begun { fresh: turn.fresh, reserved, kept, day: Some(day), month: Some(month), directive };
     let noted = journal::begin(&mut *tx, work, turn.place, (&turn.model, &turn.key), &begun).await?;
     if noted.is_none() {
         return Ok(Asked::Lost);
     }
+    if kept.0 != 0 {
+        journal::book(&mut *tx, &booking(work, &turn.model, kept, true)).await?;
+    }
     tx.commit().await?;
     Ok(Asked::Go)
+}
+
+/// Whether there is money for a turn, by all caps.
+async fn admit(
+    tx: &mut PgConnection,
+    work: &Work,
+    turn: &Turn,
+    facts: &Facts,
+    spender: &Spender,
+) -> Result<Admission, EngineError> {
+    let estimate = match turn.price {
+        // Nothing is counted of what costs nothing.
+        Price::AtMost(Nanos::ZERO) => return Ok(Admission::Admitted(Nanos::ZERO)),
+        price => estimate(price, facts),
+    };
+    let balances = budgets::apply(tx, work.company, &changes(&spender.accounts(), 0, 0)).await?;
+    Ok(budget::admit(&said(facts, turn).caps(spender), &balances, estimate))
 }
 
 fn used_up(cap: &Cap) -> Failure {
@@ -234,10 +278,15 @@ fn used_up(cap: &Cap) -> Failure {
     )
 }
 
-/// The agent is paused until its money's next period, or until somebody raises the cap.
-async fn pause(tx: &mut PgConnection, work: &Work, facts: &Facts, cap: &Cap) -> Result<(), EngineError> {
-    let until = ends_us(cap.account.period, cap.account.starts, zone(facts)).and_then(DateTime::from_timestamp_micros);
-    let reason = format!("{} of {} USD is used up", cap.rule, cap.limit.to_usd());
+/// The agent is paused until its money's next period, or until somebody changes what it may spend.
+async fn pause(
+    tx: &mut PgConnection,
+    work: &Work,
+    facts: &Facts,
+    (reason, cap): (String, Option<&Cap>),
+) -> Result<(), EngineError> {
+    let ends = |cap: &Cap| ends_us(cap.account.period, cap.account.starts, zone(facts));
+    let until = cap.and_then(ends).and_then(DateTime::from_timestamp_micros);
     if !agents::pause_for_money(tx, work.company, work.agent, &reason, until).await? {
         return Ok(());
     }
@@ -291,53 +340,127 @@ pub enum Came {
 }
 
 /// Settles a turn: writes down what came of it, books what it cost, frees what was reserved,
-/// and tells of the thresholds that it passed. False when the attempt is no longer this
-/// worker's.
-pub async fn end(engine: &Engine, work: &Work, turn: &Turn, came: &Came) -> Result<bool, EngineError> {
+/// and tells of the thresholds that it passed. What it may have cost that nobody heard of is
+/// booked at its worst, unless it is asked for again under its key. Says what was booked; nothing
+/// when the attempt is no longer this worker's.
+pub async fn end(engine: &Engine, work: &Work, turn: &Turn, came: &Came) -> Result<Option<Nanos>, EngineError> {
     let mut tx = engine.pool.begin().await?;
-    let Some(facts) = budgets::facts(&mut tx, work, turn.place).await? else { return Ok(false) };
-    let Some(before) = facts.before else { return Ok(false) };
-    let spender = spender(work, &facts, (before.day, before.month));
-    let (cost, frees) = match came {
-        Came::Answer { cost, .. } => (*cost, true),
-        Came::Trouble { maybe_paid, .. } => (Nanos::ZERO, !maybe_paid),
-    };
-    let freed = if frees { before.reserved.0 } else { 0 };
-    let mut balances = Vec::new();
-    if freed != 0 || cost > Nanos::ZERO {
-        balances = budgets::apply(&mut tx, work.company, &changes(&spender.accounts(), cost.0, -freed)).await?;
-    }
+    let Some(facts) = budgets::facts(&mut tx, work, turn.place).await? else { return Ok(None) };
+    let Some(before) = facts.before else { return Ok(None) };
     if let Some(gate) = &turn.gate {
         match came {
             Came::Answer { .. } => provider_gates::open(&mut tx, gate).await?,
             Came::Trouble { closed_for: Some(closed), failure, .. } => {
                 provider_gates::close(&mut tx, gate, *closed, &failure.message).await?;
             }
-            Came::Trouble { .. } => {}
+            Came::Trouble { .. } => provider_gates::unprobe(&mut tx, gate).await?,
         }
     }
-    let end = match came {
-        Came::Answer { response, cost } => {
-            End { done: true, response: response.clone(), cost: *cost, model: Some(turn.model.clone()), frees }
-        }
-        Came::Trouble { failure, .. } => {
-            End { done: false, response: json!(failure), cost: Nanos::ZERO, model: None, frees }
-        }
-    };
+    let spender = spender(work, &facts, (before.day, before.month), before.directive);
+    let end = ended(turn, came, before.reserved);
+    let (cost, freed) = (end.cost, if end.frees { before.reserved.0 } else { 0 });
+    let mut balances = Vec::new();
+    if freed != 0 || cost > Nanos::ZERO {
+        balances = budgets::apply(&mut tx, work.company, &changes(&spender.accounts(), cost.0, -freed)).await?;
+    }
     match journal::end(&mut *tx, work, turn.place, &end).await? {
         Ended::Now => {}
-        Ended::Before => return Ok(true),
-        Ended::Lost => return Ok(false),
+        Ended::Before => return Ok(Some(cost)),
+        Ended::Lost => return Ok(None),
     }
     if cost > Nanos::ZERO {
-        if turn.price == Price::Afterwards && facts.dearest.is_none_or(|dearest| cost > dearest) {
-            agents::dearest(&mut tx, work.company, work.agent, cost).await?;
+        if turn.price == Price::Afterwards && !end.unheard {
+            dearer(&mut tx, work, &facts, cost).await?;
         }
         tell(&mut tx, work, &facts, &said(&facts, turn).caps(&spender), &balances).await?;
-    } else if turn.price == Price::Afterwards && facts.dearest.is_none() && matches!(came, Came::Answer { .. }) {
-        agents::dearest(&mut tx, work.company, work.agent, cost).await?;
+        journal::book(&mut *tx, &booking(work, &turn.model, cost, end.unheard)).await?;
     }
     tx.commit().await?;
+    Ok(Some(cost))
+}
+
+/// What is written down of a turn for which so much was reserved.
+fn ended(turn: &Turn, came: &Came, reserved: Nanos) -> End {
+    let failed = |failure: &Failure| End {
+        done: false,
+        response: json!(failure),
+        cost: Nanos::ZERO,
+        frees: true,
+        unheard: false,
+    };
+    match came {
+        Came::Answer { response, cost } => {
+            End { done: true, response: response.clone(), cost: *cost, frees: true, unheard: false }
+        }
+        Came::Trouble { failure, maybe_paid: false, .. } => failed(failure),
+        // It is asked for again under its key, and settled then.
+        Came::Trouble { failure, .. } if turn.keyed => End { frees: false, ..failed(failure) },
+        Came::Trouble { failure, .. } => End { cost: reserved, unheard: true, ..failed(failure) },
+    }
+}
+
+/// A call whose cost is known only afterwards has cost something: more than one has before, or
+/// than its owner has said that any does.
+async fn dearer(tx: &mut PgConnection, work: &Work, facts: &Facts, cost: Nanos) -> Result<(), EngineError> {
+    if facts.dearest.is_none_or(|dearest| cost > dearest) {
+        agents::dearest(tx, work.company, work.agent, cost).await?;
+    }
+    let Some(most) = max_cost(facts).filter(|most| cost > *most) else { return Ok(()) };
+    let reason =
+        format!("a call has cost {} USD, more than the agent's config.max_cost of {}", cost.to_usd(), most.to_usd());
+    pause(tx, work, facts, (reason, None)).await
+}
+
+/// How long a call holds money whose attempt is over, before that is booked at its worst: whoever
+/// takes over from a dead worker is given time to repeat it.
+pub const UNHEARD: Duration = Duration::from_secs(60);
+
+/// Books what calls may have cost of which nobody will hear any more: their run was cancelled, or
+/// has failed, or its agent was stopped over them.
+pub async fn settle_unheard(engine: &Engine) -> Result<(), EngineError> {
+    loop {
+        let found = journal::unheard(&engine.pool, UNHEARD.as_secs().cast_signed()).await?;
+        let mut settled = 0;
+        for call in &found {
+            settled += usize::from(settle_one(engine, call).await?);
+        }
+        if found.len() < journal::UNHEARD_MAX as usize || settled == 0 {
+            return Ok(());
+        }
+    }
+}
+
+async fn settle_one(engine: &Engine, call: &journal::Unheard) -> Result<bool, EngineError> {
+    let spender = Spender {
+        company: call.company.0,
+        agent: Some(call.agent.0),
+        directive: call.directive,
+        playbook: call.playbook.0,
+        run: call.run.0,
+        step: call.step,
+        day: call.day,
+        month: call.month,
+    };
+    let mut tx = engine.pool.begin().await?;
+    let reserved = call.reserved;
+    budgets::apply(&mut tx, call.company, &changes(&spender.accounts(), reserved.0, -reserved.0)).await?;
+    if !journal::keep(&mut tx, call).await? {
+        return Ok(false);
+    }
+    let booking = Booking {
+        company: call.company,
+        run: call.run,
+        step: call.step,
+        agent: Some(call.agent),
+        category: call.category.clone(),
+        cost: reserved,
+        model: Some(call.name.clone()),
+        unheard: true,
+        by: call.by,
+    };
+    journal::book(&mut *tx, &booking).await?;
+    tx.commit().await?;
+    tracing::info!(run.id = %call.run, nanos = reserved.0, "booked a call of which nobody has heard");
     Ok(true)
 }
 
@@ -363,7 +486,10 @@ async fn tell(
         }
     }
     match spent_up {
-        Some(cap) => pause(tx, work, facts, cap).await,
+        Some(cap) => {
+            let reason = format!("{} of {} USD is used up", cap.rule, cap.limit.to_usd());
+            pause(tx, work, facts, (reason, Some(cap))).await
+        }
         None => Ok(()),
     }
 }

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::{Executor, PgConnection, Postgres};
+use sqlx::{Executor, PgConnection, PgPool, Postgres};
 use uuid::Uuid;
 
 use super::StoreError;
@@ -355,6 +355,34 @@ pub async fn resume_for_money(
     .fetch_all(tx)
     .await?;
     Ok(agents.into_iter().map(AgentId).collect())
+}
+
+/// How long an agent stays paused whose money is used up, in milliseconds, rounded up.
+pub async fn paused_for_ms(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    agent: AgentId,
+) -> Result<Option<i64>, StoreError> {
+    let left = sqlx::query_scalar!(
+        r#"select (ceil(extract(epoch from paused_until - clock_timestamp()) * 1000))::bigint as "left!" from agents
+           where company_id = $1 and id = $2 and status = 'paused' and paused_by = 'budget' and paused_until is not null"#,
+        company.0,
+        agent.0,
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(left.map(|left| left.max(1)))
+}
+
+/// Agents that should have gone on by now, since their money's period is over; some of them.
+pub async fn overdue(pool: &PgPool) -> Result<Vec<(CompanyId, AgentId)>, StoreError> {
+    let rows = sqlx::query!(
+        "select company_id, id from agents
+         where paused_by = 'budget' and paused_until < clock_timestamp() - interval '30 seconds' limit 100",
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows.into_iter().map(|row| (CompanyId(row.company_id), AgentId(row.id))).collect())
 }
 
 /// Remembers what the dearest call of an agent has cost.

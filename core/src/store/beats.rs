@@ -325,9 +325,17 @@ pub async fn works(
     run: RunId,
     task: Option<TaskId>,
 ) -> Result<(), StoreError> {
-    sqlx::query!("update runs set beat_of = $3 where company_id = $1 and id = $2", company.0, run.0, agent.0)
-        .execute(&mut *tx)
-        .await?;
+    sqlx::query!(
+        "update runs
+         set beat_of = $3, root_id = (select t.root_id from tasks t where t.company_id = $1 and t.id = $4)
+         where company_id = $1 and id = $2",
+        company.0,
+        run.0,
+        agent.0,
+        task.map(|task| task.0),
+    )
+    .execute(&mut *tx)
+    .await?;
     sqlx::query!(
         "update agents
          set beat_run = $3, beat_began_at = coalesce(beat_began_at, clock_timestamp()),

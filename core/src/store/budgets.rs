@@ -35,8 +35,8 @@ pub struct Facts {
     pub dearest: Option<Nanos>,
     /// Whose run it is.
     pub playbook: PlaybookId,
-    /// The directive that it serves, and its budget in credits.
-    pub directive: Option<(uuid::Uuid, Option<i64>)>,
+    /// The directive that it serves, where that has a budget, in credits.
+    pub directive: Option<(uuid::Uuid, i64)>,
     /// The call, where it was begun before.
     pub before: Option<Before>,
 }
@@ -46,10 +46,14 @@ pub struct Facts {
 pub struct Before {
     /// What is reserved for it.
     pub reserved: Nanos,
+    /// What was booked for tries of it of which nobody heard.
+    pub kept: Nanos,
     /// In which day,
     pub day: NaiveDate,
     /// and month.
     pub month: NaiveDate,
+    /// For which directive.
+    pub directive: Option<uuid::Uuid>,
     /// By this very attempt, which has not heard that it was.
     pub unheard: bool,
 }
@@ -63,20 +67,14 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
            )
            select (extract(epoch from now()) * 1000000)::bigint as "now_us!", c.status as company_status, c.config,
                   c.governance, a.status as agent_status, a.paused_by is not null as "stopped!", a.budget, a.config as agent_config, a.dearest_nanos,
-                  r.playbook_id, d.root_id as "root_id?", d.budget as "root_budget?", j.reserved_nanos as "reserved_nanos?", j.day as "day?", j.month as "month?",
+                  r.playbook_id, r.root_id, root.metadata -> 'budget' as "root_budget?",
+                  j.reserved_nanos as "reserved_nanos?", j.kept_nanos as "kept_nanos?", j.day as "day?", j.month as "month?", j.directive_id as "directive_id?",
                   coalesce(j.job_id = $1 and j.lease_epoch = $2, false) as "unheard!"
            from held
            join companies c on c.id = $4
            join agents a on a.company_id = $4 and a.id = $5
            join runs r on r.id = $6 and r.company_id = $4
-           -- A run of an agent's task is one of its own beats.
-           left join lateral (
-               select t.root_id, (root.metadata ->> 'budget')::bigint as budget
-               from tasks t join tasks root on root.company_id = t.company_id and root.id = t.root_id
-               where r.beat_of is not null and t.company_id = $4 and t.run_id = $6 and t.status = 'in_progress'
-                   and root.metadata ->> 'budget' ~ '^[0-9]{1,15}$'
-               limit 1
-           ) d on true
+           left join tasks root on root.company_id = $4 and root.id = r.root_id
            left join journal j on j.company_id = $4 and j.work = $7 and j.turn = $8 and j.call = $9"#,
         job,
         epoch,
@@ -101,11 +99,16 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
         agent_config: row.agent_config,
         dearest: row.dearest_nanos.map(Nanos),
         playbook: PlaybookId(row.playbook_id),
-        directive: row.root_id.map(|root| (root, row.root_budget)),
-        before: match (row.reserved_nanos, row.day, row.month) {
-            (Some(reserved), Some(day), Some(month)) => {
-                Some(Before { reserved: Nanos(reserved), day, month, unheard: row.unheard })
-            }
+        directive: row.root_id.zip(row.root_budget.and_then(|budget| budget.as_i64())),
+        before: match (row.reserved_nanos, row.kept_nanos, row.day, row.month) {
+            (Some(reserved), Some(kept), Some(day), Some(month)) => Some(Before {
+                reserved: Nanos(reserved),
+                kept: Nanos(kept),
+                day,
+                month,
+                directive: row.directive_id,
+                unheard: row.unheard,
+            }),
             _ => None,
         },
     }))
@@ -160,22 +163,6 @@ pub async fn apply(tx: &mut PgConnection, company: CompanyId, changes: &[Change]
             Some(Balance { account, spent, reserved, told: row.told })
         })
         .collect())
-}
-
-/// Whether a call of another run that is under way holds money of the company, which may
-/// come back.
-pub async fn others_under_way(tx: &mut PgConnection, work: &Work) -> Result<bool, StoreError> {
-    Ok(sqlx::query_scalar!(
-        r#"select exists (
-               select from journal j join runs r on r.id = j.run_id and r.company_id = j.company_id
-               where j.company_id = $1 and j.reserved_nanos > 0 and j.run_id <> $2
-                   and r.status not in ('completed', 'failed', 'cancelled')
-           ) as "exists!""#,
-        work.company.0,
-        work.run.0,
-    )
-    .fetch_one(tx)
-    .await?)
 }
 
 /// Remembers that a threshold of an account was told.

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::StoreError;
 use super::jobs::{Lease, millis};
 use crate::domain::event::Event;
-use crate::domain::ids::{CompanyId, PlaybookId, RunId};
+use crate::domain::ids::{CompanyId, PlaybookId, RunId, TaskId};
 use crate::domain::plan::FAN_LOOK;
 
 /// The place of a run that does a step of another.
@@ -138,11 +138,14 @@ pub async fn link(
     .execute(&mut *tx)
     .await?;
     let open = sqlx::query!(
-        "update runs set called = true, depth = greatest(depth, $3)
+        "update runs
+         set called = true, depth = greatest(depth, $3),
+             root_id = (select above.root_id from runs above where above.company_id = $1 and above.id = $4)
          where company_id = $1 and id = $2 and status in ('queued', 'running', 'suspended')",
         company.0,
         child.0,
         depth,
+        call.run.0,
     )
     .execute(tx)
     .await?;
@@ -220,6 +223,51 @@ pub async fn open_of(tx: &mut PgConnection, company: CompanyId, run: RunId) -> R
     .fetch_all(tx)
     .await?;
     Ok(open.into_iter().map(RunId).collect())
+}
+
+/// A run was begun by an agent in the course of another: it serves the same directive, and stands
+/// below it.
+pub async fn follow(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    (child, above): (RunId, RunId),
+    depth: i16,
+) -> Result<(), StoreError> {
+    sqlx::query!(
+        "update runs
+         set depth = greatest(depth, $4),
+             root_id = (select above.root_id from runs above where above.company_id = $1 and above.id = $3)
+         where company_id = $1 and id = $2",
+        company.0,
+        child.0,
+        above.0,
+        depth,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// How many runs of a company are open that agents have begun; no more than are counted.
+pub async fn open_by_agents(tx: &mut PgConnection, company: CompanyId, limit: i64) -> Result<i64, StoreError> {
+    Ok(sqlx::query_scalar!(
+        r#"select count(*) as "count!" from (
+               select from runs
+               where company_id = $1 and trigger = 'agent' and ended_at is null limit $2
+           ) open"#,
+        company.0,
+        limit,
+    )
+    .fetch_one(tx)
+    .await?)
+}
+
+/// The task of the directive that a run serves.
+pub async fn root(tx: &mut PgConnection, company: CompanyId, run: RunId) -> Result<Option<TaskId>, StoreError> {
+    let root = sqlx::query_scalar!("select root_id from runs where company_id = $1 and id = $2", company.0, run.0)
+        .fetch_optional(tx)
+        .await?;
+    Ok(root.flatten().map(TaskId))
 }
 
 /// How deep a run is below others, by whom it is called.

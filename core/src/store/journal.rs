@@ -3,11 +3,12 @@
 
 use chrono::NaiveDate;
 use serde_json::Value;
-use sqlx::{Executor, Postgres};
+use sqlx::{Executor, PgConnection, PgPool, Postgres};
+use uuid::Uuid;
 
 use super::StoreError;
 use super::jobs::Lease;
-use crate::domain::ids::{AgentId, CompanyId, RunId};
+use crate::domain::ids::{AgentId, CompanyId, PlaybookId, RunId};
 use crate::domain::money::Nanos;
 
 /// Whose work a call belongs to. The same for all calls of an attempt.
@@ -98,12 +99,13 @@ pub async fn begin(
              select from jobs where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' for update
          )
          insert into journal as j (company_id, work, turn, call, name, state, key, run_id, step, agent_id, job_id, lease_epoch, attempt, fresh,
-             reserved_nanos, kept_nanos, day, month)
-         select $4, $5, $6, $7, $8, 'begun', $9, $10, $11, $12, $1, $2, $13, $14, $15, $16, $17, $18 from held
+             reserved_nanos, kept_nanos, cost_nanos, day, month, directive_id, category)
+         select $4, $5, $6, $7, $8, 'begun', $9, $10, $11, $12, $1, $2, $13, $14, $15, $16, $16, $17, $18, $19, $20 from held
          on conflict (company_id, work, turn, call) do update
          set name = excluded.name, state = 'begun', job_id = excluded.job_id, lease_epoch = excluded.lease_epoch,
              attempt = excluded.attempt, tries = j.tries + 1,
              reserved_nanos = excluded.reserved_nanos, kept_nanos = j.kept_nanos + excluded.kept_nanos,
+             cost_nanos = j.cost_nanos + excluded.kept_nanos, directive_id = excluded.directive_id,
              day = excluded.day, month = excluded.month, response = null, began_at = clock_timestamp(), ended_at = null
          where j.state <> 'done'
          returning (began_at at time zone 'utc')::date as "day!""#,
@@ -125,6 +127,8 @@ pub async fn begin(
         begun.kept.0,
         begun.day,
         begun.month,
+        begun.directive,
+        work.category,
     )
     .fetch_optional(executor)
     .await?;
@@ -138,8 +142,10 @@ pub struct Begun {
     pub fresh: bool,
     /// What is reserved for it,
     pub reserved: Nanos,
-    /// and for one before of which nobody heard.
+    /// and booked for tries before of which nobody heard: less than nothing takes it back.
     pub kept: Nanos,
+    /// The directive that it is counted for.
+    pub directive: Option<Uuid>,
     /// In which day,
     pub day: Option<NaiveDate>,
     /// and month.
@@ -155,10 +161,10 @@ pub struct End {
     pub response: Value,
     /// What it cost.
     pub cost: Nanos,
-    /// The model that was paid.
-    pub model: Option<String>,
     /// What was reserved is free again; else it stays so, since nobody knows what it cost.
     pub frees: bool,
+    /// Nobody knows what it cost: this is the most that it can have.
+    pub unheard: bool,
 }
 
 /// What became of the end of a call.
@@ -172,7 +178,7 @@ pub enum Ended {
     Lost,
 }
 
-/// Writes what came of a call, and books what it cost: on the ledger, the run and its step.
+/// Writes what came of a call. What it cost is booked by [`book`].
 pub async fn end(
     executor: impl Executor<'_, Database = Postgres>,
     work: &Work,
@@ -187,35 +193,12 @@ pub async fn end(
          entry as (
              update journal j
              set state = case when $8 then 'done' else 'failed' end, response = $9, cost_nanos = j.cost_nanos + $10,
-                 reserved_nanos = case when $14 then 0 else j.reserved_nanos end, ended_at = clock_timestamp()
+                 kept_nanos = j.kept_nanos + $12, reserved_nanos = case when $11 then 0 else j.reserved_nanos end,
+                 ended_at = clock_timestamp()
              from held
              where j.company_id = $4 and j.work = $5 and j.turn = $6 and j.call = $7
                  and j.state = 'begun' and j.lease_epoch = $2
-             returning j.company_id, j.run_id, j.step, j.agent_id
-         ),
-         spent as (
-             insert into ledger (company_id, category, nanos, agent_id, run_id, step, model)
-             select company_id, $11, $10, agent_id, run_id, step, $12 from entry where $10 > 0
-             returning company_id, at, category, nanos, agent_id
-         ),
-         delta as (
-             insert into cost_deltas (company_id, at, agent_id, category, nanos)
-             select company_id, at, coalesce(agent_id, '00000000-0000-0000-0000-000000000000'), category, nanos from spent
-         ),
-         run as (
-             update runs r set cost_nanos = r.cost_nanos + $10
-             from entry
-             where r.id = entry.run_id and r.company_id = entry.company_id and $10 > 0
-                 and r.status not in ('completed', 'failed', 'cancelled')
-             returning r.id
-         ),
-         step as (
-             insert into run_steps as s (
-                 company_id, run_id, step, status, agent_id, attempt, job_id, lease_epoch, cost_nanos, started_at
-             )
-             select company_id, run_id, step, 'running', agent_id, $13, $1, $2, $10, clock_timestamp()
-             from entry where $10 > 0 and (select count(*) from run) > 0
-             on conflict (company_id, run_id, step) do update set cost_nanos = s.cost_nanos + $10
+             returning j.company_id
          )
          select exists (select from entry) as "now!", exists (
              select from journal j, held
@@ -232,10 +215,8 @@ pub async fn end(
         end.done,
         end.response,
         end.cost.0,
-        work.category,
-        end.model,
-        work.attempt,
         end.frees,
+        if end.unheard { end.cost.0 } else { 0 },
     )
     .fetch_one(executor)
     .await?;
@@ -244,4 +225,168 @@ pub async fn end(
         (false, true) => Ended::Before,
         (false, false) => Ended::Lost,
     })
+}
+
+/// Money that a call has cost, or may have.
+#[derive(Debug, Clone)]
+pub struct Booking {
+    /// Whose.
+    pub company: CompanyId,
+    /// In which run,
+    pub run: RunId,
+    /// and at which step of it.
+    pub step: i32,
+    /// Who has spent it.
+    pub agent: Option<AgentId>,
+    /// As what.
+    pub category: String,
+    /// How much; less than nothing takes back what was booked before.
+    pub cost: Nanos,
+    /// The model that was paid.
+    pub model: Option<String>,
+    /// Nobody has heard what it was: the most that it can be.
+    pub unheard: bool,
+    /// Whose attempt at the step it is: job, lease's epoch, attempt.
+    pub by: (i64, i64, i32),
+}
+
+/// Books money: on the ledger, the run and its step. A run that is over counts it too.
+pub async fn book(executor: impl Executor<'_, Database = Postgres>, booking: &Booking) -> Result<(), StoreError> {
+    let (job, epoch, attempt) = booking.by;
+    sqlx::query!(
+        "with spent as (
+             insert into ledger (company_id, category, nanos, agent_id, run_id, step, model, unheard)
+             values ($1, $2, $3, $4, $5, $6, $7, $8)
+             returning company_id, at, category, nanos, agent_id
+         ),
+         delta as (
+             insert into cost_deltas (company_id, at, agent_id, category, nanos)
+             select company_id, at, coalesce(agent_id, '00000000-0000-0000-0000-000000000000'), category, nanos from spent
+         ),
+         run as (
+             update runs r set cost_nanos = r.cost_nanos + $3 where r.company_id = $1 and r.id = $5
+             returning r.playbook_id, r.status, r.status in ('completed', 'failed', 'cancelled') as is_over
+         ),
+         total as (
+             insert into run_deltas (company_id, playbook_id, started, ended, cost_nanos, duration_ms)
+             select $1, playbook_id, 0, 0, $3, 0 from run where is_over
+         )
+         insert into run_steps as s (
+             company_id, run_id, step, status, agent_id, attempt, job_id, lease_epoch, cost_nanos, started_at, ended_at
+         )
+         select $1, $5, $6, case when not is_over then 'running' when status = 'cancelled' then 'cancelled' else 'failed' end,
+             $4, $11, $9, $10, $3, clock_timestamp(), case when is_over then clock_timestamp() end
+         from run
+         on conflict (company_id, run_id, step) do update set cost_nanos = s.cost_nanos + $3",
+        booking.company.0,
+        booking.category,
+        booking.cost.0,
+        booking.agent.map(|agent| agent.0),
+        booking.run.0,
+        booking.step,
+        booking.model,
+        booking.unheard,
+        job,
+        epoch,
+        attempt,
+    )
+    .execute(executor)
+    .await?;
+    Ok(())
+}
+
+/// A call that holds money, and that nobody makes any more.
+#[derive(Debug, Clone)]
+pub struct Unheard {
+    /// Whose.
+    pub company: CompanyId,
+    /// The key of the work that it belongs to,
+    pub work: String,
+    /// and its place in that.
+    pub place: Place,
+    /// The model, or the tool.
+    pub name: String,
+    /// Of which run,
+    pub run: RunId,
+    /// which step,
+    pub step: i32,
+    /// and which playbook.
+    pub playbook: PlaybookId,
+    /// Who has made it.
+    pub agent: AgentId,
+    /// The directive that it is counted for.
+    pub directive: Option<Uuid>,
+    /// What it is booked as.
+    pub category: String,
+    /// What it holds.
+    pub reserved: Nanos,
+    /// In which day,
+    pub day: NaiveDate,
+    /// and month.
+    pub month: NaiveDate,
+    /// Whose attempt it was: job, lease's epoch, attempt.
+    pub by: (i64, i64, i32),
+}
+
+/// So many calls are looked at together.
+pub const UNHEARD_MAX: i64 = 100;
+
+/// Calls that hold money for longer than so many seconds, and whose attempt is over.
+pub async fn unheard(pool: &PgPool, after_seconds: i64) -> Result<Vec<Unheard>, StoreError> {
+    let rows = sqlx::query!(
+        r#"select j.company_id, j.work, j.turn, j.call, j.name, j.run_id, j.step, r.playbook_id, j.agent_id as "agent_id!",
+               j.directive_id, j.category, j.reserved_nanos, j.day as "day!", j.month as "month!", j.job_id, j.lease_epoch, j.attempt
+           from journal j
+           join runs r on r.company_id = j.company_id and r.id = j.run_id
+           where j.reserved_nanos > 0 and j.agent_id is not null and j.day is not null and j.month is not null
+               and j.began_at < clock_timestamp() - $1::bigint * interval '1 second'
+               and not exists (
+                   select from jobs b where b.id = j.job_id and b.state = 'running' and b.lease_epoch = j.lease_epoch
+               )
+           order by j.company_id, j.began_at
+           limit $2"#,
+        after_seconds,
+        UNHEARD_MAX,
+    )
+    .fetch_all(pool)
+    .await?;
+    let number = |n: i32| u32::try_from(n).unwrap_or(0);
+    Ok(rows
+        .into_iter()
+        .map(|row| Unheard {
+            company: CompanyId(row.company_id),
+            work: row.work,
+            place: Place { turn: number(row.turn), call: number(row.call) },
+            name: row.name,
+            run: RunId(row.run_id),
+            step: row.step,
+            playbook: PlaybookId(row.playbook_id),
+            agent: AgentId(row.agent_id),
+            directive: row.directive_id,
+            category: row.category,
+            reserved: Nanos(row.reserved_nanos),
+            day: row.day,
+            month: row.month,
+            by: (row.job_id, row.lease_epoch, row.attempt),
+        })
+        .collect())
+}
+
+/// Turns what a call holds into what it has cost; false when it was begun anew meanwhile, or is
+/// over.
+pub async fn keep(tx: &mut PgConnection, call: &Unheard) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update journal
+         set kept_nanos = kept_nanos + reserved_nanos, cost_nanos = cost_nanos + reserved_nanos, reserved_nanos = 0
+         where company_id = $1 and work = $2 and turn = $3 and call = $4 and reserved_nanos = $5 and lease_epoch = $6",
+        call.company.0,
+        call.work,
+        i32::try_from(call.place.turn).unwrap_or(i32::MAX),
+        i32::try_from(call.place.call).unwrap_or(i32::MAX),
+        call.reserved.0,
+        call.by.1,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
 }

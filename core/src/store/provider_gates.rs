@@ -79,3 +79,12 @@ pub async fn open(tx: &mut PgConnection, gate: &str) -> Result<(), StoreError> {
         .await?;
     Ok(())
 }
+
+/// A call that was to see whether the provider takes anything again was none, for a reason of its
+/// own: the next one sees.
+pub async fn unprobe(tx: &mut PgConnection, gate: &str) -> Result<(), StoreError> {
+    sqlx::query!("update provider_gates set probe_until = null where gate = $1 and probe_until is not null", gate)
+        .execute(tx)
+        .await?;
+    Ok(())
+}

@@ -48,6 +48,8 @@ struct Attempt<'a> {
     /// The number of the first turn that counts.
     base: u32,
     turns: Vec<Turn>,
+    /// The model that has answered last in this very attempt.
+    told: Option<String>,
 }
 
 /// Lets the agent of the step's role do it; what it costs is booked in a category.
@@ -134,6 +136,7 @@ async fn converse(
         turns_max: turns_max.unwrap_or(TURNS_DEFAULT).clamp(1, TURNS_MAX),
         base: written.base,
         turns: written.turns,
+        told: None,
     };
     let over = matches!(next(&attempt.turns, attempt.turns_max), Next::Done(_) | Next::Stuck(_) | Next::Circles(_));
     if over && written.of_another {
@@ -180,14 +183,17 @@ impl Attempt<'_> {
     }
 
     /// Asks the model once more; another one, where that cannot be asked and the owner says so.
-    async fn turn(&self, number: u32) -> Result<Turn, Halt> {
+    async fn turn(&mut self, number: u32) -> Result<Turn, Halt> {
         let fresh = number == 0 && self.base > 0;
         let number = self.base + number;
         let mut last = None;
         for (at, way) in self.ways.iter().enumerate() {
             let others = self.ways.get(at + 1..).unwrap_or_default();
             match self.ask(way, number, fresh, others.iter().any(|other| other.on.contains(&On::Budget))).await? {
-                Answer::Turn(turn) => return Ok(turn),
+                Answer::Turn(turn) => {
+                    self.told = Some(way.model.clone());
+                    return Ok(turn);
+                }
                 Answer::Not(why, halt) => {
                     last = Some(halt);
                     if !others.iter().any(|other| other.on.contains(&why)) {
@@ -300,12 +306,13 @@ impl Attempt<'_> {
         }
     }
 
-    /// What the provider can read at most, in tokens: none is shorter than a byte. Of what it
-    /// has read before it has told how much that was.
+    /// What the provider can read at most, in tokens: none is shorter than a byte. Of what the same
+    /// model has read before in this attempt it has told how much that was.
     fn read_at_most(&self, ask: &Ask<'_>) -> u64 {
         let mut known = 0;
         let mut said = ask.messages;
-        if let Some(usage) = self.turns.last().and_then(|turn| turn.reply.usage) {
+        let told = self.turns.last().filter(|_| self.told.as_deref() == Some(ask.model));
+        if let Some(usage) = told.and_then(|turn| turn.reply.usage) {
             known = usage.read().saturating_add(usage.output);
             // Its own words are counted; what came after them is not.
             let last = ask.messages.iter().rposition(|message| matches!(message, Message::Assistant(_)));
@@ -425,12 +432,14 @@ fn offer(tool: &Tool) -> Offer<'_> {
     Offer { name: tool.wire_name(), description: &tool.description, schema: &tool.schema }
 }
 
-/// What a turn has cost by what it has used; at its worst, where the provider does not say.
+/// What a turn has cost by what it has used; at its worst, where the provider does not say, or
+/// says more than can be counted.
 fn paid(table: Option<&Price>, price: spending::Price, reply: &Reply) -> Nanos {
-    match (table, &reply.usage, price) {
-        (Some(table), Some(usage), _) => table.cost(usage).unwrap_or(Nanos::ZERO),
-        (_, None, spending::Price::AtMost(worst)) => worst,
-        _ => Nanos::ZERO,
+    let counted = table.zip(reply.usage.as_ref()).and_then(|(table, usage)| table.cost(usage));
+    match (counted, price) {
+        (Some(cost), _) => cost,
+        (None, spending::Price::AtMost(worst)) => worst,
+        (None, spending::Price::Afterwards) => Nanos::ZERO,
     }
 }
 

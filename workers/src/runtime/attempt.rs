@@ -311,7 +311,9 @@ async fn heartbeat(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
 async fn resume(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
     let Some(agent) = job.ref_id else { return PlainOutcome::Done };
     match agents::period_over(&shared.engine, job.company, AgentId(agent)).await {
-        Ok(()) => PlainOutcome::Done,
+        Ok(None) => PlainOutcome::Done,
+        // It was paused anew for another period, or its company's time zone has changed.
+        Ok(Some(delay)) => PlainOutcome::Again { delay, charged: false },
         Err(error) => {
             tracing::warn!(%error, agent.id = %AgentId(agent), "a resumption waits");
             PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
