@@ -164,6 +164,36 @@ async fn an_agent_and_a_playbook_are_killed_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_does_a_step_for_a_killed_playbook_stops_with_it() {
+    let db = Db::new().await;
+    let held = Outside::start(Duration::from_secs(30)).await;
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let company = company(&db, &held).await;
+    let url = format!("{}/tool", held.url);
+    let inner = format!("name: inner\nsteps:\n  - {{id: c, action: http.request, params: {{url: '{url}'}}}}\n");
+    db.playbook(company, &inner).await;
+    db.playbook(company, STEP).await;
+    db.playbook(company, "name: middle\nsteps:\n  - {id: call, playbook: inner}\n").await;
+    let yaml =
+        "name: outer\nsteps:\n  - {id: call, needs: [], playbook: middle}\n  - {id: work, needs: [], playbook: w}\n";
+    let outer = db.playbook(company, yaml).await;
+    let run = db.start(company, outer, json!({})).await;
+    eventually("both to call", || async { held.open.load(Ordering::SeqCst) == 2 }).await;
+    let (status, _) = api.post(&format!("/v1/companies/{company}/playbooks/{outer}/kill"), json!({})).await;
+    assert_eq!(status, 200);
+    eventually("the calls to be cut", || async { held.open.load(Ordering::SeqCst) == 0 }).await;
+    eventually("their jobs to be put off", || async {
+        db.count("select count(*) from jobs where kind = 'step' and state = 'running'").await == 0
+    })
+    .await;
+    assert_eq!(held.count(), 2);
+    assert_eq!(db.run(company, run).await.status, RunStatus::Running);
+    api.post(&format!("/v1/companies/{company}/playbooks/{outer}/resume"), json!({})).await;
+    eventually("both to call again", || async { held.open.load(Ordering::SeqCst) == 2 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_tool_under_a_killed_agents_role_is_not_used() {
     let db = Db::new().await;
     let outside = Outside::start(Duration::ZERO).await;

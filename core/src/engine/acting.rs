@@ -54,9 +54,9 @@ pub enum May {
 pub async fn begin(engine: &Engine, work: &Work, call: &Call) -> Result<May, EngineError> {
     let mut tx = engine.pool.begin().await?;
     let Some(facts) = acting::facts(&mut tx, work, &call.key).await? else { return Ok(May::Lost) };
-    match spending::may_act(&facts.company_status, &facts.agent_status, facts.stopped) {
+    match spending::may_act(&facts.standing) {
         spending::Acts::Yes => {}
-        spending::Acts::CompanyHalted => return Ok(May::Wait(std::time::Duration::ZERO)),
+        spending::Acts::Halted => return Ok(May::Wait(std::time::Duration::ZERO)),
         spending::Acts::AgentHalted => {
             jobs::hold(&mut tx, work.lease, work.agent).await?;
             tx.commit().await?;

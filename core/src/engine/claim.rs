@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::beats::{self, Beat};
 use super::secrets::Opened;
 use super::{Engine, EngineError, load};
-use crate::domain::ids::RunId;
+use crate::domain::ids::{PlaybookId, RunId};
 use crate::domain::plan::RunContext;
 use crate::failpoint;
 use crate::store::StoreError;
@@ -75,6 +75,8 @@ pub struct StepWork {
     pub agents: Arc<HashMap<String, AgentRow>>,
     /// What its tools are given, where its playbook names secrets.
     pub secrets: Option<Opened>,
+    /// The playbooks of the runs whose steps this one does, at any height.
+    pub above: Option<Arc<Vec<PlaybookId>>>,
     /// The run's own job.
     pub run_job: i64,
     /// How many steps this worker has done of the run in a row.

@@ -41,7 +41,9 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
     let (runs, halted): (Vec<_>, Vec<_>) = runs.into_iter().partition(|run| works_on(&run.company_status));
     let halted: HashMap<Uuid, bool> =
         halted.into_iter().map(|run| (run.run.0, run.company_status == "stopped")).collect();
-    let (killed, runs): (Vec<_>, Vec<_>) = runs.into_iter().partition(|run| run.killed);
+    let above = above(engine, &runs).await?;
+    let stopped = |run: &LoadedRun| run.killed || above.get(&run.run.0).is_some_and(|above| above.killed);
+    let (killed, runs): (Vec<_>, Vec<_>) = runs.into_iter().partition(stopped);
     let killed: HashSet<Uuid> = killed.into_iter().map(|run| run.run.0).collect();
     let wanted: Vec<(Uuid, Uuid)> = runs.iter().map(|run| (run.company.0, run.version)).collect();
     let plans = engine.plans.get(&engine.pool, &wanted).await?;
@@ -131,6 +133,7 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
                 run_job,
                 agents: agents.get(&context.company).map_or_else(|| Arc::clone(&none), Arc::clone),
                 secrets: secrets.get(&run).cloned(),
+                above: above.get(&run).map(|above| Arc::clone(&above.playbooks)),
                 context,
                 chain: 0,
                 chain_began: now,
@@ -138,6 +141,28 @@ pub(super) async fn steps(engine: &Engine, claimed: &[&ClaimedJob]) -> Result<Ha
             Some((job.lease.job, Work::Step(Box::new(work))))
         })
         .collect())
+}
+
+/// Whose steps a run does, at any height.
+#[derive(Default)]
+struct Above {
+    playbooks: Arc<Vec<PlaybookId>>,
+    /// One of them was stopped at once.
+    killed: bool,
+}
+
+async fn above(engine: &Engine, runs: &[LoadedRun]) -> Result<HashMap<Uuid, Above>, EngineError> {
+    let mut found: HashMap<Uuid, Above> = HashMap::new();
+    let called: Vec<_> = runs.iter().filter(|run| run.called).map(|run| (run.company, run.run)).collect();
+    if called.is_empty() {
+        return Ok(found);
+    }
+    for (run, playbook, killed) in children::above(&engine.pool, &called).await? {
+        let above = found.entry(run).or_default();
+        Arc::make_mut(&mut above.playbooks).push(playbook);
+        above.killed |= killed;
+    }
+    Ok(found)
 }
 
 /// What runs keep is counted up as they go, too high in a loop: exactly where it matters.

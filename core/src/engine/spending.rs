@@ -19,6 +19,7 @@ use crate::domain::governance::{Action, Policy};
 use crate::domain::ids::{AgentId, CompanyId};
 use crate::domain::money::Nanos;
 use crate::domain::outcome::{ErrorClass, Failure};
+use crate::store::acting::Standing;
 use crate::store::budgets::{Change, Facts};
 use crate::store::jobs::{NewJob, kind, queue};
 use crate::store::journal::{Begun, Booking, End, Ended, Place, Work};
@@ -87,8 +88,8 @@ pub enum Asked {
 pub(super) enum Acts<'a> {
     /// It may.
     Yes,
-    /// Its company is paused or stopped.
-    CompanyHalted,
+    /// Its company is paused or stopped, or the playbook was stopped at once.
+    Halted,
     /// It was stopped at once, or its money is used up.
     AgentHalted,
     /// It never will.
@@ -97,10 +98,10 @@ pub(super) enum Acts<'a> {
 
 /// An agent that a person has paused ends what it is at; one that was stopped for a reason, or
 /// killed, does not.
-pub(super) fn may_act<'a>(company_status: &str, agent_status: &'a str, stopped: bool) -> Acts<'a> {
-    match agent_status {
-        _ if !works(company_status) => Acts::CompanyHalted,
-        "paused" if stopped => Acts::AgentHalted,
+pub(super) fn may_act(standing: &Standing) -> Acts<'_> {
+    match standing.agent_status.as_str() {
+        _ if standing.killed || !works(&standing.company_status) => Acts::Halted,
+        "paused" if standing.stopped => Acts::AgentHalted,
         status @ ("removed" | "errored") => Acts::Never(status),
         _ => Acts::Yes,
     }
@@ -195,10 +196,10 @@ fn booking(work: &Work, model: &str, cost: Nanos, unheard: bool) -> Booking {
 pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, EngineError> {
     let mut tx = engine.pool.begin().await?;
     let Some(facts) = budgets::facts(&mut tx, work, turn.place).await? else { return Ok(Asked::Lost) };
-    match may_act(&facts.company_status, &facts.agent_status, facts.stopped) {
+    match may_act(&facts.standing) {
         Acts::Yes => {}
         // Its job is parked when it is claimed again.
-        Acts::CompanyHalted => return Ok(Asked::Wait(Duration::ZERO)),
+        Acts::Halted => return Ok(Asked::Wait(Duration::ZERO)),
         Acts::AgentHalted => {
             jobs::hold(&mut tx, work.lease, work.agent).await?;
             tx.commit().await?;

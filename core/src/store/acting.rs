@@ -10,18 +10,27 @@ use super::journal::Work;
 /// All that decides about a call, as it stands now.
 #[derive(Debug)]
 pub struct Facts {
-    /// The company's status.
-    pub company_status: String,
-    /// Its `config`.
+    /// Whether anything may be done.
+    pub standing: Standing,
+    /// The company's `config`.
     pub config: Value,
     /// Its policy.
     pub governance: Option<Value>,
+    /// What a person has said about the call.
+    pub said: Option<Said>,
+}
+
+/// How those stand without whom nothing is done.
+#[derive(Debug)]
+pub struct Standing {
+    /// The company's status.
+    pub company_status: String,
+    /// The run's playbook was stopped at once, or one that it does a step for.
+    pub killed: bool,
     /// The agent's own status.
     pub agent_status: String,
     /// The agent was stopped at once, and not only paused.
     pub stopped: bool,
-    /// What a person has said about the call.
-    pub said: Option<Said>,
 }
 
 /// What a person has said about a call.
@@ -46,7 +55,7 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, key: &str) -> Result<Opti
                select from jobs where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' for update
            )
            select c.status as company_status, c.config, c.governance, a.status as agent_status,
-                  a.paused_by is not null as "stopped!",
+                  a.paused_by is not null as "stopped!", run_killed($4, $6) as "killed!",
                   s.status as "said_status?", s.note as "said_note?", s.digest as "said_digest?", s.edited as "said_edited?"
            from held
            join companies c on c.id = $4
@@ -65,11 +74,14 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, key: &str) -> Result<Opti
     .fetch_optional(tx)
     .await?;
     Ok(row.map(|row| Facts {
-        company_status: row.company_status,
+        standing: Standing {
+            company_status: row.company_status,
+            killed: row.killed,
+            agent_status: row.agent_status,
+            stopped: row.stopped,
+        },
         config: row.config,
         governance: row.governance,
-        agent_status: row.agent_status,
-        stopped: row.stopped,
         said: match (row.said_status, row.said_digest) {
             (Some(status), Some(digest)) => Some(Said { status, note: row.said_note, digest, edited: row.said_edited }),
             _ => None,

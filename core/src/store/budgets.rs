@@ -5,6 +5,7 @@ use serde_json::Value;
 use sqlx::PgConnection;
 
 use super::StoreError;
+use super::acting::Standing;
 use super::jobs::Lease;
 use super::journal::{Place, Work};
 use crate::domain::budget::{Account, Balance};
@@ -17,17 +18,13 @@ use crate::domain::money::Nanos;
 pub struct Facts {
     /// The database's time, in microseconds since 1970.
     pub now_us: i64,
-    /// The company's status.
-    pub company_status: String,
-    /// Its `config`.
+    /// Whether anything may be done.
+    pub standing: Standing,
+    /// The company's `config`.
     pub config: Value,
     /// Its policy.
     pub governance: Option<Value>,
-    /// The agent's own status.
-    pub agent_status: String,
-    /// The agent was stopped at once, and not only paused.
-    pub stopped: bool,
-    /// Its budget, in credits a month.
+    /// The agent's budget, in credits a month.
     pub agent_budget: Option<i64>,
     /// Its `config`.
     pub agent_config: Value,
@@ -66,7 +63,7 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
                select from jobs where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' for update
            )
            select (extract(epoch from now()) * 1000000)::bigint as "now_us!", c.status as company_status, c.config,
-                  c.governance, a.status as agent_status, a.paused_by is not null as "stopped!", a.budget, a.config as agent_config, a.dearest_nanos,
+                  c.governance, a.status as agent_status, a.paused_by is not null as "stopped!", run_killed($4, $6) as "killed!", a.budget, a.config as agent_config, a.dearest_nanos,
                   r.playbook_id, r.root_id, root.metadata -> 'budget' as "root_budget?",
                   j.reserved_nanos as "reserved_nanos?", j.kept_nanos as "kept_nanos?", j.day as "day?", j.month as "month?", j.directive_id as "directive_id?",
                   coalesce(j.job_id = $1 and j.lease_epoch = $2, false) as "unheard!"
@@ -90,11 +87,14 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
     .await?;
     Ok(row.map(|row| Facts {
         now_us: row.now_us,
-        company_status: row.company_status,
+        standing: Standing {
+            company_status: row.company_status,
+            killed: row.killed,
+            agent_status: row.agent_status,
+            stopped: row.stopped,
+        },
         config: row.config,
         governance: row.governance,
-        agent_status: row.agent_status,
-        stopped: row.stopped,
         agent_budget: row.budget,
         agent_config: row.agent_config,
         dearest: row.dearest_nanos.map(Nanos),

@@ -262,6 +262,28 @@ pub async fn open_by_agents(tx: &mut PgConnection, company: CompanyId, limit: i6
     .await?)
 }
 
+/// The playbooks of the runs that some runs do steps for, at any height: run, playbook, and
+/// whether that was stopped at once.
+pub async fn above(pool: &PgPool, runs: &[(CompanyId, RunId)]) -> Result<Vec<(Uuid, PlaybookId, bool)>, StoreError> {
+    let rows = sqlx::query!(
+        r#"with recursive above (company_id, run_id, id) as (
+               select k.company_id, k.run_id, k.run_id from unnest($1::uuid[], $2::uuid[]) as k (company_id, run_id)
+               union
+               select above.company_id, above.run_id, c.run_id from above
+               join run_children c on c.child_id = above.id and c.company_id = above.company_id
+           )
+           select above.run_id as "run_id!", r.playbook_id, p.killed_at is not null as "killed!" from above
+           join runs r on r.company_id = above.company_id and r.id = above.id
+           join playbooks p on p.company_id = r.company_id and p.id = r.playbook_id
+           where above.id <> above.run_id"#,
+        &runs.iter().map(|(company, _)| company.0).collect::<Vec<_>>(),
+        &runs.iter().map(|(_, run)| run.0).collect::<Vec<_>>(),
+    )
+    .fetch_all(pool)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.run_id, PlaybookId(row.playbook_id), row.killed)).collect())
+}
+
 /// The task of the directive that a run serves.
 pub async fn root(tx: &mut PgConnection, company: CompanyId, run: RunId) -> Result<Option<TaskId>, StoreError> {
     let root = sqlx::query_scalar!("select root_id from runs where company_id = $1 and id = $2", company.0, run.0)

@@ -614,14 +614,21 @@ pub async fn unhold(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -
 /// it.
 pub const KILLED: Duration = Duration::from_secs(30);
 
-/// Jobs of a playbook's runs go on that were put off since it was stopped at once.
+/// Jobs of a playbook's runs, and of those that do steps of them, go on that were put off since it
+/// was stopped at once.
 pub async fn unkill(tx: &mut PgConnection, company: CompanyId, playbook: PlaybookId) -> Result<u64, StoreError> {
     let done = sqlx::query!(
-        "update jobs set due_at = now(), state = 'ready'
+        "with recursive below (id) as (
+             select r.id from runs r where r.playbook_id = $2 and r.company_id = $1 and r.ended_at is null
+             union
+             select c.child_id from below
+             join run_children c on c.company_id = $1 and c.run_id = below.id
+             join runs r on r.company_id = $1 and r.id = c.child_id and r.ended_at is null
+         )
+         update jobs set due_at = now(), state = 'ready'
          where id = any (array(
-             select j.id from runs r join jobs j on j.id = r.job_id
-             where r.playbook_id = $2 and r.company_id = $1 and r.status = 'running'
-                 and j.state = 'scheduled' and j.kind = 'step' and j.due_at < now() + $3::bigint * interval '1 millisecond'
+             select j.id from below join jobs j on j.company_id = $1 and j.ref_id = below.id
+             where j.state = 'scheduled' and j.kind = 'step' and j.due_at < now() + $3::bigint * interval '1 millisecond'
              for update of j skip locked))",
         company.0,
         playbook.0,

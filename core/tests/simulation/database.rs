@@ -209,6 +209,7 @@ impl Database {
             }
         }
         Some(StepWork {
+            above: None,
             context,
             secrets: None,
             agents: Arc::default(),

@@ -146,6 +146,7 @@ impl Attempt {
         let decided = self.decided?;
         let (job, work) = decided.next.as_ref()?;
         let work = StepWork {
+            above: None,
             run_job: job.lease.job,
             secrets: None,
             context: work.context.clone(),

@@ -152,6 +152,10 @@ async fn step(
         // Others may have it already: nothing begins any more.
         return Outcome::Released { delay: Duration::ZERO };
     }
+    tokio::select! {
+        () = shared.kills.seen() => {}
+        () = shared.lost.cancelled() => return Outcome::Released { delay: Duration::ZERO },
+    }
     if shared.kills.forbid(job, work) {
         return Outcome::Released { delay: kills::LOOK };
     }

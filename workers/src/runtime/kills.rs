@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use capx_core::engine::claim::StepWork;
 use capx_core::store::jobs::{ClaimedJob, Lease};
 use capx_core::store::kills::{self, Subject};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::Shared;
@@ -17,14 +18,25 @@ use super::Shared;
 /// How often a worker looks who was stopped, of those whom it works for: with the time that a
 /// look and a call's start take, well within the second that is promised.
 pub(super) const LOOK: Duration = Duration::from_millis(200);
+/// Nothing begins when it has not been able to look for so long: those who were stopped a moment
+/// after the last look are stopped within the second all the same.
+pub(super) const BLIND: Duration = Duration::from_millis(600);
 /// Whom it has worked for until now, it may work for next.
 const RECENT: Duration = Duration::from_secs(2);
 
 /// Whom this worker works for, and who of them was stopped.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Kills {
     watched: Mutex<Watched>,
     any: AtomicBool,
+    /// When it has last seen who was stopped.
+    looked: watch::Sender<Instant>,
+}
+
+impl Default for Kills {
+    fn default() -> Self {
+        Self { watched: Mutex::default(), any: AtomicBool::default(), looked: watch::Sender::new(Instant::now()) }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -58,6 +70,8 @@ impl Drop for Watch {
 /// Who stops an attempt by being stopped.
 fn subjects(job: &ClaimedJob, work: &StepWork) -> Vec<Subject> {
     let mut subjects = vec![Subject::Company(job.company), Subject::Playbook(job.company, work.context.playbook_id)];
+    let above = work.above.iter().flat_map(|above| above.iter());
+    subjects.extend(above.map(|playbook| Subject::Playbook(job.company, *playbook)));
     if let Ok(step) = usize::try_from(job.step) {
         let agents = [work.agent(step), work.judge(step)].into_iter().flatten();
         subjects.extend(agents.map(|agent| Subject::Agent(job.company, agent.agent)));
@@ -68,6 +82,16 @@ fn subjects(job: &ClaimedJob, work: &StepWork) -> Vec<Subject> {
 impl Kills {
     fn lock(&self) -> MutexGuard<'_, Watched> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it is known who was stopped a moment ago: at once, while the database answers.
+    pub(super) async fn seen(&self) {
+        if self.looked.borrow().elapsed() < BLIND {
+            return;
+        }
+        let mut looked = self.looked.subscribe();
+        // It cannot be closed while we are.
+        let _ = looked.wait_for(|looked| looked.elapsed() < BLIND).await;
     }
 
     /// Whether an attempt is not to begin, as far as this worker has heard.
@@ -101,8 +125,8 @@ impl Kills {
         watched.recent.keys().copied().collect()
     }
 
-    /// Stops what is to be stopped.
-    fn stop(&self, killed: HashSet<Subject>) {
+    /// Stops what is to be stopped, as was asked at a moment.
+    fn stop(&self, killed: HashSet<Subject>, asked: Instant) {
         let mut watched = self.lock();
         self.any.store(!killed.is_empty(), Relaxed);
         for (subjects, token) in watched.attempts.values() {
@@ -111,6 +135,8 @@ impl Kills {
             }
         }
         watched.killed = killed;
+        drop(watched);
+        self.looked.send_replace(asked);
     }
 }
 
@@ -121,15 +147,34 @@ pub(super) async fn run(shared: Arc<Shared>, over: CancellationToken) {
             () = over.cancelled() => return,
             () = tokio::time::sleep(LOOK) => {}
         }
-        let watched = shared.kills.watched();
+        let (watched, asked) = (shared.kills.watched(), Instant::now());
         if watched.is_empty() {
             // Whoever claims for them next looks for itself.
-            shared.kills.stop(HashSet::new());
+            shared.kills.stop(HashSet::new(), asked);
             continue;
         }
         match shared.watchdog.answer("a look at who was stopped", kills::killed(&shared.engine.pool, &watched)).await {
-            Ok(killed) => shared.kills.stop(killed.into_iter().collect()),
+            Ok(killed) => shared.kills.stop(killed.into_iter().collect(), asked),
             Err(error) => tracing::debug!(%error, "who was stopped is not known"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn nothing_begins_while_nobody_knows_who_was_stopped() {
+        let kills = Kills::default();
+        kills.seen().await;
+        kills.looked.send_replace(Instant::now().checked_sub(BLIND).expect("a time before"));
+        let waits = tokio::time::timeout(Duration::from_millis(50), kills.seen());
+        assert!(waits.await.is_err(), "it begins, blind");
+        let (waits, looks) = (kills.seen(), async {
+            tokio::task::yield_now().await;
+            kills.stop(HashSet::new(), Instant::now());
+        });
+        tokio::join!(waits, looks);
     }
 }

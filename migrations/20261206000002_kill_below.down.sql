@@ -1,0 +1,1 @@
+drop function run_killed(uuid, uuid);
