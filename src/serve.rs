@@ -114,7 +114,10 @@ impl WorkerArgs {
         let egress = Egress::new(rules).map_err(anyhow::Error::msg)?;
         // What this process runs, even where its file has been replaced since.
         let sandbox = self.allow_programs.then(|| Sandbox::new("/proc/self/exe"));
-        Ok(Hands::new(egress, &self.workspace, providers(dev)?).searching(search()?).running(sandbox).with_mcp(mcp()?))
+        Ok(Hands::new(egress, &self.workspace, providers(dev)?)
+            .searching(search()?)
+            .running(sandbox)
+            .with_mcp(mcp(dev)?))
     }
 }
 
@@ -133,13 +136,13 @@ fn search() -> anyhow::Result<Option<Search>> {
 }
 
 /// The servers whose tools agents may use, from the file that `CAPX_MCP` names.
-fn mcp() -> anyhow::Result<McpServers> {
+fn mcp(dev: bool) -> anyhow::Result<McpServers> {
     let Some(path) = std::env::var_os("CAPX_MCP").filter(|path| !path.is_empty()) else {
         return Ok(McpServers::default());
     };
     let shown = PathBuf::from(&path).display().to_string();
     let text = std::fs::read_to_string(&path).with_context(|| format!("CAPX_MCP: {shown}"))?;
-    McpServers::read(&text).map_err(|why| anyhow::anyhow!("CAPX_MCP: {shown}: {why}"))
+    McpServers::read(&text, dev).map_err(|why| anyhow::anyhow!("CAPX_MCP: {shown}: {why}"))
 }
 
 /// Which models may be asked, from the environment, by the names that the providers' own

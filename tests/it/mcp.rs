@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 use crate::harness::{Db, eventually};
 
 /// What a server has been asked, with the header that it wants.
-type Seen = Arc<Mutex<Vec<Value>>>;
+pub type Seen = Arc<Mutex<Vec<Value>>>;
 
 /// A server of the streamable HTTP transport, which answers in JSON and knows a session.
-async fn http_server() -> (String, Seen) {
+pub async fn http_server() -> (String, Seen) {
     let seen = Seen::default();
     let router = Router::new().route("/mcp", post(answer)).with_state(Arc::clone(&seen));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -31,7 +31,12 @@ async fn answer(State(seen): State<Seen>, headers: HeaderMap, Json(asked): Json<
     if headers.get("authorization").is_none_or(|value| value != "Bearer open") {
         return StatusCode::UNAUTHORIZED.into_response();
     }
-    let Some(id) = asked.get("id") else { return StatusCode::ACCEPTED.into_response() };
+    let Some(id) = asked.get("id") else {
+        if asked["method"] == "notifications/cancelled" {
+            seen.lock().unwrap().push(asked.clone());
+        }
+        return StatusCode::ACCEPTED.into_response();
+    };
     let result = match asked["method"].as_str().unwrap() {
         "initialize" => json!({
             "protocolVersion": asked["params"]["protocolVersion"], "capabilities": {"tools": {}},
@@ -41,11 +46,13 @@ async fn answer(State(seen): State<Seen>, headers: HeaderMap, Json(asked): Json<
             {"name": "look-up", "description": "Finds.", "annotations": {"readOnlyHint": true}, "inputSchema":
                 {"type": "object", "required": ["q"], "properties": {"q": {"type": "string"}}, "additionalProperties": false}},
             {"name": "edit", "description": "Changes.", "inputSchema": {"type": "object"}},
+            {"name": "hang", "description": "Takes for ever.", "inputSchema": {"type": "object"}},
             {"name": "broken", "description": "Fails.", "inputSchema": {"type": "object"}},
         ]}),
         "tools/call" => {
             seen.lock().unwrap().push(asked["params"].clone());
             match asked["params"]["name"].as_str().unwrap() {
+                "hang" => std::future::pending().await,
                 "look-up" => {
                     json!({"content": [{"type": "text", "text": "42 it is"}], "structuredContent": {"found": 42}})
                 }
@@ -66,7 +73,7 @@ async fn answer(State(seen): State<Seen>, headers: HeaderMap, Json(asked): Json<
 
 /// A server that is started and spoken to over its pipes.
 const PIPED: &str = r#"
-import json, os, sys
+import json, os, subprocess, sys
 for line in sys.stdin:
     asked = json.loads(line)
     if "id" not in asked:
@@ -76,10 +83,15 @@ for line in sys.stdin:
                   "serverInfo": {"name": "env", "version": "1"}}
     elif asked["method"] == "tools/list":
         result = {"tools": [{"name": "environment", "inputSchema": {"type": "object"}},
+                            {"name": "hang", "inputSchema": {"type": "object"}},
                             {"name": "die", "inputSchema": {"type": "object"}}]}
     elif asked["method"] == "tools/call":
         if asked["params"]["name"] == "die":
             sys.exit(1)
+        if asked["params"]["name"] == "hang":
+            # It, and what it has started, write on as long as they live.
+            beat = "while :; do date >> " + os.environ["BEATS"] + "; sleep 0.05; done"
+            subprocess.run(["sh", "-c", beat])
         result = {"content": [{"type": "text", "text": " ".join(sorted(os.environ))}]}
     else:
         print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "error": {"code": -32601, "message": "unknown"}}), flush=True)
@@ -108,7 +120,7 @@ async fn agents_use_tools_of_servers_under_the_same_rules() {
         "wiki": {"url": url, "headers": {"Authorization": "Bearer open"}},
         "box": {"command": "python3", "args": ["-c", PIPED], "env": {"OWN": "1"}},
     }});
-    let _worker = db.worker_with_mcp(McpServers::read(&file.to_string()).unwrap());
+    let _worker = db.worker_with_mcp(McpServers::read(&file.to_string(), true).unwrap());
     let script = json!({"work": [
         call("mcp_wiki_look-up", json!({"q": "x"})),
         call("mcp_wiki_look-up", json!({"query": "x"})),
@@ -158,9 +170,9 @@ async fn agents_use_tools_of_servers_under_the_same_rules() {
 async fn a_server_that_is_not_there_fails_the_step_with_the_reason() {
     let db = Db::new().await;
     let file = json!({"mcpServers": {"gone": {"command": "no-such-program"}}});
-    let _worker = db.worker_with_mcp(McpServers::read(&file.to_string()).unwrap());
+    let _worker = db.worker_with_mcp(McpServers::read(&file.to_string(), true).unwrap());
     for (tools, why) in [
-        ("mcp:other/*", "there is no MCP server `other`; there are gone"),
+        ("mcp:other/*", "there is no MCP server `other` for this company; there are gone"),
         ("mcp:gone/*", "the MCP server `gone`: `no-such-program` does not start"),
         ("mcp:gone", "a tool of an MCP server is written as mcp:server/tool"),
     ] {
@@ -170,4 +182,93 @@ async fn a_server_that_is_not_there_fails_the_step_with_the_reason() {
         let failed = db.until(company, run, RunStatus::Failed).await;
         assert!(format!("{:?}", failed.error).contains(why), "{:?}", failed.error);
     }
+}
+
+/// A company whose agent, under one role, calls one tool of a server.
+async fn calls(db: &Db, tool: &str) -> (capx_core::domain::ids::CompanyId, capx_core::domain::ids::RunId) {
+    let name = tool.replace([':', '/'], "_");
+    let script = json!({"work": [call(&name, json!({})), {"output": {"done": true}}]});
+    let company = db.company(&["a"], "claude", json!({"script": script, "tools": [tool]})).await;
+    let playbook = db.playbook(company, STEP).await;
+    (company, db.start(company, playbook, json!({})).await)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_is_there_for_the_companies_that_its_operator_names() {
+    let db = Db::new().await;
+    let script = json!({"work": [call("mcp_wiki_edit", json!({})), {"output": {"done": true}}]});
+    let config = json!({"script": script, "tools": ["mcp:wiki/edit"]});
+    let (mine, other) =
+        (db.company(&["a"], "claude", config.clone()).await, db.company(&["a"], "claude", config).await);
+    let (url, seen) = http_server().await;
+    let entry = json!({"url": url, "headers": {"Authorization": "Bearer open"}, "companies": [mine]});
+    let file = json!({"mcpServers": {"wiki": entry}}).to_string();
+    let _worker = db.worker_with_mcp(McpServers::read(&file, false).unwrap());
+    let other_run = db.start(other, db.playbook(other, STEP).await, json!({})).await;
+    let failed = db.until(other, other_run, RunStatus::Failed).await;
+    assert!(format!("{:?}", failed.error).contains("there is no MCP server `wiki` for this company"), "{failed:?}");
+    assert!(seen.lock().unwrap().is_empty());
+    let run = db.start(mine, db.playbook(mine, STEP).await, json!({})).await;
+    db.until(mine, run, RunStatus::Completed).await;
+    assert_eq!(seen.lock().unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_of_hosts_bind_servers_too() {
+    let db = Db::new().await;
+    let (url, seen) = http_server().await;
+    let wiki = json!({"url": url, "headers": {"Authorization": "Bearer open"}});
+    let file = json!({"mcpServers": {"wiki": wiki, "box": {"command": "python3", "args": ["-c", PIPED]}}}).to_string();
+    let _worker = db.worker_with_mcp(McpServers::read(&file, true).unwrap());
+    for (tool, hosts, may) in [
+        ("mcp:wiki/edit", json!(["api.example.com"]), false),
+        ("mcp:wiki/edit", json!(["127.0.0.1"]), true),
+        ("mcp:box/environment", json!(["127.0.0.1"]), false),
+        ("mcp:box/environment", json!(["mcp:box"]), true),
+    ] {
+        let script = json!({"work": [call(&tool.replace([':', '/'], "_"), json!({})), {"output": {"done": true}}]});
+        let company =
+            db.company(&["a"], "claude", json!({"script": script, "tools": [tool], "allowed_hosts": hosts})).await;
+        let run = db.start(company, db.playbook(company, STEP).await, json!({})).await;
+        db.until(company, run, RunStatus::Completed).await;
+        let told: String =
+            sqlx::query_scalar("select response ->> 'content' from journal where call > 0 and run_id = $1")
+                .bind(run.0)
+                .fetch_one(&db.pool)
+                .await
+                .unwrap();
+        assert_eq!(!told.contains("config.allowed_hosts forbids it"), may, "{tool} {hosts}: {told}");
+    }
+    assert_eq!(seen.lock().unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_stopped_is_cancelled_at_its_server_and_a_program_ended() {
+    let db = Db::new().await;
+    let api = db.api().await;
+    let (url, seen) = http_server().await;
+    let beats = std::env::temp_dir().join(format!("capx-mcp-{}", uuid::Uuid::now_v7()));
+    let wiki = json!({"url": url, "headers": {"Authorization": "Bearer open"}});
+    let program = json!({"command": "python3", "args": ["-c", PIPED], "env": {"BEATS": beats}});
+    let file = json!({"mcpServers": {"wiki": wiki, "box": program}}).to_string();
+    let _worker = db.worker_with_mcp(McpServers::read(&file, true).unwrap());
+    let length = || std::fs::metadata(&beats).map_or(0, |file| file.len());
+    let (by_url, _) = calls(&db, "mcp:wiki/hang").await;
+    let (by_pipe, _) = calls(&db, "mcp:box/hang").await;
+    eventually("both calls", || async { seen.lock().unwrap().len() == 1 && length() > 0 }).await;
+    for company in [by_url, by_pipe] {
+        assert_eq!(api.post(&format!("/v1/companies/{company}/agents/a/kill"), json!({})).await.0, 200);
+    }
+    eventually("the server to be told", || async {
+        seen.lock().unwrap().iter().any(|asked| asked["method"] == "notifications/cancelled")
+    })
+    .await;
+    // What the program has started is gone with it: nothing is written any more.
+    eventually("the program to end", || async {
+        let before = length();
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        length() == before
+    })
+    .await;
+    let _ = std::fs::remove_file(&beats);
 }

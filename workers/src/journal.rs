@@ -1,7 +1,7 @@
 //! The journal of an agent's work, for one attempt at it: every call is written down before
 //! it is made, and what came of it before it is used.
 
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use capx_core::domain::agent::conversation::{self, Called};
@@ -38,6 +38,8 @@ pub struct Journals<'a> {
     pub(crate) run: RunId,
     /// What the attempt has spent, in nano-dollars; it is booked already.
     pub(crate) booked: AtomicI64,
+    /// The job waits for its agent, and is no longer this worker's.
+    pub(crate) held: AtomicBool,
 }
 
 /// The journal of a piece of work.
@@ -110,11 +112,13 @@ impl Journal<'_> {
     /// Reserves what a turn may cost and notes that it is to be asked for, if it may be.
     pub async fn turn_begins(&self, turn: &Turn) -> Result<Asked, Failure> {
         let (engine, work, turn) = (self.of.engine.clone(), self.work.clone(), turn.clone());
-        self.again("begun", move || {
+        let asked = self.again("begun", move || {
             let (engine, work, turn) = (engine.clone(), work.clone(), turn.clone());
             async move { spending::begin(&engine, &work, &turn).await }
-        })
-        .await
+        });
+        let asked = asked.await?;
+        self.of.held.fetch_or(matches!(asked, Asked::Held), Ordering::Relaxed);
+        Ok(asked)
     }
 
     /// Writes down what a turn came to, and books what it cost.
@@ -163,11 +167,13 @@ impl Journal<'_> {
     /// Notes that a tool is to be called, if it may be.
     pub async fn acts(&self, call: &acting::Call) -> Result<May, Failure> {
         let (engine, work, call) = (self.of.engine.clone(), self.work.clone(), call.clone());
-        self.again("begun", move || {
+        let may = self.again("begun", move || {
             let (engine, work, call) = (engine.clone(), work.clone(), call.clone());
             async move { acting::begin(&engine, &work, &call).await }
-        })
-        .await
+        });
+        let may = may.await?;
+        self.of.held.fetch_or(matches!(may, May::Held), Ordering::Relaxed);
+        Ok(may)
     }
 
     /// Notes that a tool was asked for and is not called.
@@ -181,23 +187,39 @@ impl Journal<'_> {
         begun.await?.map(drop).ok_or_else(lost)
     }
 
-    /// Writes down what a call of a tool gave.
+    /// Why a call may not be made that a person has let through with other arguments.
+    pub async fn forbids(&self, call: &acting::Call) -> Result<Option<String>, Failure> {
+        let (engine, work, call) = (self.of.engine.clone(), self.work.clone(), call.clone());
+        self.again("judged", move || {
+            let (engine, work, call) = (engine.clone(), work.clone(), call.clone());
+            async move { acting::forbids(&engine, &work, &call).await }
+        })
+        .await
+    }
+
+    /// Writes down what a call of a tool gave, with the digest of what was sent; nothing, where it
+    /// was refused.
     pub async fn call_ended(
         &self,
         (place, tool, key): (Place, &str, &str),
         result: &ToolResult,
-        refused: bool,
+        sent: Option<&str>,
     ) -> Result<(), Failure> {
+        let refused = sent.is_none();
         let mut response = json!(Stored { result: result.clone(), refused });
         storable::without_nul(&mut response);
         let end = End { done: true, response, cost: Nanos::ZERO, frees: true, unheard: false };
         let (engine, work, is_error) = (self.of.engine.clone(), self.work.clone(), result.is_error);
-        // What was refused had no effect.
-        let (tool, key) = (if refused { "transform" } else { tool }.to_owned(), key.to_owned());
+        let made = sent.map(|sent| acting::Made {
+            tool: tool.to_owned(),
+            key: key.to_owned(),
+            sent: sent.to_owned(),
+            failed: is_error,
+        });
         let ended = self.again("ended", move || {
             let (engine, work, end) = (engine.clone(), work.clone(), end.clone());
-            let (tool, key) = (tool.clone(), key.clone());
-            async move { acting::end(&engine, &work, (place, &tool, &key), &end, is_error).await }
+            let made = made.clone();
+            async move { acting::end(&engine, &work, place, &end, made.as_ref()).await }
         });
         match ended.await? {
             Ended::Now | Ended::Before => Ok(()),
@@ -215,14 +237,15 @@ impl Journal<'_> {
         .await
     }
 
-    /// The agent is paused: its job is woken when it goes on.
+    /// The agent is paused: its job waits, and is woken when it goes on.
     pub async fn hold(&self) -> Result<(), Failure> {
         let (engine, work) = (self.of.engine.clone(), self.work.clone());
-        self.again("held", move || {
+        let held = self.again("held", move || {
             let (engine, work) = (engine.clone(), work.clone());
             async move { spending::hold(&engine, &work).await }
-        })
-        .await
+        });
+        self.of.held.fetch_or(held.await?, Ordering::Relaxed);
+        Ok(())
     }
 
     /// A call of the database as a task of its own, so that none is dropped half-way, and

@@ -1,25 +1,28 @@
 //! Tools that other programs offer by the Model Context Protocol: servers that the operator
-//! names, reached over HTTP or started by the worker and spoken to over their pipes. Agents
-//! use those of their tools that they name, as `mcp:server/tool` or `mcp:server/*`.
+//! names, with the companies that may use them, reached over HTTP or started by the worker and
+//! spoken to over their pipes. Agents use those of their tools that they name, as
+//! `mcp:server/tool` or `mcp:server/*`. Each company has connections, and programs, of its own.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::process::Stdio;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use capx_core::domain::ids::CompanyId;
 use capx_core::domain::outcome::{ErrorClass, Failure};
 use reqwest::Url;
 use reqwest::header::{HeaderName, HeaderValue};
-use rmcp::model::{CallToolRequestParams, CallToolResult, ContentBlock};
-use rmcp::service::{RoleClient, RunningService, ServiceExt};
+use rmcp::model::{CallToolRequest, CallToolRequestParams, CallToolResult, ClientRequest, ContentBlock, ServerResult};
+use rmcp::service::{PeerRequestOptions, RequestHandle, RoleClient, RunningService, ServiceError, ServiceExt};
 use rmcp::transport::streamable_http_client::StreamableHttpClientTransportConfig;
 use rmcp::transport::{StreamableHttpClientTransport, TokioChildProcess};
+use rustix::process::{Pid, Signal};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tokio::process::Command;
 use tokio::sync::Mutex;
 
-use crate::egress::Egress;
+use crate::egress::{self, Egress};
 use crate::tools::registry::{OnUnknown, Tool};
 
 /// What the name of such a tool begins with.
@@ -35,6 +38,10 @@ const SCHEMA_BYTES_MAX: usize = 32 * 1024;
 const CONNECT_MAX: Duration = Duration::from_secs(20);
 /// How long that holds.
 const LISTED_FOR: Duration = Duration::from_secs(60);
+/// A connection that nobody has used for so long is closed, and its program ended.
+const IDLE_MAX: Duration = Duration::from_secs(300);
+/// Connections of a worker to one server.
+const CONNECTIONS_MAX: usize = 64;
 
 /// The servers that there are, by their names.
 #[derive(Debug, Default)]
@@ -45,7 +52,18 @@ pub struct McpServers {
 #[derive(Debug)]
 struct Server {
     entry: Entry,
-    connection: Mutex<Option<Arc<Connection>>>,
+    may: Companies,
+    connections: std::sync::Mutex<HashMap<CompanyId, Slot>>,
+}
+
+/// A company's connection, held while it is made: whoever else of it wants one waits for the same.
+type Slot = Arc<Mutex<Option<Arc<Connection>>>>;
+
+/// Who may use a server.
+#[derive(Debug)]
+enum Companies {
+    All,
+    These(HashSet<CompanyId>),
 }
 
 #[derive(Debug)]
@@ -53,9 +71,22 @@ struct Connection {
     service: RunningService<RoleClient, ()>,
     tools: Vec<Arc<Tool>>,
     listed: Instant,
+    /// The group of processes of the program that this worker has started for it.
+    program: Option<Pid>,
 }
 
-/// The file that names servers, in the form that other clients of the protocol read too.
+impl Drop for Connection {
+    /// Ends the program, and whatever that has started.
+    fn drop(&mut self) {
+        // One that is over already may have left its number to another.
+        if let Some(program) = self.program.filter(|_| !self.service.is_closed()) {
+            let _ = rustix::process::kill_process_group(program, Signal::KILL);
+        }
+    }
+}
+
+/// The file that names servers, in the form that other clients of the protocol read too, and who
+/// may use them.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Servers {
@@ -73,6 +104,8 @@ struct Entry {
     args: Vec<String>,
     #[serde(default)]
     env: BTreeMap<String, String>,
+    /// Ids of companies, or `"*"` for all.
+    companies: Option<Vec<String>>,
 }
 
 impl std::fmt::Debug for Entry {
@@ -83,11 +116,13 @@ impl std::fmt::Debug for Entry {
 }
 
 impl McpServers {
-    /// From a file's text: `{"mcpServers": {name: {url, headers?} | {command, args?, env?}}}`.
+    /// From a file's text: `{"mcpServers": {name: {url, headers?} | {command, args?, env?}}}`, each
+    /// with `companies: [id, …]` or `["*"]`: who may use it. Where it does not say, nobody may, or
+    /// everybody, as on a developer's own machine (`open`).
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn read(text: &str) -> Result<Self, String> {
+    pub fn read(text: &str, open: bool) -> Result<Self, String> {
         let read: Servers = serde_json::from_str(text).map_err(|error| error.to_string())?;
         let mut servers = BTreeMap::new();
         for (name, entry) in read.mcp_servers {
@@ -100,7 +135,8 @@ impl McpServers {
                 (None, Some(command)) if !command.is_empty() => {}
                 _ => return Err(format!("`{name}` has either a `url` of http or https, or a `command`")),
             }
-            servers.insert(name, Server { entry, connection: Mutex::default() });
+            let may = may(&name, &entry, open)?;
+            servers.insert(name, Server { entry, may, connections: std::sync::Mutex::default() });
         }
         Ok(Self { servers })
     }
@@ -109,11 +145,16 @@ impl McpServers {
     ///
     /// # Errors
     /// Where there is no such server, or it does not answer.
-    pub async fn offered(&self, egress: &Egress, names: Option<&Vec<Value>>) -> Result<Vec<Arc<Tool>>, Failure> {
+    pub async fn offered(
+        &self,
+        egress: &Egress,
+        company: CompanyId,
+        names: Option<&Vec<Value>>,
+    ) -> Result<Vec<Arc<Tool>>, Failure> {
         let mut offered: Vec<Arc<Tool>> = Vec::new();
         for pattern in names.into_iter().flatten().filter_map(Value::as_str).filter(|name| name.starts_with(PREFIX)) {
             let (server, _) = parts(pattern)?;
-            let connection = self.connected(egress, server).await?;
+            let connection = self.connected(egress, company, server).await?;
             for tool in &connection.tools {
                 let known = offered.iter().any(|other| other.name == tool.name);
                 if !known && matches(pattern, &tool.name) {
@@ -124,29 +165,55 @@ impl McpServers {
         Ok(offered)
     }
 
+    /// What a call of a tool reaches, as lists of hosts name it: the server's host, or
+    /// `mcp:server` for a program.
+    pub fn host(&self, tool: &str) -> Option<String> {
+        let (name, _) = parts(tool).ok()?;
+        let host = self.servers.get(name).and_then(|server| egress::host_of(server.entry.url.as_deref()?));
+        Some(host.unwrap_or_else(|| format!("{PREFIX}{name}")))
+    }
+
     /// Calls a tool, `mcp:server/tool`. The server is told the call's key as
-    /// `_meta.idempotencyKey`.
+    /// `_meta.idempotencyKey`, and that it is cancelled, where it takes too long or whoever makes it
+    /// is stopped; a program is ended then.
     ///
     /// # Errors
     /// The server's own, where it answers with one; what happened on the way.
     pub async fn call(
         &self,
         egress: &Egress,
-        name: &str,
-        params: Map<String, Value>,
+        company: CompanyId,
+        (name, params): (&str, Map<String, Value>),
         (key, time): (&str, Duration),
     ) -> Result<Value, Failure> {
         let (server, tool) = parts(name)?;
-        let connection = self.connected(egress, server).await?;
-        let mut request = CallToolRequestParams::new(tool.to_owned()).with_arguments(params);
+        let connection = self.connected(egress, company, server).await?;
+        let mut params = CallToolRequestParams::new(tool.to_owned()).with_arguments(params);
         let meta = serde_json::from_value(json!({"idempotencyKey": key}));
-        request.meta = meta.map_err(|error| Failure::invalid(error.to_string()))?;
-        let answer = tokio::time::timeout(time, connection.service.peer().call_tool(request));
-        match answer.await {
-            Ok(Ok(result)) => output(&result),
-            Ok(Err(error)) => {
-                self.forget(server, &connection).await;
-                Err(Failure::transient(format!("the MCP server `{server}`: {error}")))
+        params.meta = meta.map_err(|error| Failure::invalid(error.to_string()))?;
+        let request = ClientRequest::CallToolRequest(CallToolRequest::new(params));
+        let slot = self.slot(company, server)?;
+        let broken = |error: &dyn std::fmt::Display| Failure::transient(format!("the MCP server `{server}`: {error}"));
+        let sent = connection.service.peer().send_cancellable_request(request, PeerRequestOptions::no_options());
+        let handle = match sent.await {
+            Ok(handle) => handle,
+            Err(error) => {
+                forget(&slot, &connection).await;
+                return Err(broken(&error));
+            }
+        };
+        let mut open = OpenCall { handle: Some(handle), connection, slot };
+        let answer = tokio::time::timeout(time, open.answer()).await;
+        match answer {
+            Ok(Some(Ok(ServerResult::CallToolResult(result)))) => output(&result),
+            Ok(Some(Ok(_))) => Err(broken(&"it has answered with something else")),
+            Ok(Some(Err(error))) => {
+                forget(&open.slot, &open.connection).await;
+                Err(broken(&error))
+            }
+            Ok(None) => {
+                forget(&open.slot, &open.connection).await;
+                Err(broken(&"it has ended"))
             }
             Err(_) => Err(Failure::new(
                 ErrorClass::Timeout,
@@ -155,16 +222,47 @@ impl McpServers {
         }
     }
 
-    async fn connected(&self, egress: &Egress, name: &str) -> Result<Arc<Connection>, Failure> {
-        let Some(server) = self.servers.get(name) else {
-            let known: Vec<&str> = self.servers.keys().map(String::as_str).collect();
-            return Err(Failure::invalid(match known.is_empty() {
-                true => format!("there is no MCP server `{name}`: the operator names them in CAPX_MCP on the workers"),
-                false => format!("there is no MCP server `{name}`; there are {}", known.join(", ")),
-            }));
+    fn server(&self, company: CompanyId, name: &str) -> Result<&Server, Failure> {
+        let may = |server: &Server| match &server.may {
+            Companies::All => true,
+            Companies::These(companies) => companies.contains(&company),
         };
-        // Held while it connects: whoever else wants it waits for the same.
-        let mut held = server.connection.lock().await;
+        self.servers.get(name).filter(|server| may(server)).ok_or_else(|| {
+            let known: Vec<&str> =
+                self.servers.iter().filter(|(_, server)| may(server)).map(|(name, _)| name.as_str()).collect();
+            Failure::invalid(match known.is_empty() {
+                true => format!(
+                    "there is no MCP server `{name}` for this company: the operator names servers and their `companies` in the file of CAPX_MCP on the workers"
+                ),
+                false => format!("there is no MCP server `{name}` for this company; there are {}", known.join(", ")),
+            })
+        })
+    }
+
+    /// Where a company's connection to a server stands.
+    fn slot(&self, company: CompanyId, name: &str) -> Result<Slot, Failure> {
+        let server = self.server(company, name)?;
+        let mut slots = server.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(slot) = slots.get(&company) {
+            return Ok(Arc::clone(slot));
+        }
+        // Those that are in nobody's hands, and of no use for long.
+        let idle = |slot: &Slot| {
+            let unused = |c: &Arc<Connection>| Arc::strong_count(c) == 1 && c.listed.elapsed() > IDLE_MAX;
+            Arc::strong_count(slot) == 1 && slot.try_lock().is_ok_and(|held| held.as_ref().is_none_or(unused))
+        };
+        slots.retain(|_, slot| !idle(slot));
+        if slots.len() >= CONNECTIONS_MAX {
+            return Err(Failure::transient(format!(
+                "{CONNECTIONS_MAX} companies use the MCP server `{name}` on this worker; it is tried again"
+            )));
+        }
+        Ok(Arc::clone(slots.entry(company).or_default()))
+    }
+
+    async fn connected(&self, egress: &Egress, company: CompanyId, name: &str) -> Result<Arc<Connection>, Failure> {
+        let (server, slot) = (self.server(company, name)?, self.slot(company, name)?);
+        let mut held = slot.lock().await;
         if let Some(connection) = held.as_ref()
             && !connection.service.is_closed()
             && connection.listed.elapsed() < LISTED_FOR
@@ -180,16 +278,66 @@ impl McpServers {
         *held = Some(Arc::clone(&connection));
         Ok(connection)
     }
+}
 
-    /// The next call connects anew.
-    async fn forget(&self, name: &str, broken: &Arc<Connection>) {
-        if let Some(server) = self.servers.get(name) {
-            let mut held = server.connection.lock().await;
-            if held.as_ref().is_some_and(|connection| Arc::ptr_eq(connection, broken)) {
-                *held = None;
-            }
-        }
+/// A call that a server has in hand. Dropped before it is answered, the server is told.
+struct OpenCall {
+    handle: Option<RequestHandle<RoleClient>>,
+    connection: Arc<Connection>,
+    slot: Slot,
+}
+
+impl OpenCall {
+    /// What the server answers; nothing when it is gone.
+    async fn answer(&mut self) -> Option<Result<ServerResult, ServiceError>> {
+        let handle = self.handle.as_mut()?;
+        let answer = (&mut handle.rx).await.ok();
+        self.handle = None;
+        answer
     }
+}
+
+impl Drop for OpenCall {
+    fn drop(&mut self) {
+        let Some(handle) = self.handle.take() else { return };
+        let (connection, slot) = (Arc::clone(&self.connection), Arc::clone(&self.slot));
+        tokio::spawn(async move {
+            if let Err(error) = handle.cancel(Some("whoever made the call was stopped".into())).await {
+                tracing::debug!(%error, "a server was not told that a call is cancelled");
+            }
+            // Nobody can tell whether it heeds that: with the program ends what others of the company
+            // have it do, and they try again.
+            if let Some(program) = connection.program.filter(|_| !connection.service.is_closed()) {
+                let _ = rustix::process::kill_process_group(program, Signal::KILL);
+                forget(&slot, &connection).await;
+            }
+        });
+    }
+}
+
+/// The next call connects anew.
+async fn forget(slot: &Slot, broken: &Arc<Connection>) {
+    let mut held = slot.lock().await;
+    if held.as_ref().is_some_and(|connection| Arc::ptr_eq(connection, broken)) {
+        *held = None;
+    }
+}
+
+/// Who may use a server, by its entry.
+fn may(name: &str, entry: &Entry, open: bool) -> Result<Companies, String> {
+    let Some(listed) = &entry.companies else {
+        if !open {
+            tracing::warn!(server = name, "an MCP server is nobody's: name its `companies`, or [\"*\"] for all");
+        }
+        return Ok(if open { Companies::All } else { Companies::These(HashSet::new()) });
+    };
+    if listed.iter().any(|company| company == "*") {
+        return Ok(Companies::All);
+    }
+    let read = |id: &String| {
+        id.parse().map_err(|_| format!("`{name}`: its companies are ids, `co_…`, or \"*\" for all, not `{id}`"))
+    };
+    Ok(Companies::These(listed.iter().map(read).collect::<Result<_, _>>()?))
 }
 
 fn is_http(url: &str) -> bool {
@@ -219,6 +367,7 @@ fn headers(entry: &Entry) -> Result<HashMap<HeaderName, HeaderValue>, String> {
 }
 
 async fn open(egress: &Egress, name: &str, entry: &Entry) -> Result<Connection, String> {
+    let mut program = None;
     let service = match (&entry.url, &entry.command) {
         (Some(url), _) => {
             let config = StreamableHttpClientTransportConfig::with_uri(url.clone())
@@ -232,7 +381,7 @@ async fn open(egress: &Egress, name: &str, entry: &Entry) -> Result<Connection, 
         (None, Some(command)) => {
             let mut started = Command::new(command);
             // The worker's own environment holds keys that are nobody else's.
-            started.args(&entry.args).env_clear().kill_on_drop(true);
+            started.args(&entry.args).env_clear().kill_on_drop(true).process_group(0);
             let kept = ["PATH", "HOME", "LANG", "TMPDIR"];
             started.envs(kept.iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
             started.envs(&entry.env);
@@ -240,13 +389,14 @@ async fn open(egress: &Egress, name: &str, entry: &Entry) -> Result<Connection, 
                 .stderr(Stdio::null())
                 .spawn()
                 .map_err(|error| format!("`{command}` does not start: {error}"))?;
+            program = transport.id().and_then(|id| Pid::from_raw(id.cast_signed()));
             ().serve(transport).await.map_err(|error| error.to_string())?
         }
         (None, None) => return Err("it has no address".into()),
     };
     let listed = service.peer().list_all_tools().await.map_err(|error| error.to_string())?;
     let tools = listed.into_iter().take(TOOLS_MAX).filter_map(|tool| described(name, tool)).map(Arc::new).collect();
-    Ok(Connection { service, tools, listed: Instant::now() })
+    Ok(Connection { service, tools, listed: Instant::now(), program })
 }
 
 /// A server's tool as agents are offered it; nothing, where it cannot be.
@@ -293,8 +443,16 @@ mod tests {
     fn servers_are_read_and_what_is_wrong_is_told() {
         let good = r#"{"mcpServers": {"wiki": {"url": "https://wiki.example/mcp", "headers": {"Authorization": "Bearer x"}},
             "files": {"command": "files", "args": ["/srv"], "env": {"A": "b"}}}}"#;
-        let servers = McpServers::read(good).expect("reads");
+        let servers = McpServers::read(good, true).expect("reads");
         assert_eq!(servers.servers.len(), 2);
+        let hosts = (servers.host("mcp:wiki/x"), servers.host("mcp:files/x"));
+        assert_eq!(hosts, (Some("wiki.example".into()), Some("mcp:files".into())));
+        let (one, other) = (CompanyId::new(), CompanyId::new());
+        assert!(servers.server(one, "wiki").is_ok(), "everybody's, where it is open");
+        assert!(McpServers::read(good, false).expect("reads").server(one, "wiki").is_err(), "nobody's");
+        let named = json!({"mcpServers": {"wiki": {"url": "https://wiki.example/", "companies": [one]}}});
+        let named = McpServers::read(&named.to_string(), true).expect("reads");
+        assert!(named.server(one, "wiki").is_ok() && named.server(other, "wiki").is_err());
         assert!(!format!("{servers:?}").contains("Bearer"), "a header is shown");
         for bad in [
             "{}",
@@ -304,8 +462,9 @@ mod tests {
             r#"{"mcpServers": {"a": {"url": "https://x/", "command": "y"}}}"#,
             r#"{"mcpServers": {"a": {"command": "y", "shell": true}}}"#,
             r#"{"mcpServers": {"a": {"url": "https://x/", "headers": {"a b": "c"}}}}"#,
+            r#"{"mcpServers": {"a": {"url": "https://x/", "companies": ["me"]}}}"#,
         ] {
-            assert!(McpServers::read(bad).is_err(), "{bad}");
+            assert!(McpServers::read(bad, true).is_err(), "{bad}");
         }
         assert!(
             matches("mcp:a/*", "mcp:a/x") && matches("mcp:a/get_*", "mcp:a/get_x") && !matches("mcp:a/x", "mcp:a/xy")

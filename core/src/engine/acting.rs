@@ -3,6 +3,7 @@
 //! the job, so that a word that was given a moment ago holds for the very next call.
 
 use serde_json::{Value, json};
+use sqlx::{Postgres, Transaction};
 
 use super::spending::{self, HELD};
 use super::{Engine, EngineError};
@@ -44,8 +45,10 @@ pub enum May {
     Ask(Box<Gate>),
     /// It may not; in words for the model.
     Refused(String),
-    /// Not before a while: the agent, or its company, is halted.
+    /// Not before a while: its company is halted.
     Wait(std::time::Duration),
+    /// Not before its agent goes on: the job waits for that, and is no longer the worker's.
+    Held,
     /// The attempt is no longer this worker's.
     Lost,
 }
@@ -58,9 +61,9 @@ pub async fn begin(engine: &Engine, work: &Work, call: &Call) -> Result<May, Eng
         spending::Acts::Yes => {}
         spending::Acts::Halted => return Ok(May::Wait(std::time::Duration::ZERO)),
         spending::Acts::AgentHalted => {
-            jobs::hold(&mut tx, work.lease, work.agent).await?;
+            let held = jobs::hold(&mut tx, work.lease, (work.company, work.agent), HELD).await?;
             tx.commit().await?;
-            return Ok(May::Wait(HELD));
+            return Ok(if held { May::Held } else { May::Wait(std::time::Duration::ZERO) });
         }
         spending::Acts::Never(status) => {
             return Ok(May::Refused(format!("you are {status}: nothing is done any more")));
@@ -71,10 +74,7 @@ pub async fn begin(engine: &Engine, work: &Work, call: &Call) -> Result<May, Eng
     let edited = match verdict {
         Verdict::Allow => None,
         Verdict::Deny { rule } => {
-            let told = json!({"tool": call.tool, "rule": rule, "run_id": work.run, "params": call.context["params"]});
-            audit::append(&mut tx, work.company, &Entry::new("call.denied", work.agent.to_string(), told)).await?;
-            tx.commit().await?;
-            return Ok(May::Refused(format!("this is not allowed: {rule} forbids it")));
+            return Ok(May::Refused(deny(tx, work, call, &rule).await?));
         }
         Verdict::Ask { rule } => {
             let gate = gate(&policy, call, work.step, &rule);
@@ -127,18 +127,56 @@ fn gate(policy: &Policy, call: &Call, step: i32, rule: &str) -> Gate {
     }
 }
 
-/// Writes down what came of a call; one with an effect stands in the audit log, too.
+/// Why a call may not be made, whatever a person has said; noted in the audit log.
+pub async fn forbids(engine: &Engine, work: &Work, call: &Call) -> Result<Option<String>, EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    let Some(facts) = acting::facts(&mut tx, work, &call.key).await? else {
+        return Ok(Some("the attempt is no longer this worker's".to_owned()));
+    };
+    match decide(&Policy::of(facts.governance.as_ref(), &facts.config), call) {
+        Verdict::Deny { rule } => Ok(Some(deny(tx, work, call, &rule).await?)),
+        Verdict::Allow | Verdict::Ask { .. } => Ok(None),
+    }
+}
+
+/// Notes that a call was denied; in words for the model.
+async fn deny(mut tx: Transaction<'_, Postgres>, work: &Work, call: &Call, rule: &str) -> Result<String, EngineError> {
+    let told = json!({"tool": call.tool, "rule": rule, "run_id": work.run, "params": call.context["params"]});
+    audit::append(&mut tx, work.company, &Entry::new("call.denied", work.agent.to_string(), told)).await?;
+    tx.commit().await?;
+    Ok(format!("this is not allowed: {rule} forbids it"))
+}
+
+/// A call that was made.
+#[derive(Debug, Clone)]
+pub struct Made {
+    /// The tool.
+    pub tool: String,
+    /// What it carried.
+    pub key: String,
+    /// SHA-256 of the arguments that were sent, in hexadecimal digits.
+    pub sent: String,
+    /// It has failed.
+    pub failed: bool,
+}
+
+/// Writes down what came of a call; one that was made and has an effect stands in the audit log,
+/// too.
 pub async fn end(
     engine: &Engine,
     work: &Work,
-    (place, tool, key): (Place, &str, &str),
+    place: Place,
     end: &End,
-    is_error: bool,
+    made: Option<&Made>,
 ) -> Result<Ended, EngineError> {
     let mut tx = engine.pool.begin().await?;
     let ended = journal::end(&mut *tx, work, place, end).await?;
-    if ended == Ended::Now && Policy::has_effect(&Action::of_tool(tool)) {
-        let told = json!({"tool": tool, "run_id": work.run, "step": work.step, "call": key, "failed": is_error});
+    if let Some(Made { tool, key, sent, failed }) = made.filter(|_| ended == Ended::Now)
+        && Policy::has_effect(&Action::of_tool(tool))
+    {
+        let told = json!({
+            "tool": tool, "run_id": work.run, "step": work.step, "call": key, "params_sha256": sent, "failed": failed,
+        });
         audit::append(&mut tx, work.company, &Entry::new("call.made", work.agent.to_string(), told)).await?;
     }
     tx.commit().await?;

@@ -72,8 +72,10 @@ pub struct Turn {
 pub enum Asked {
     /// It may.
     Go,
-    /// Not before a while: others may need the money, or its agent or company is paused.
+    /// Not before a while: others may need the money, or its company is paused.
     Wait(Duration),
+    /// Not before its agent goes on: the job waits for that, and is no longer the worker's.
+    Held,
     /// Its provider takes nothing for so long.
     Closed(Duration),
     /// There is no money for this model.
@@ -149,10 +151,10 @@ fn max_cost(facts: &Facts) -> Option<Nanos> {
 
 /// What a call is taken to cost: what its owner says, the dearest so far, or a guess. That one
 /// has cost nothing says nothing about the next.
-fn estimate(price: Price, facts: &Facts) -> Estimate {
+fn estimate(price: Price, facts: &Facts, dearest: Option<Nanos>) -> Estimate {
     match price {
         Price::AtMost(most) => Estimate::AtMost(most),
-        Price::Afterwards => match (max_cost(facts), facts.dearest) {
+        Price::Afterwards => match (max_cost(facts), dearest) {
             (Some(named), dearest) => Estimate::AtMost(named.max(dearest.unwrap_or(Nanos::ZERO))),
             (None, Some(dearest)) if dearest > Nanos::ZERO => Estimate::AtMost(dearest),
             (None, _) => Estimate::Guess(budget::CALL_GUESS),
@@ -201,9 +203,9 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
         // Its job is parked when it is claimed again.
         Acts::Halted => return Ok(Asked::Wait(Duration::ZERO)),
         Acts::AgentHalted => {
-            jobs::hold(&mut tx, work.lease, work.agent).await?;
+            let held = jobs::hold(&mut tx, work.lease, (work.company, work.agent), HELD).await?;
             tx.commit().await?;
-            return Ok(Asked::Wait(HELD));
+            return Ok(if held { Asked::Held } else { Asked::Wait(Duration::ZERO) });
         }
         Acts::Never(status) => {
             return Ok(Asked::Refused(Failure::invalid(format!("the agent of the step is {status}"))));
@@ -234,9 +236,9 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
         Admission::Busy(cap) | Admission::Capped(cap) => {
             let reason = format!("{} of {} USD is used up", cap.rule, cap.limit.to_usd());
             pause(&mut tx, work, &facts, (reason, Some(&cap))).await?;
-            jobs::hold(&mut tx, work.lease, work.agent).await?;
+            let held = jobs::hold(&mut tx, work.lease, (work.company, work.agent), HELD).await?;
             tx.commit().await?;
-            return Ok(Asked::Wait(HELD));
+            return Ok(if held { Asked::Held } else { Asked::Wait(Duration::ZERO) });
         }
     };
     if reserved > Nanos::ZERO {
@@ -262,13 +264,17 @@ async fn admit(
     facts: &Facts,
     spender: &Spender,
 ) -> Result<Admission, EngineError> {
-    let estimate = match turn.price {
-        // Nothing is counted of what costs nothing.
-        Price::AtMost(Nanos::ZERO) => return Ok(Admission::Admitted(Nanos::ZERO)),
-        price => estimate(price, facts),
-    };
+    // Nothing is counted of what costs nothing.
+    if turn.price == Price::AtMost(Nanos::ZERO) {
+        return Ok(Admission::Admitted(Nanos::ZERO));
+    }
     let balances = budgets::apply(tx, work.company, &changes(&spender.accounts(), 0, 0)).await?;
-    Ok(budget::admit(&said(facts, turn).caps(spender), &balances, estimate))
+    let dearest = match turn.price {
+        // A call that has just ended may have told: what it cost is known by its locks.
+        Price::Afterwards => agents::dearest_of(tx, work.company, work.agent).await?,
+        Price::AtMost(_) => None,
+    };
+    Ok(budget::admit(&said(facts, turn).caps(spender), &balances, estimate(turn.price, facts, dearest)))
 }
 
 fn used_up(cap: &Cap) -> Failure {
@@ -311,12 +317,13 @@ async fn pause(
     Ok(())
 }
 
-/// The agent of a job is paused: whoever lets it go on makes the job due.
-pub async fn hold(engine: &Engine, work: &Work) -> Result<(), EngineError> {
+/// The agent of a job is paused: the job waits until somebody lets it go on. False when it does
+/// already.
+pub async fn hold(engine: &Engine, work: &Work) -> Result<bool, EngineError> {
     let mut tx = engine.pool.begin().await?;
-    jobs::hold(&mut tx, work.lease, work.agent).await?;
+    let held = jobs::hold(&mut tx, work.lease, (work.company, work.agent), HELD).await?;
     tx.commit().await?;
-    Ok(())
+    Ok(held)
 }
 
 /// What a turn has come to.

@@ -385,6 +385,19 @@ pub async fn overdue(pool: &PgPool) -> Result<Vec<(CompanyId, AgentId)>, StoreEr
     Ok(rows.into_iter().map(|row| (CompanyId(row.company_id), AgentId(row.id))).collect())
 }
 
+/// What the dearest call of an agent has cost.
+pub async fn dearest_of(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    agent: AgentId,
+) -> Result<Option<Nanos>, StoreError> {
+    let dearest =
+        sqlx::query_scalar!("select dearest_nanos from agents where company_id = $1 and id = $2", company.0, agent.0)
+            .fetch_optional(tx)
+            .await?;
+    Ok(dearest.flatten().map(Nanos))
+}
+
 /// Remembers what the dearest call of an agent has cost.
 pub async fn dearest(tx: &mut PgConnection, company: CompanyId, agent: AgentId, cost: Nanos) -> Result<(), StoreError> {
     sqlx::query!(

@@ -577,19 +577,33 @@ pub async fn hold_lease(tx: &mut PgConnection, lease: Lease) -> Result<bool, Sto
     Ok(held.is_some())
 }
 
-/// Notes that a job waits for an agent, under its lease.
-pub async fn hold(tx: &mut PgConnection, lease: Lease, agent: AgentId) -> Result<(), StoreError> {
-    sqlx::query!(
-        "update jobs set held_for = $4
-         where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running'",
+/// A job waits for its agent, at no cost: whoever lets that go on makes it due. It is looked at
+/// again after a while, should nobody. False when the agent goes on already, or the lease is gone.
+pub async fn hold(
+    tx: &mut PgConnection,
+    lease: Lease,
+    (company, agent): (CompanyId, AgentId),
+    look: Duration,
+) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "with paused as (
+             -- Whoever lets it go on comes before this, or finds the job waiting.
+             select from agents where company_id = $6 and id = $4 and status = 'paused' for share
+         )
+         update jobs
+         set state = 'scheduled', due_at = now() + $5::bigint * interval '1 millisecond', lease_epoch = lease_epoch + 1,
+             attempt = greatest(attempt - 1, 0), session_id = null, deadline_at = null, held_for = $4
+         where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' and exists (select from paused)",
         lease.job,
         lease.epoch,
         lease.session,
         agent.0,
+        millis(look),
+        company.0,
     )
     .execute(tx)
     .await?;
-    Ok(())
+    Ok(done.rows_affected() == 1)
 }
 
 /// Jobs that wait for an agent are due.

@@ -14,7 +14,7 @@ use capx_core::domain::money::Nanos;
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
 use capx_core::domain::plan::Gate;
 use capx_core::engine::acting::{self, May};
-use capx_core::engine::spending::{self, Asked, Came, HELD};
+use capx_core::engine::spending::{self, Asked, Came};
 use capx_core::failpoint;
 use capx_core::store::agents::AgentRow;
 use capx_core::store::journal::Place;
@@ -24,6 +24,7 @@ use crate::adapters::{self, Answered, Ask, Offer, Payment, Task, Trouble};
 use crate::egress;
 use crate::handlers::{Hands, StepCall};
 use crate::journal::{Journal, Journals};
+use crate::mcp;
 use crate::tools::registry::{self, OnUnknown, Tool};
 use crate::tools::{self, ToolCall};
 
@@ -107,13 +108,13 @@ async fn converse(
     let journal = journals.of(&call.idempotency_key, agent.agent, category);
     if agent.status == "paused" {
         journal.hold().await?;
-        return Err(Halt::Waits(HELD));
+        return Err(Halt::Waits(Duration::ZERO));
     }
     let written = journal.read().await?;
     let memory = journal.remembered().await?;
     let names = agent.config.get("tools").and_then(Value::as_array);
     let mut tools = registry::offered(names, hands.sandbox.is_some());
-    tools.extend(hands.mcp.offered(&hands.egress, names).await?);
+    tools.extend(hands.mcp.offered(&hands.egress, call.company, names).await?);
     let turns_max = agent.config.get("max_turns").and_then(Value::as_u64).and_then(|turns| u32::try_from(turns).ok());
     let mut attempt = Attempt {
         hands,
@@ -247,7 +248,7 @@ impl Attempt<'_> {
                 return Ok(Answer::Not(On::Budget, Halt::Failed(failure)));
             }
             Asked::Refused(failure) => return Err(failure.into()),
-            Asked::Lost => return Err(Halt::Waits(Duration::ZERO)),
+            Asked::Held | Asked::Lost => return Err(Halt::Waits(Duration::ZERO)),
         }
         failpoint::reach("agent.turn_begun").await;
         let began = Instant::now();
@@ -348,18 +349,22 @@ impl Attempt<'_> {
         let key = self.key(place);
         match self.journal.acts(&self.acting(place, &tool, &key, &params)).await? {
             May::Go { edited: None } => {}
-            // A person wants it otherwise: their arguments are held to the same schema.
+            // A person wants it otherwise: their arguments are held to the same schema and rules.
             May::Go { edited: Some(edited) } => match self.checked(&name, edited) {
-                Ok((_, edited)) => params = edited,
+                Ok((_, edited)) => match self.journal.forbids(&self.acting(place, &tool, &key, &edited)).await? {
+                    None => params = edited,
+                    Some(why) => return self.refuse(place, &name, told(why, true)).await,
+                },
                 Err(problem) => return self.refuse(place, &name, told(problem, true)).await,
             },
             May::Ask(_) if self.call.in_list => return Err(Halt::Failed(acting::cannot_wait(&tool.name))),
             May::Ask(gate) => return Err(Halt::Asks(gate)),
             May::Refused(why) => return self.refuse(place, &name, told(why, true)).await,
             May::Wait(delay) => return Err(Halt::Waits(delay)),
-            May::Lost => return Err(Halt::Waits(Duration::ZERO)),
+            May::Held | May::Lost => return Err(Halt::Waits(Duration::ZERO)),
         }
         failpoint::reach("agent.call_begun").await;
+        let sent = digest::hex(&digest::sha256(Value::Object(params.clone()).to_string()));
         let mut deeds = self.call.deeds.clone();
         deeds.doer.agent = Some(self.agent.agent);
         let call = ToolCall {
@@ -378,7 +383,7 @@ impl Attempt<'_> {
             Err(failure) => told(failure.message, true),
         };
         failpoint::reach("agent.call_made").await;
-        self.journal.call_ended((place, &tool.name, &self.key(place)), &result, false).await?;
+        self.journal.call_ended((place, &tool.name, &self.key(place)), &result, Some(&sent)).await?;
         failpoint::reach("agent.call_stored").await;
         Ok(Called::Done { result, refused: false })
     }
@@ -386,7 +391,7 @@ impl Attempt<'_> {
     /// What is not called, and why the model is told so.
     async fn refuse(&self, place: Place, name: &str, result: ToolResult) -> Result<Called, Halt> {
         self.journal.call_begins(place, name, &self.key(place)).await?;
-        self.journal.call_ended((place, name, &self.key(place)), &result, true).await?;
+        self.journal.call_ended((place, name, &self.key(place)), &result, None).await?;
         Ok(Called::Done { result, refused: true })
     }
 
@@ -405,7 +410,10 @@ impl Attempt<'_> {
                 "action": self.task.action, "tool": tool.name, "params": params, "reasoning": reasoning,
                 "message": format!("the agent wants to use {}", tool.name),
             }),
-            host: url.map(|url| egress::host_of(url).unwrap_or_default()),
+            host: match tool.name.starts_with(mcp::PREFIX) {
+                true => self.hands.mcp.host(&tool.name),
+                false => url.map(|url| egress::host_of(url).unwrap_or_default()),
+            },
             hosts: hosts.map(|hosts| hosts.iter().filter_map(|host| Some(host.as_str()?.to_owned())).collect()),
         }
     }

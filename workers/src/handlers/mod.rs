@@ -17,7 +17,6 @@ use capx_core::domain::playbook::{Playbook, Step};
 use capx_core::domain::secret::Secrets;
 use capx_core::engine::beats;
 use capx_core::engine::claim::StepWork;
-use capx_core::engine::spending::HELD;
 use capx_core::store::agents::AgentRow;
 use capx_core::store::jobs::{ClaimedJob, kind};
 use serde_json::{Map, Value, json};
@@ -234,7 +233,8 @@ impl Hands {
                 work.context.drafts_before(),
                 work.context.to_grade().is_some(),
             ),
-            timeout: work.context.policy.task_max.map_or(job.timeout, |max| max.min(job.timeout)),
+            // The company's limit ends it by itself, and says so.
+            timeout: job.timeout,
             idle: step.idle,
             began: Instant::now(),
             in_list: work.context.item.is_some(),
@@ -255,7 +255,7 @@ impl Hands {
             if let Some(agent) = agent.filter(|agent| agent.killed) {
                 let journal = journals.of(&call.idempotency_key, agent.agent, "tool");
                 return match journal.hold().await {
-                    Ok(()) => Outcome::Released { delay: HELD },
+                    Ok(()) => Outcome::Released { delay: Duration::ZERO },
                     Err(failure) => Outcome::failed(failure),
                 };
             }

@@ -3,7 +3,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::AtomicI64;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use capx_core::domain::ids::{AgentId, RunId, SignalId};
@@ -52,17 +52,18 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
     }
     let plain = match work {
         Work::Step(work) => {
-            let (began, mut booked) = (Instant::now(), Nanos::ZERO);
+            let (began, mut made) = (Instant::now(), Made::default());
             // Boxed: what a tool or an adapter keeps is kilobytes, and apalis
             // moves the attempt's future about several times.
             let outcome = match calls(&work, &job) {
                 Some((step, playbook)) => call(shared, &job, &work, (step, playbook)).await,
-                None => Some(Box::pin(step(shared, &job, &work, began, &mut slot, &mut booked)).await),
+                None => Some(Box::pin(step(shared, &job, &work, began, &mut slot, &mut made)).await),
             };
             drop(slot);
             held.finish();
+            let outcome = outcome.filter(|_| !made.waits);
             let Some(outcome) = outcome else { return Attempted::Plain(job, PlainOutcome::Nothing, held) };
-            let finished = Finished { job, work, outcome, booked, took: began.elapsed() };
+            let finished = Finished { job, work, outcome, booked: made.booked, took: began.elapsed() };
             return Attempted::Step(finished, held);
         }
         Work::Noop | Work::Stale => PlainOutcome::Done,
@@ -140,13 +141,22 @@ fn give_back(job: ClaimedJob, work: Work, held: Held, delay: Duration) -> Attemp
     }
 }
 
+/// What an attempt has done to the database by itself.
+#[derive(Debug, Default)]
+struct Made {
+    /// So much of what it has spent is booked.
+    booked: Nanos,
+    /// The job waits for its agent, and is no longer ours.
+    waits: bool,
+}
+
 async fn step(
     shared: &Arc<Shared>,
     job: &ClaimedJob,
     work: &StepWork,
     began: Instant,
     slot: &mut Slot,
-    booked: &mut Nanos,
+    made: &mut Made,
 ) -> Outcome {
     if shared.lost.is_cancelled() {
         // Others may have it already: nothing begins any more.
@@ -186,6 +196,7 @@ async fn step(
         job,
         run: work.context.run,
         booked: AtomicI64::new(0),
+        held: AtomicBool::new(false),
     };
     let handler = panics::given(secrets.clone(), shared.hands.step(job, work, &artifacts, &journals));
     let handler = AssertUnwindSafe(handler).catch_unwind();
@@ -223,8 +234,8 @@ async fn step(
         None => Outcome::Released { delay: Duration::ZERO },
     };
     // Money that was spent is, even if nothing came of it.
-    *booked = journals.booked();
-    let outcome = outcome.having_cost(*booked);
+    *made = Made { booked: journals.booked(), waits: journals.held.load(Relaxed) };
+    let outcome = outcome.having_cost(made.booked);
     // Whatever comes of it holds no secret that it was given.
     let outcome = match secrets {
         Some(secrets) => secrets.redact(outcome),

@@ -87,7 +87,8 @@ pub async fn use_tool(hands: &Hands, tool: &str, call: ToolCall<'_>) -> Result<V
         EVALUATE => evaluate(&call.params).map_err(Failure::invalid),
         tool if OF_THE_COMPANY.contains(&tool) => call.deeds.perform(tool, call.params, call.idempotency_key).await,
         tool if tool.starts_with(mcp::PREFIX) => {
-            hands.mcp.call(&hands.egress, tool, call.params, (&call.idempotency_key, call.timeout)).await
+            let time = (call.idempotency_key.as_str(), call.timeout);
+            hands.mcp.call(&hands.egress, call.company, (tool, call.params), time).await
         }
         other => Err(Failure::invalid(format!("the tool `{other}` is not part of this version"))),
     }
