@@ -116,6 +116,22 @@ async fn what_is_remembered_outlives_runs_instructions_and_restarts() {
     assert!(results[0].contains(r#""apples":4"#) && results[0].contains(r#""version":2"#), "{results:?}");
     assert!(results[1].contains("never on Sundays"), "{results:?}");
     assert!(results[2].contains("/scope"), "{results:?}");
+    // What it was told at its beginning, and what it looked up, with the versions.
+    let (_, feed) = api.get(&format!("/v1/companies/{company}/activity?limit=200")).await;
+    let read: Vec<(String, i64, String)> = feed["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|event| event["event"] == "memory.read" && event["data"]["run_id"] == json!(run))
+        .flat_map(|event| event["data"]["read"].as_array().unwrap().clone())
+        .map(|read| {
+            let text = |name: &str| read[name].as_str().unwrap().to_owned();
+            (text("key"), read["version"].as_i64().unwrap(), text("scope"))
+        })
+        .collect();
+    let price = || ("price".to_owned(), 2, "agent".to_owned());
+    let rule = || ("rule".to_owned(), 1, "company".to_owned());
+    assert_eq!(read, [rule(), price(), price(), rule()], "{feed}");
     // As a person sees it.
     let memory = format!("/v1/companies/{company}/agents/a/memory");
     let (status, shown) = api.get(&memory).await;

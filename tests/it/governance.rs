@@ -291,6 +291,7 @@ async fn a_model_that_obeys_every_injected_order_does_nothing_that_nobody_has_le
     turns.push(json!({"output": {"obeyed": true}}));
     let mut agent = agent("a", "work", json!(turns));
     agent["config"]["max_turns"] = 200.into();
+    agent["config"]["max_same_calls"] = 200.into();
     agent["config"]["tools"] =
         json!(["file_read", "file_write", "http_request", "shell_run", "code_execute", "send_message", "mcp:wiki/*"]);
     let company = company(&api, governance, json!([agent])).await;
@@ -314,7 +315,8 @@ async fn a_model_that_obeys_every_injected_order_does_nothing_that_nobody_has_le
     }
     assert!(calls.len() > 100, "every order was obeyed: {}", calls.len());
     assert_eq!(witness.calls().len(), 0, "no byte has left");
-    let denied = |(name, response): &&(String, Value)| name.contains("wiki") && response.to_string().contains("forbids");
+    let denied =
+        |(name, response): &&(String, Value)| name.contains("wiki") && response.to_string().contains("forbids");
     let of_server = calls.iter().filter(denied).count();
     assert!(of_server >= 3 && servers.lock().unwrap().is_empty(), "no tool of a server was used: {of_server}");
 }
@@ -362,4 +364,139 @@ async fn no_work_takes_longer_than_the_policy_lets_it() {
         "{error}"
     );
     assert!(witness.held_calls() > 0);
+}
+
+/// So much of the time of what is asked has passed.
+async fn passes(db: &Db, percent: i32) {
+    for (table, asked) in [("approvals", "proposed_at"), ("task_asks", "asked_at")] {
+        let sql = format!(
+            "update {table} set {asked} = clock_timestamp() - (expires_at - {asked}) * {percent} / 100,
+                 expires_at = clock_timestamp() + (expires_at - {asked}) * (100 - {percent}) / 100,
+                 escalates_at = clock_timestamp() - (expires_at - {asked}) * {percent} / 100 + (escalates_at - {asked})"
+        );
+        sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&db.pool).await.unwrap();
+    }
+    capx_core::engine::upkeep::round(&db.engine).await.unwrap();
+}
+
+async fn told(db: &Db, event: &str) -> i64 {
+    sqlx::query_scalar("select count(*) from events where event = $1").bind(event).fetch_one(&db.pool).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn people_are_reminded_of_what_waits_for_them_and_then_anybody_may_decide() {
+    let db = Db::new().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let approval =
+        json!({"required": ["publish"], "reviewers": ["boss"], "timeout": "10h", "escalation_timeout": "8h"});
+    let governance = json!({"mode": "human_in_loop", "approval": approval});
+    let company = company(&api, governance, json!([agent("a", "publish", json!([{"output": {"done": true}}]))])).await;
+    run(&api, company, "name: w\nsteps:\n  - {id: do, role: a, action: publish}\n").await;
+    let (status, task) = api.post(&format!("/v1/companies/{company}/tasks"), json!({"title": "Think"})).await;
+    assert_eq!((status, &task["data"]["status"]), (201, &json!("pending_approval")), "{task}");
+    let asked = pending(&api, company, 2).await;
+    for one in &asked {
+        assert_eq!(one["reviewers"], json!(["boss"]), "{one}");
+        assert!(one["expires_at"].is_string() && one["digest"].is_string(), "{one}");
+    }
+    // Of half of the time, and of nine tenths of it, once each.
+    for (percent, reminders, escalations) in [(40, 0, 0), (55, 2, 0), (60, 2, 0), (85, 2, 2), (95, 4, 2), (96, 4, 2)] {
+        passes(&db, percent).await;
+        let seen = (told(&db, "approval.reminder").await, told(&db, "approval.escalated").await);
+        assert_eq!(seen, (reminders, escalations), "after {percent} %");
+    }
+    // Nobody has answered.
+    sqlx::query("update task_asks set expires_at = clock_timestamp()").execute(&db.pool).await.unwrap();
+    sqlx::query("update jobs set due_at = now() where kind = 'gate_timeout'").execute(&db.pool).await.unwrap();
+    db.engine.waker.wake();
+    capx_core::engine::upkeep::round(&db.engine).await.unwrap();
+    pending(&api, company, 0).await;
+    let (_, shown) = api.get(&format!("/v1/companies/{company}/tasks/{}", task["data"]["id"].as_str().unwrap())).await;
+    assert_eq!(shown["data"]["status"], "rejected", "{shown}");
+    let (_, log) = api.get(&format!("/v1/companies/{company}/audit?limit=100")).await;
+    let decided: Vec<&Value> =
+        log["data"].as_array().unwrap().iter().filter(|entry| entry["kind"] == "approval.resolved").collect();
+    assert_eq!(decided.len(), 2, "{log}");
+    assert!(decided.iter().all(|entry| entry["actor"] == "system"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_word_about_a_task_is_that_of_its_reviewers_about_what_they_have_seen() {
+    let db = Db::new().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let governance = json!({"mode": "human_in_loop", "approval": {"reviewers": ["boss"]}});
+    let company = company(&api, governance, json!([agent("a", "task", json!([]))])).await;
+    let clerk = api.with(&db.key(&["approvals:write", "approvals:read", "tasks:write", "tasks:read"]).await);
+    let path = format!("/v1/companies/{company}/tasks");
+    let (_, task) = api.post(&path, json!({"title": "Think"})).await;
+    let id = task["data"]["id"].as_str().unwrap();
+    for way in [format!("/v1/approvals/{id}/approve"), format!("{path}/{id}/approve")] {
+        let (status, refused) = clerk.post(&way, json!({})).await;
+        assert_eq!(status, 422, "{refused}");
+        assert!(refused.to_string().contains("only boss may decide"), "{refused}");
+    }
+    let seen = pending(&api, company, 1).await.remove(0);
+    assert_eq!(api.send("PATCH", &format!("{path}/{id}"), Some(json!({"title": "Think twice"}))).await.0, 200);
+    let body = json!({"digest": seen["digest"]});
+    for way in [format!("/v1/approvals/{id}/approve"), format!("{path}/{id}/approve")] {
+        let (status, refused) = api.post(&way, body.clone()).await;
+        assert_eq!(status, 409, "{refused}");
+    }
+    let seen = pending(&api, company, 1).await.remove(0);
+    assert_eq!(seen["context"]["title"], "Think twice");
+    let (status, done) = approve(&api, &seen, json!({"digest": seen["digest"], "note": "fine"})).await;
+    assert_eq!((status, &done["data"]["status"]), (200, &json!("approved")), "{done}");
+    assert!(done["data"]["decided_by"].is_string(), "{done}");
+    let (_, log) = api.get(&format!("/v1/companies/{company}/audit?limit=100")).await;
+    let entry = log["data"].as_array().unwrap().iter().find(|entry| entry["kind"] == "approval.resolved").unwrap();
+    assert_eq!((&entry["data"]["decision"], &entry["data"]["digest"]), (&json!("approved"), &seen["digest"]), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_under_a_role_uses_no_tool_and_reaches_no_host_that_the_role_may_not() {
+    let db = Db::new().await;
+    let witness = Witness::start(&[]).await;
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let step =
+        format!("name: w\nsteps:\n  - {{id: do, role: a, action: http.request, params: {{url: '{}'}}}}\n", witness.url);
+    for (config, rule) in [
+        (json!({"allowed_hosts": ["api.example.com"]}), "the agent's config.allowed_hosts"),
+        (json!({"tools": ["file.read"]}), "the agent's config.tools"),
+    ] {
+        let agents = json!([{"role": "a", "adapter": "claude", "instructions": "x", "config": config}]);
+        let company = company(&api, json!({}), agents).await;
+        let (_, started) = run(&api, company, &step).await;
+        let ended = of_run(&api, &started, 30).await;
+        assert!(ended["error"]["message"].as_str().unwrap().contains(rule), "{ended}");
+        let (_, log) = api.get(&format!("/v1/companies/{company}/audit?limit=100")).await;
+        assert!(log["data"].as_array().unwrap().iter().any(|entry| entry["kind"] == "call.denied"), "{log}");
+    }
+    assert_eq!(witness.calls().len(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_more_agents_work_at_once_than_the_policy_lets() {
+    let db = Db::new().await;
+    let witness = Witness::start(&[]).await;
+    witness.hold(true);
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let policy = json!({"execution_policy": {"max_concurrent_agents": 2}});
+    let config = json!({"endpoint": format!("{}/agent", witness.url)});
+    let agents: Vec<Value> = (0..6)
+        .map(|n| json!({"role": format!("r{n}"), "adapter": "custom", "instructions": "x", "config": config}))
+        .collect();
+    let company = company(&api, policy, json!(agents)).await;
+    let steps: String =
+        (0..6).map(|n| format!("  - {{id: s{n}, needs: [], role: r{n}, action: work, timeout: 20s}}\n")).collect();
+    let (status, _) = run(&api, company, &format!("name: w\nsteps:\n{steps}")).await;
+    assert_eq!(status, 201);
+    eventually("two to work", || async { witness.held_calls() == 2 }).await;
+    // The others come back in vain.
+    let tries = "select count(*) from jobs where kind = 'step' and lease_epoch > 2";
+    eventually("the others to have tried", || async { db.count(tries).await >= 3 }).await;
+    assert_eq!(witness.held_calls(), 2);
 }

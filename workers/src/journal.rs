@@ -62,6 +62,15 @@ impl Journals<'_> {
         Nanos(self.booked.load(Ordering::Relaxed))
     }
 
+    /// Notes in the audit log that a rule has denied a tool to the step.
+    pub async fn denied(&self, tool: &str, rule: &str) -> Result<(), Failure> {
+        let noted = acting::denied(self.engine, self.job.company, (self.run, self.job.step), (tool, rule));
+        let noted = self.watchdog.answer("a denial", noted).await;
+        noted.map_err(|error| {
+            Failure::transient(format!("{rule} forbids this call, and that could not be noted: {error}"))
+        })
+    }
+
     /// That of the work with a key, which is the same over all tries of it.
     pub fn of(&self, key: &str, agent: AgentId, category: &'static str) -> Journal<'_> {
         let work = Work {
@@ -141,7 +150,7 @@ impl Journal<'_> {
         let (engine, work) = (self.of.engine.clone(), self.work.clone());
         self.again("begun", move || {
             let (engine, work) = (engine.clone(), work.clone());
-            async move { deeds::remembered(&engine, work.company, work.agent).await }
+            async move { deeds::remembered(&engine, work.company, (work.agent, work.run)).await }
         })
         .await
     }
@@ -233,6 +242,16 @@ impl Journal<'_> {
         self.again("stopped", move || {
             let (engine, work, why) = (engine.clone(), work.clone(), why.clone());
             async move { agents::break_off(&engine, work.company, work.agent, &why).await }
+        })
+        .await
+    }
+
+    /// The agent cannot work before somebody mends something.
+    pub async fn agent_fails(&self, why: &str) -> Result<(), Failure> {
+        let (engine, work, why) = (self.of.engine.clone(), self.work.clone(), why.to_owned());
+        self.again("stopped", move || {
+            let (engine, work, why) = (engine.clone(), work.clone(), why.clone());
+            async move { agents::fail(&engine, work.company, work.agent, &why).await }
         })
         .await
     }

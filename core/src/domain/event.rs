@@ -82,6 +82,8 @@ pub const TASK_RETRIED: &str = "task.retried";
 pub const MESSAGE_SENT: &str = "message.sent";
 /// Something was written into a memory.
 pub const MEMORY_WRITTEN: &str = "memory.written";
+/// Somebody was told of what is remembered, with the versions of it.
+pub const MEMORY_READ: &str = "memory.read";
 /// A client has sent a named event, for runs that wait for it.
 pub const EVENT_RECEIVED: &str = "playbook.event_received";
 /// The output of a step was held against its rubric, or a run against its limits.
@@ -126,6 +128,7 @@ pub const NAMES: &[&str] = &[
     TASK_RETRIED,
     MESSAGE_SENT,
     MEMORY_WRITTEN,
+    MEMORY_READ,
     EVENT_RECEIVED,
     RUBRIC_EVALUATED,
     APPROVAL_REQUESTED,
@@ -252,6 +255,7 @@ pub fn summary(name: &str, data: &Value) -> String {
         TASK_CANCELLED => format!("Cancelled task: {}", text("title")),
         MESSAGE_SENT => format!("Sent message: {}", text("text")),
         MEMORY_WRITTEN => format!("Remembered: {}", text("key")),
+        MEMORY_READ => format!("Looked up in memory: {}", data["read"].as_array().map_or(0, Vec::len)),
         TASK_RETRIED => format!("Retried task: {}", text("title")),
         EVENT_RECEIVED => format!("Received event: {}", text("name")),
         RUBRIC_EVALUATED => match text("step") {

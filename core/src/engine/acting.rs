@@ -10,6 +10,7 @@ use super::{Engine, EngineError};
 use crate::domain::audit::Entry;
 use crate::domain::digest::sha256;
 use crate::domain::governance::{Action, Policy, Verdict};
+use crate::domain::ids::{CompanyId, RunId};
 use crate::domain::outcome::{ErrorClass, Failure};
 use crate::domain::plan::Gate;
 use crate::store::journal::{self, Begun, End, Ended, Place, Work};
@@ -145,6 +146,20 @@ async fn deny(mut tx: Transaction<'_, Postgres>, work: &Work, call: &Call, rule:
     audit::append(&mut tx, work.company, &Entry::new("call.denied", work.agent.to_string(), told)).await?;
     tx.commit().await?;
     Ok(format!("this is not allowed: {rule} forbids it"))
+}
+
+/// Notes that a rule has denied a tool to a step.
+pub async fn denied(
+    engine: &Engine,
+    company: CompanyId,
+    (run, step): (RunId, i32),
+    (tool, rule): (&str, &str),
+) -> Result<(), EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    let told = json!({"tool": tool, "rule": rule, "run_id": run, "step": step});
+    audit::append(&mut tx, company, &Entry::new("call.denied", run.to_string(), told)).await?;
+    tx.commit().await?;
+    Ok(())
 }
 
 /// A call that was made.

@@ -138,6 +138,18 @@ pub async fn break_off(engine: &Engine, company: CompanyId, agent: AgentId, why:
     Ok(())
 }
 
+/// An agent cannot work before somebody mends something: its endpoint lets it in no more, say, or
+/// its model has no price. It says so, and begins nothing until it is resumed.
+pub async fn fail(engine: &Engine, company: CompanyId, agent: AgentId, why: &str) -> Result<(), EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    if agents::fail(&mut tx, company, agent, why).await? {
+        let told = json!({"agent_id": agent, "from": "active", "to": "errored", "error": why});
+        events::append(&mut *tx, company, &[Event::new(AGENT_STATE_CHANGED, told)]).await?;
+    }
+    tx.commit().await?;
+    Ok(())
+}
+
 /// The period may be over in which an agent's money was used up; how long it is until then, where
 /// it is not.
 pub async fn period_over(engine: &Engine, company: CompanyId, agent: AgentId) -> Result<Option<Duration>, EngineError> {

@@ -188,7 +188,7 @@ async fn begin(
     }
     let policy = Policy::of(beating.governance.as_ref(), &beating.company_config);
     if let Some(limit) = policy.agents_at_once
-        && beats::at_work(&mut *tx, company).await? >= limit
+        && beats::others_at_work(tx, company, agent).await? >= limit
     {
         return Ok(Begun::Waits(CROWDED));
     }

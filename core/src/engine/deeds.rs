@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::start::{self, Decided};
 use super::tasks::{self, CreateTask};
 use super::{Engine, EngineError, FieldProblem, repeating};
-use crate::domain::event::{Event, MEMORY_WRITTEN, MESSAGE_SENT};
+use crate::domain::event::{Event, MEMORY_READ, MEMORY_WRITTEN, MESSAGE_SENT};
 use crate::domain::ids::{AgentId, CompanyId, PlaybookId, RunId, TaskId};
 use crate::domain::outcome::Failure;
 use crate::domain::plan::DEPTH_MAX;
@@ -329,6 +329,7 @@ async fn recall(tx: &mut PgConnection, doer: &Doer, params: &Map<String, Value>)
     match text(params, &["key"]) {
         Some(key) => {
             let found = memories::get(&mut *tx, doer.company, &owners, key).await?;
+            was_read(tx, doer.company, (doer.agent, doer.run), found.iter()).await?;
             Ok(found.map_or_else(|| json!({"key": key, "value": null}), |memory| shown(&memory, doer.company)))
         }
         None => {
@@ -341,7 +342,25 @@ async fn recall(tx: &mut PgConnection, doer: &Doer, params: &Map<String, Value>)
 async fn search(tx: &mut PgConnection, doer: &Doer, params: &Map<String, Value>) -> Result<Value, EngineError> {
     let words = need(params, &["query", "q"])?;
     let found = memories::search(&mut *tx, doer.company, &owners(doer, params)?, words, 20).await?;
+    was_read(tx, doer.company, (doer.agent, doer.run), found.iter()).await?;
     Ok(json!({"found": found.iter().map(|memory| shown(memory, doer.company)).collect::<Vec<_>>()}))
+}
+
+/// Tells what of memories was read, and which versions of it.
+async fn was_read(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    (agent, run): (Option<AgentId>, RunId),
+    read: impl Iterator<Item = &Memory>,
+) -> Result<(), EngineError> {
+    let scope = |memory: &Memory| if memory.owner == company.0 { "company" } else { "agent" };
+    let read: Vec<Value> =
+        read.map(|memory| json!({"key": memory.key, "version": memory.version, "scope": scope(memory)})).collect();
+    if !read.is_empty() {
+        let told = json!({"agent_id": agent, "run_id": run, "read": read});
+        events::append(&mut *tx, company, &[Event::new(MEMORY_READ, told)]).await?;
+    }
+    Ok(())
 }
 
 /// What an agent remembers that it is told at the beginning of its work: what was written
@@ -349,18 +368,24 @@ async fn search(tx: &mut PgConnection, doer: &Doer, params: &Map<String, Value>)
 pub async fn remembered(
     engine: &Engine,
     company: CompanyId,
-    agent: AgentId,
+    (agent, run): (AgentId, RunId),
 ) -> Result<Map<String, Value>, EngineError> {
     let mut left = TOLD_BYTES_MAX;
+    let mut fits = |memory: &Memory| {
+        let size = memory.key.len() + memory.value.as_ref().map_or(0, |value| value.to_string().len());
+        left = left.checked_sub(size)?;
+        Some(())
+    };
+    let found = memories::latest(&engine.pool, company, &[agent.0, company.0], LIST_MAX).await?;
+    let found: Vec<Memory> = found.into_iter().map_while(|memory| fits(&memory).map(|()| memory)).collect();
+    if !found.is_empty() {
+        let mut tx = engine.pool.begin().await?;
+        was_read(&mut tx, company, (Some(agent), run), found.iter()).await?;
+        tx.commit().await?;
+    }
     let mut told = Map::new();
-    for memory in memories::latest(&engine.pool, company, &[agent.0, company.0], LIST_MAX).await? {
-        let value = memory.value.unwrap_or_default();
-        let size = memory.key.len() + value.to_string().len();
-        if size > left {
-            break;
-        }
-        left -= size;
-        told.entry(memory.key).or_insert(value);
+    for memory in found {
+        told.entry(memory.key).or_insert(memory.value.unwrap_or_default());
     }
     Ok(told)
 }

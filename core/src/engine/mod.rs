@@ -13,6 +13,7 @@ use crate::store::StoreError;
 pub mod acting;
 pub mod advance;
 pub mod agents;
+pub mod asks;
 pub mod batch;
 pub mod beats;
 pub mod calls;

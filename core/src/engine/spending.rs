@@ -24,7 +24,7 @@ use crate::store::budgets::{Change, Facts};
 use crate::store::jobs::{NewJob, kind, queue};
 use crate::store::journal::{Begun, Booking, End, Ended, Place, Work};
 use crate::store::provider_gates::{self, Enter};
-use crate::store::{agents, budgets, events, jobs, journal};
+use crate::store::{agents, beats, budgets, events, jobs, journal};
 
 /// A job whose agent is paused is looked at again after this, should nobody wake it.
 pub const HELD: Duration = Duration::from_secs(60);
@@ -219,6 +219,11 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
     let policy = Policy::of(facts.governance.as_ref(), &facts.config);
     if let Some(rule) = policy.forbids(&Action::of_tool("llm.prompt")) {
         return Ok(Asked::Refused(Failure::new(ErrorClass::Governance, format!("{rule} forbids to ask a model"))));
+    }
+    if let Some(limit) = policy.agents_at_once
+        && beats::others_at_work(&mut tx, work.company, work.agent).await? >= limit
+    {
+        return Ok(Asked::Wait(BUSY));
     }
     let (day, month) = budget::days(facts.now_us, zone(&facts));
     let directive = facts.directive.map(|(root, _)| root);

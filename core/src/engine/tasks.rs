@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 
+use super::asks;
 use super::cancel::cancel_run;
 use super::{Engine, EngineError};
 use crate::domain::company::works;
@@ -72,6 +73,9 @@ pub async fn create(tx: &mut PgConnection, company: &CompanyRow, request: &Creat
         beats::lock(tx, company.company, agent).await?;
     }
     tasks::insert(tx, &new).await?;
+    if human_in_loop {
+        asks::ask(tx, company.company, task).await?;
+    }
     let row = find(tx, company.company, task).await?;
     tell(tx, &row, TASK_CREATED, None).await?;
     wake(tx, &row).await?;
@@ -228,10 +232,9 @@ async fn tell(
 pub async fn change(
     engine: &Engine,
     tx: &mut PgConnection,
-    company: CompanyId,
-    task: TaskId,
+    (company, task): (CompanyId, TaskId),
     change: Change,
-    feedback: Option<&str>,
+    (by, feedback): (&str, Option<&str>),
 ) -> Result<TaskRow, EngineError> {
     let row = lock(tx, company, task).await?;
     match change.decide(&row.status, row.approval.as_deref()) {
@@ -240,7 +243,14 @@ pub async fn change(
             let word = change.participle();
             return Err(EngineError::Conflict(format!("the task is {}; it cannot be {word}", row.status)));
         }
-        Verdict::Becomes(next) => tasks::set_status(tx, &row, next, feedback).await?,
+        Verdict::Becomes(next) => {
+            tasks::set_status(tx, &row, next, feedback).await?;
+            match (row.status.as_str(), next) {
+                (_, "pending_approval") => asks::ask(tx, company, task).await?,
+                ("pending_approval", _) => asks::decided(tx, &row, change, (by, feedback)).await?,
+                _ => {}
+            }
+        }
     }
     if let (Change::Cancel, Some(run)) = (change, row.run()) {
         match cancel_run(engine, tx, company, run, "task").await {

@@ -1,7 +1,7 @@
 //! What any worker does for all from time to time, besides the sweep: sums are
 //! folded, marks are set, what is old goes, what was parked in vain goes on.
 
-use super::{Engine, EngineError, agents, gates, spending, triggers};
+use super::{Engine, EngineError, agents, asks, gates, spending, triggers};
 use crate::store::{events, idempotency, jobs, signals, usage};
 
 /// One round. Each part is one guarded statement, so that workers who do it at
@@ -12,6 +12,7 @@ pub async fn round(engine: &Engine) -> Result<(), EngineError> {
     events::mark(&engine.pool).await?;
     triggers::catch_up(engine).await?;
     gates::remind(engine).await?;
+    asks::look(engine).await?;
     spending::settle_unheard(engine).await?;
     agents::periods_over(engine).await?;
     while signals::prune(&engine.pool).await? == signals::PRUNE_MAX as u64 {}

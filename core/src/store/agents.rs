@@ -313,6 +313,20 @@ pub async fn pause_for_money(
     Ok(done.rows_affected() == 1)
 }
 
+/// An agent cannot work, for a reason; false when it is not active.
+pub async fn fail(tx: &mut PgConnection, company: CompanyId, agent: AgentId, why: &str) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update agents set status = 'errored', error = $3, updated_at = clock_timestamp()
+         where company_id = $1 and id = $2 and status = 'active'",
+        company.0,
+        agent.0,
+        why,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
 /// Pauses an agent that goes round in circles; false when it is not active.
 pub async fn break_off(
     tx: &mut PgConnection,

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::{Executor, PgConnection, PgPool, Postgres};
+use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use super::StoreError;
@@ -481,13 +481,27 @@ pub async fn has_messages(tx: &mut PgConnection, company: CompanyId, agent: Agen
     .await?)
 }
 
-/// How many agents of a company work in this moment.
-pub async fn at_work(executor: impl Executor<'_, Database = Postgres>, company: CompanyId) -> Result<i64, StoreError> {
-    Ok(sqlx::query_scalar!(
-        r#"select count(*) as "count!" from agents where company_id = $1 and beat_run is not null"#,
-        company.0,
+/// How many agents of a company work in this moment besides one: those whose beats are under way,
+/// and those whose calls are. Until the transaction's end nobody else of the company counts them.
+pub async fn others_at_work(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<i64, StoreError> {
+    sqlx::query!(
+        "select pg_advisory_xact_lock(hashtextextended('agents at work ' || $1::text, 0))",
+        company.to_string()
     )
-    .fetch_one(executor)
+    .execute(&mut *tx)
+    .await?;
+    Ok(sqlx::query_scalar!(
+        r#"select count(*) as "count!" from (
+               select id from agents where company_id = $1 and beat_run is not null and id <> $2
+               union
+               select j.agent_id from journal j
+               join jobs b on b.id = j.job_id and b.lease_epoch = j.lease_epoch and b.state = 'running'
+               where j.company_id = $1 and j.state = 'begun' and j.agent_id <> $2
+           ) others"#,
+        company.0,
+        agent.0,
+    )
+    .fetch_one(tx)
     .await?)
 }
 

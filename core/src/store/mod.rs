@@ -14,6 +14,7 @@ pub mod acting;
 pub mod agents;
 pub mod approvals;
 pub mod artifacts;
+pub mod asks;
 pub mod audit;
 pub mod beats;
 pub mod budgets;

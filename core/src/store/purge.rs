@@ -12,6 +12,7 @@ const TABLES: &[&str] = &[
     "events",
     "approvals",
     "dead_letters",
+    "task_asks",
     "tasks",
     "playbook_versions",
     "playbooks",

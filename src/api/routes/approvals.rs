@@ -10,13 +10,15 @@ use capx_core::domain::digest::hex;
 use capx_core::domain::ids::{AgentId, ApprovalId, CompanyId, RunId, TaskId};
 use capx_core::domain::task::Change;
 use capx_core::engine::FieldProblem;
+use capx_core::engine::asks;
 use capx_core::engine::gates::{Verdict, decide};
 use capx_core::engine::tasks as engine_tasks;
 use capx_core::store::approvals::{self, ApprovalRow, Asked, Filter};
+use capx_core::store::asks::{self as stored_asks, Ask};
 use capx_core::store::tasks::TaskRow;
 use capx_core::store::{agents, tasks, tenants};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 use uuid::Uuid;
@@ -147,7 +149,9 @@ impl Approval {
         }
     }
 
-    fn of_task(row: TaskRow, role: Option<String>) -> Self {
+    fn of_task(row: TaskRow, role: Option<String>, ask: Option<Ask>) -> Self {
+        let (context, digest) = (asks::context(&row), hex(&asks::digest(&row)));
+        let reviewers = ask.as_ref().and_then(|ask| ask.reviewers.clone());
         let decided_at = match row.approval.as_deref() {
             Some("approved") => row.approved_at,
             Some("pending") => None,
@@ -166,16 +170,16 @@ impl Approval {
             action_type: "task".into(),
             risk: if matches!(row.priority.as_str(), "high" | "critical") { "high" } else { "medium" },
             estimated_cost: None,
-            context: json!({"title": row.title, "description": row.description, "priority": row.priority, "metadata": row.metadata}),
-            digest: None,
+            context,
+            digest: Some(digest),
             edited: None,
             proposed_at: Time(row.created_at),
-            expires_at: None,
+            expires_at: ask.as_ref().map(|ask| Time(ask.expires_at)),
             decided_at: decided_at.map(Time),
-            decided_by: None,
+            escalated_at: ask.as_ref().and_then(|ask| ask.escalated_at).map(Time),
+            decided_by: ask.and_then(|ask| ask.decided_by),
             note: row.feedback,
-            reviewers: None,
-            escalated_at: None,
+            reviewers,
             status: row.approval.unwrap_or_default(),
         }
     }
@@ -239,12 +243,15 @@ async fn load(tx: &mut sqlx::PgConnection, listed: &[(CompanyId, Asked)]) -> Res
     }
     if !asked.is_empty() {
         let rows = tasks::some(&mut *tx, &asked).await?;
+        let found = stored_asks::some(&mut *tx, &asked).await?;
+        let mut found: HashMap<TaskId, Ask> = found.into_iter().map(|ask| (ask.task, ask)).collect();
         let about: Vec<_> =
             rows.iter().filter_map(|row| Some((CompanyId(row.company_id), AgentId(row.agent_id?)))).collect();
         let roles: HashMap<AgentId, String> = agents::roles(tx, &about).await?.into_iter().collect();
         shown.extend(rows.into_iter().map(|row| {
             let role = row.agent_id.and_then(|agent| roles.get(&AgentId(agent)).cloned());
-            (row.id, Approval::of_task(row, role))
+            let ask = found.remove(&row.task());
+            (row.id, Approval::of_task(row, role, ask))
         }));
     }
     Ok(shown)
@@ -360,29 +367,56 @@ fn too_long(field: &str, words: &str) -> Option<FieldProblem> {
     long.then(|| FieldProblem::new(field, format!("must be at most {WORDS_CHARS_MAX} characters")))
 }
 
-/// Where a gate names its reviewers, one of them decides, or a key with the scope `*`:
+/// Where an approval names its reviewers, one of them decides, or a key with the scope `*`:
 /// whoever may do everything is not locked out by a name in a file.
 async fn may_review(
     command: &mut Command<'_>,
     caller: &Caller,
-    id: ApprovalId,
-    shown: Option<&str>,
+    reviewers: Option<Vec<String>>,
 ) -> Result<(), ApiError> {
-    let gate = approvals::get(command.tx(), caller.account, caller.company, id).await?;
-    if let (Some(shown), Some(gate)) = (shown, &gate)
-        && shown != hex(&gate.digest)
-    {
-        return Err(ApiError::Conflict("what would be done is not what `digest` stands for; look at it again".into()));
-    }
-    let Some(names) = gate.filter(|gate| gate.escalated_at.is_none()).and_then(|gate| gate.reviewers) else {
-        return Ok(());
-    };
+    let Some(names) = reviewers else { return Ok(()) };
     let Some(key) = tenants::grant_of(command.tx(), caller.key).await? else { return Ok(()) };
     let id = caller.key.to_string();
     if key.scopes.iter().any(|scope| scope == "*") || names.iter().any(|name| *name == key.name || *name == id) {
         return Ok(());
     }
     Err(ApiError::Governance(format!("only {} may decide about this approval", names.join(", "))))
+}
+
+/// What is decided is what was shown, where the caller says what that was.
+fn is_shown(shown: Option<&str>, digest: &[u8]) -> Result<(), ApiError> {
+    match shown {
+        Some(shown) if shown != hex(digest) => {
+            Err(ApiError::Conflict("what would be done is not what `digest` stands for; look at it again".into()))
+        }
+        _ => Ok(()),
+    }
+}
+
+async fn may_decide(
+    command: &mut Command<'_>,
+    caller: &Caller,
+    id: ApprovalId,
+    shown: Option<&str>,
+) -> Result<(), ApiError> {
+    let Some(gate) = approvals::get(command.tx(), caller.account, caller.company, id).await? else { return Ok(()) };
+    is_shown(shown, &gate.digest)?;
+    may_review(command, caller, gate.reviewers.filter(|_| gate.escalated_at.is_none())).await
+}
+
+/// The same for a task that waits for it.
+pub(super) async fn may_decide_task(
+    command: &mut Command<'_>,
+    caller: &Caller,
+    (company, task): (CompanyId, TaskId),
+    shown: Option<&str>,
+) -> Result<(), ApiError> {
+    let rows = tasks::some(command.tx(), &[(company, task)]).await?;
+    if let (Some(_), Some(row)) = (shown, rows.first()) {
+        is_shown(shown, &asks::digest(row))?;
+    }
+    let ask = stored_asks::some(command.tx(), &[(company, task)]).await?.pop();
+    may_review(command, caller, ask.filter(|ask| ask.escalated_at.is_none()).and_then(|ask| ask.reviewers)).await
 }
 
 async fn decided(
@@ -392,12 +426,11 @@ async fn decided(
     digest: [u8; 32],
     (verdict, shown): (&Verdict, Option<&str>),
 ) -> Result<Response, ApiError> {
-    let asked = id_of(approval)?;
+    let (asked, by) = (id_of(approval)?, caller.key.to_string());
     let mut command = caller.command(state, digest).await?;
     let shown = match asked {
         Asked::Gate(id) => {
-            may_review(&mut command, caller, id, shown).await?;
-            let by = caller.key.to_string();
+            may_decide(&mut command, caller, id, shown).await?;
             let row = decide(&state.engine, command.tx(), caller.account, caller.company, id, &by, verdict).await?;
             Approval::of_gate(row)
         }
@@ -410,7 +443,8 @@ async fn decided(
                 Verdict::Approve { note, .. } => (Change::Approve, note.as_deref()),
                 Verdict::Reject { feedback } => (Change::Reject, Some(feedback.as_str())),
             };
-            engine_tasks::change(&state.engine, command.tx(), company, task, change, feedback).await?;
+            may_decide_task(&mut command, caller, (company, task), shown).await?;
+            engine_tasks::change(&state.engine, command.tx(), (company, task), change, (&by, feedback)).await?;
             asked_task(command.tx(), caller, task).await?.1
         }
     };

@@ -17,7 +17,7 @@ use utoipa_axum::routes;
 
 use super::Routes;
 use super::agents;
-use super::approvals::{ApproveBody, RejectBody};
+use super::approvals::{self, ApproveBody, RejectBody};
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Check, Nothing, Path, Query, limit, one_of};
 use crate::api::period;
@@ -429,11 +429,16 @@ async fn changed(
     (company, task): (String, String),
     digest: [u8; 32],
     change: Change,
-    feedback: Option<&str>,
+    (feedback, shown): (Option<&str>, Option<&str>),
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
-    let row = engine::change(&state.engine, command.tx(), company, id_of(&task)?, change, feedback).await?;
+    let task = id_of(&task)?;
+    if matches!(change, Change::Approve | Change::Reject) {
+        approvals::may_decide_task(&mut command, caller, (company, task), shown).await?;
+    }
+    let by = caller.key.to_string();
+    let row = engine::change(&state.engine, command.tx(), (company, task), change, (&by, feedback)).await?;
     command.wake();
     command.finish(StatusCode::OK, Task::new(row)).await
 }
@@ -450,8 +455,11 @@ async fn approve(
     Path(path): Path<(String, String)>,
     Body { body, digest }: Body<ApproveBody>,
 ) -> Result<Response, ApiError> {
-    let note = body.note;
-    changed(&state, &caller, path, digest, Change::Approve, note.as_deref()).await
+    if body.params.is_some() {
+        return Err(ApiError::field("params", "a task has none: change it by PATCH, then approve it"));
+    }
+    let said = (body.note.as_deref(), body.digest.as_deref());
+    changed(&state, &caller, path, digest, Change::Approve, said).await
 }
 
 /// Reject a task
@@ -467,7 +475,7 @@ async fn reject(
     Body { body, digest }: Body<RejectBody>,
 ) -> Result<Response, ApiError> {
     let feedback = body.feedback;
-    changed(&state, &caller, path, digest, Change::Reject, Some(&feedback)).await
+    changed(&state, &caller, path, digest, Change::Reject, (Some(&feedback), None)).await
 }
 
 /// Cancel a task
@@ -482,7 +490,7 @@ async fn cancel(
     Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    changed(&state, &caller, path, digest, Change::Cancel, None).await
+    changed(&state, &caller, path, digest, Change::Cancel, (None, None)).await
 }
 
 /// Retry a task
@@ -497,5 +505,5 @@ async fn retry(
     Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    changed(&state, &caller, path, digest, Change::Retry, None).await
+    changed(&state, &caller, path, digest, Change::Retry, (None, None)).await
 }

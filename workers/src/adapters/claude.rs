@@ -275,7 +275,7 @@ impl Assembly for Streamed {
                 let mut failure = Failure::new(class, format!("the provider broke off: {}", error.message));
                 let closed_for = busy.then_some(OVERLOADED);
                 failure.retry_after = closed_for;
-                return Err(Trouble { failure, closed_for, maybe_paid: true, quota: false });
+                return Err(Trouble { failure, closed_for, maybe_paid: true, quota: false, fatal: false });
             }
             Event::Other => {}
         }

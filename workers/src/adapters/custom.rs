@@ -134,17 +134,19 @@ async fn turn(egress: &Egress, ask: &Ask<'_>) -> Result<Answered, Trouble> {
         large: None,
         trusted: false,
     };
-    let maybe = |failure: Failure| Trouble { failure, closed_for: None, maybe_paid: true, quota: false };
+    let maybe = |failure: Failure| Trouble { failure, closed_for: None, maybe_paid: true, quota: false, fatal: false };
     let open = egress.open(call).await;
     let open = open.map_err(|Unanswered { failure, sent }| Trouble {
         failure,
         closed_for: None,
         maybe_paid: sent,
         quota: false,
+        fatal: false,
     })?;
     let answer = open.whole().await.map_err(maybe)?;
     if let Some(failure) = answer.failure() {
-        return Err(failure.into());
+        let fatal = matches!(answer.status, 401 | 403);
+        return Err(Trouble { fatal, ..failure.into() });
     }
     answered(&answer.body, ask.model).map_err(maybe)
 }

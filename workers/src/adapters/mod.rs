@@ -151,11 +151,13 @@ pub struct Trouble {
     pub maybe_paid: bool,
     /// The account has no money left with the provider.
     pub quota: bool,
+    /// No call is any better before somebody mends something: the key is refused, say.
+    pub fatal: bool,
 }
 
 impl From<Failure> for Trouble {
     fn from(failure: Failure) -> Self {
-        Self { failure, closed_for: None, maybe_paid: false, quota: false }
+        Self { failure, closed_for: None, maybe_paid: false, quota: false, fatal: false }
     }
 }
 

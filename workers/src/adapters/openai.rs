@@ -283,7 +283,13 @@ impl Assembly for Streamed {
                 error.kind.as_deref().is_some_and(|kind| kind.contains("rate_limit") || kind.contains("overloaded"));
             let class = if busy { ErrorClass::RateLimited } else { ErrorClass::Transient };
             let failure = Failure::new(class, format!("the provider broke off: {}", error.message));
-            return Err(Trouble { failure, closed_for: busy.then_some(OVERLOADED), maybe_paid: true, quota: false });
+            return Err(Trouble {
+                failure,
+                closed_for: busy.then_some(OVERLOADED),
+                maybe_paid: true,
+                quota: false,
+                fatal: false,
+            });
         }
         self.id = chunk.id.or(self.id.take());
         self.model = chunk.model.unwrap_or(std::mem::take(&mut self.model));

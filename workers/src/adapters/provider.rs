@@ -87,6 +87,7 @@ pub(super) async fn post<A: Assembly + Default>(
         closed_for: None,
         maybe_paid: sent,
         quota: false,
+        fatal: false,
     })?;
     if open.status >= 400 {
         return Err(refusal(&open.whole().await.map_err(unanswered)?));
@@ -111,13 +112,13 @@ async fn stream<A: Assembly>(mut open: Open, mut assembly: A) -> Result<Reply, T
 
 /// Something went wrong on the way back.
 fn unanswered(failure: Failure) -> Trouble {
-    Trouble { failure, closed_for: None, maybe_paid: true, quota: false }
+    Trouble { failure, closed_for: None, maybe_paid: true, quota: false, fatal: false }
 }
 
 /// The answer is no such answer: it may have been paid for, and would be no better again.
 pub(super) fn malformed(why: impl fmt::Display) -> Trouble {
     let failure = Failure::invalid(format!("the provider's answer cannot be read: {why}"));
-    Trouble { failure, closed_for: None, maybe_paid: true, quota: false }
+    Trouble { failure, closed_for: None, maybe_paid: true, quota: false, fatal: false }
 }
 
 /// What a refusal means. Both providers name it in `error.type` or `error.code`.
@@ -139,14 +140,15 @@ fn refusal(answer: &Answer) -> Trouble {
     let quota = matches!(kind, "insufficient_quota" | "billing_error" | "billing_not_active") || answer.status == 402;
     if quota {
         let failure = Failure { class: ErrorClass::Invalid, retry_after: None, ..failure };
-        return Trouble { failure, closed_for: None, maybe_paid: false, quota: true };
+        return Trouble { failure, closed_for: None, maybe_paid: false, quota: true, fatal: false };
     }
     let closed_for = matches!(answer.status, 429 | 503 | 529).then(|| wait(answer));
     if closed_for.is_some() {
         failure.class = ErrorClass::RateLimited;
         failure.retry_after = closed_for;
     }
-    Trouble { failure, closed_for, maybe_paid: false, quota: false }
+    let fatal = matches!(answer.status, 401 | 403);
+    Trouble { failure, closed_for, maybe_paid: false, quota: false, fatal }
 }
 
 /// How long a refusal asks everybody to wait: `retry-after-ms`, `retry-after` in seconds, or

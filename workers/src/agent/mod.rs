@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use capx_core::domain::agent::conversation::Called;
-use capx_core::domain::agent::conversation::{Next, TURNS_DEFAULT, TURNS_MAX, Turn, cut, messages, next, shown};
+use capx_core::domain::agent::conversation::{Limits, Next, Turn, cut, messages, next, shown};
 use capx_core::domain::agent::message::{Message, Reply, ToolResult};
 use capx_core::domain::agent::price::Price;
 use capx_core::domain::digest;
@@ -44,8 +44,8 @@ struct Attempt<'a> {
     tools: Vec<Arc<Tool>>,
     system: String,
     task: Task<'a>,
-    /// How often the model may be asked.
-    turns_max: u32,
+    /// How long it may go on.
+    limits: Limits,
     /// The number of the first turn that counts.
     base: u32,
     turns: Vec<Turn>,
@@ -104,8 +104,11 @@ async fn converse(
         let why = agent.error.as_deref().unwrap_or("no reason is known");
         return Err(Failure::invalid(format!("the agent `{role}` is errored: {why}")).into());
     }
-    let ways = ways(hands, call, agent)?;
     let journal = journals.of(&call.idempotency_key, agent.agent, category);
+    let ways = match ways(hands, call, agent) {
+        Ok(ways) => ways,
+        Err(failure) => return Err(unfit(&journal, call, failure).await?.into()),
+    };
     if agent.status == "paused" {
         journal.hold().await?;
         return Err(Halt::Waits(Duration::ZERO));
@@ -115,7 +118,6 @@ async fn converse(
     let names = agent.config.get("tools").and_then(Value::as_array);
     let mut tools = registry::offered(names, hands.sandbox.is_some());
     tools.extend(hands.mcp.offered(&hands.egress, call.company, names).await?);
-    let turns_max = agent.config.get("max_turns").and_then(Value::as_u64).and_then(|turns| u32::try_from(turns).ok());
     let mut attempt = Attempt {
         hands,
         call,
@@ -134,12 +136,12 @@ async fn converse(
             feedback: call.feedback,
             memory: &memory,
         },
-        turns_max: turns_max.unwrap_or(TURNS_DEFAULT).clamp(1, TURNS_MAX),
+        limits: Limits::of(&agent.config),
         base: written.base,
         turns: written.turns,
         told: None,
     };
-    let over = matches!(next(&attempt.turns, attempt.turns_max), Next::Done(_) | Next::Stuck(_) | Next::Circles(_));
+    let over = matches!(next(&attempt.turns, attempt.limits), Next::Done(_) | Next::Stuck(_) | Next::Circles(_));
     if over && written.of_another {
         // The attempt that said this has failed with it: this one begins anew.
         attempt.base += u32::try_from(attempt.turns.len()).unwrap_or(u32::MAX);
@@ -151,7 +153,7 @@ async fn converse(
 impl Attempt<'_> {
     async fn run(mut self) -> Result<Value, Halt> {
         loop {
-            match next(&self.turns, self.turns_max) {
+            match next(&self.turns, self.limits) {
                 Next::Turn(turn) => {
                     let turn = self.turn(turn).await?;
                     self.turns.push(turn);
@@ -225,7 +227,10 @@ impl Attempt<'_> {
             idle: self.call.idle,
             task: &self.task,
         };
-        let (table, price) = self.price(way, &ask)?;
+        let (table, price) = match self.price(way, &ask) {
+            Ok(priced) => priced,
+            Err(failure) => return Err(unfit(&self.journal, self.call, failure).await?.into()),
+        };
         let turn = spending::Turn {
             place,
             model: way.model.clone(),
@@ -269,9 +274,12 @@ impl Attempt<'_> {
                 );
                 Ok(Answer::Turn(Turn { reply, calls: Vec::new() }))
             }
-            Err(Trouble { failure, maybe_paid, closed_for, quota }) => {
+            Err(Trouble { failure, maybe_paid, closed_for, quota, fatal }) => {
                 let came = Came::Trouble { failure: failure.clone(), maybe_paid, closed_for };
                 self.journal.turn_ended(&turn, came).await?;
+                if fatal {
+                    return Err(unfit(&self.journal, self.call, failure).await?.into());
+                }
                 let why = match quota {
                     true => On::Quota,
                     false if failure.class == ErrorClass::Invalid => return Err(failure.into()),
@@ -433,6 +441,15 @@ impl Attempt<'_> {
             (None, _) => Err(format!("the arguments of `{}` are no object", tool.name)),
         }
     }
+}
+
+/// The agent cannot work as it is set up: it is errored, and says why. A step that names an adapter
+/// or a model of its own fails alone.
+async fn unfit(journal: &Journal<'_>, call: &StepCall<'_>, failure: Failure) -> Result<Failure, Failure> {
+    if call.step.adapter.is_none() && call.step.model.is_none() {
+        journal.agent_fails(&failure.message).await?;
+    }
+    Ok(failure)
 }
 
 /// A tool as a model is told of it.

@@ -49,11 +49,26 @@ pub struct Hands {
     pub mcp: McpServers,
 }
 
-/// Why the company's policy forbids a tool with its arguments, or nothing.
-fn forbidden(policy: &Policy, tool: &str, params: &Map<String, Value>) -> Option<Failure> {
+/// The rule by which the company's policy, or the role under which it is used, forbids a tool with
+/// its arguments; nothing where none does.
+fn forbidden(policy: &Policy, agent: Option<&AgentRow>, tool: &str, params: &Map<String, Value>) -> Option<String> {
     let host = params.get("url").and_then(Value::as_str).map(|url| egress::host_of(url).unwrap_or_default());
-    let rule = policy.forbids(&Action::of_tool(tool)).or_else(|| policy.forbids_host(&host?))?;
-    Some(Failure::new(ErrorClass::Governance, format!("{rule} forbids this call of {tool}")))
+    let of_policy = policy
+        .forbids(&Action::of_tool(tool))
+        .or_else(|| policy.forbids_host(host.as_deref().unwrap_or_default()).filter(|_| host.is_some()));
+    let config = agent.map(|agent| &agent.config);
+    let list = |name: &str| config.and_then(|config| config.get(name)?.as_array());
+    let unnamed = || {
+        let named = tools::registry::offered(list("tools"), true);
+        tools::registry::find(&named, tool).is_none().then(|| "the agent's config.tools".to_owned())
+    };
+    let unlisted = || {
+        let hosts: Vec<String> =
+            list("allowed_hosts")?.iter().filter_map(|host| Some(host.as_str()?.to_owned())).collect();
+        let listed = Policy::lists(&hosts, host.as_deref()?);
+        (!listed).then(|| "the agent's config.allowed_hosts".to_owned())
+    };
+    of_policy.or_else(unnamed).or_else(unlisted)
 }
 
 /// One step to be done.
@@ -248,8 +263,10 @@ impl Hands {
         }
         if TOOLS.contains(&step.action.as_str()) {
             let action = step.action.as_str();
-            if let Some(refused) = forbidden(&work.context.policy, action, &call.params) {
-                return Outcome::failed(refused);
+            if let Some(rule) = forbidden(&work.context.policy, agent, action, &call.params) {
+                let noted = journals.denied(action, &rule).await;
+                let refused = format!("{rule} forbids this call of {action}");
+                return Outcome::failed(noted.err().unwrap_or_else(|| Failure::new(ErrorClass::Governance, refused)));
             }
             // Who was stopped does nothing, with a model or without: its job waits for it.
             if let Some(agent) = agent.filter(|agent| agent.killed) {

@@ -15,8 +15,11 @@ pub const TURNS_MAX: u32 = 500;
 pub const CALLS_MAX: usize = 32;
 /// So often in a row may a model give arguments that its tools refuse.
 pub const REFUSED_MAX: u32 = 5;
-/// So many turns in a row may ask for the same and be told the same.
-pub const SAME_CALLS_MAX: u32 = 8;
+/// So often may a model ask for the same call in one piece of work, where its agent says nothing
+/// else: whatever it is told.
+pub const SAME_CALLS_DEFAULT: u32 = 8;
+/// The least and the most that an agent may say.
+pub const SAME_CALLS: std::ops::RangeInclusive<u32> = 2..=10_000;
 /// What of a tool's result a model is shown, in bytes.
 pub const RESULT_BYTES_MAX: usize = 64 * 1024;
 
@@ -71,8 +74,29 @@ pub enum Next {
     Circles(Failure),
 }
 
-/// Decides by all turns so far, of which there may be `max`.
-pub fn next(turns: &[Turn], max: u32) -> Next {
+/// How long a piece of work may go on.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Turns of the model.
+    pub turns: u32,
+    /// The same call, so often.
+    pub same: u32,
+}
+
+impl Limits {
+    /// From an agent's `config.max_turns` and `config.max_same_calls`.
+    pub fn of(config: &Value) -> Self {
+        let number =
+            |name: &str| config.get(name).and_then(Value::as_u64).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        Self {
+            turns: number("max_turns").unwrap_or(TURNS_DEFAULT).clamp(1, TURNS_MAX),
+            same: number("max_same_calls").unwrap_or(SAME_CALLS_DEFAULT).clamp(*SAME_CALLS.start(), *SAME_CALLS.end()),
+        }
+    }
+}
+
+/// Decides by all turns so far.
+pub fn next(turns: &[Turn], limits: Limits) -> Next {
     let Some(last) = turns.last() else { return Next::Turn(0) };
     let number = u32::try_from(turns.len()).unwrap_or(u32::MAX) - 1;
     let asked = last.reply.calls().count();
@@ -100,14 +124,14 @@ pub fn next(turns: &[Turn], max: u32) -> Next {
             last_refusal(last)
         )));
     }
-    if same_in_a_row(turns) >= SAME_CALLS_MAX {
-        let asked =
-            last.reply.calls().next().map(|(_, name, input)| format!("`{name}` with {input}")).unwrap_or_default();
+    if let Some(asked) = repeated(turns, limits.same) {
         return Next::Circles(Failure::invalid(format!(
-            "the model has asked for the same {SAME_CALLS_MAX} times in a row and was told the same: {}",
+            "the model has asked for the same {} times: {}; the agent's `config.max_same_calls` says how often it may",
+            limits.same,
             cut_short(&asked),
         )));
     }
+    let max = limits.turns;
     match number + 1 {
         next if next < max => Next::Turn(next),
         _ => Next::Stuck(Failure::invalid(format!(
@@ -161,25 +185,15 @@ fn refused_in_a_row(turns: &[Turn]) -> u32 {
     u32::try_from(turns.iter().rev().take_while(all_refused).count()).unwrap_or(u32::MAX)
 }
 
-/// How many turns up to the last one have asked for the same and were told the same.
-fn same_in_a_row(turns: &[Turn]) -> u32 {
-    let Some(last) = turns.last() else { return 0 };
-    let asked = |turn: &Turn| -> Vec<(String, Value)> {
-        turn.reply.calls().map(|(_, name, input)| (name.to_owned(), input.clone())).collect()
+/// A call of the last turn that was asked for so often.
+fn repeated(turns: &[Turn], times: u32) -> Option<String> {
+    let times = usize::try_from(times).unwrap_or(usize::MAX);
+    let count = |asked: (&str, &Value)| {
+        turns.iter().flat_map(|turn| turn.reply.calls()).filter(|(_, name, input)| (*name, *input) == asked).count()
     };
-    let told = |turn: &Turn| -> Vec<Option<String>> {
-        let content = |call: &Option<Called>| match call {
-            Some(Called::Done { result, .. }) => Some(result.content.clone()),
-            _ => None,
-        };
-        turn.calls.iter().map(content).collect()
-    };
-    let (asks, tells) = (asked(last), told(last));
-    if asks.is_empty() {
-        return 0;
-    }
-    let same = |turn: &&Turn| asked(turn) == asks && told(turn) == tells;
-    u32::try_from(turns.iter().rev().take_while(same).count()).unwrap_or(u32::MAX)
+    let mut last = turns.last()?.reply.calls();
+    last.find(|(_, name, input)| count((*name, *input)) >= times)
+        .map(|(_, name, input)| format!("`{name}` with {input}"))
 }
 
 /// The beginning of a text, for a sentence.
@@ -242,6 +256,10 @@ pub fn cut(mut text: String) -> String {
 mod tests {
     use super::super::message::Block;
     use super::*;
+
+    fn next(turns: &[Turn], turns_max: u32) -> Next {
+        super::next(turns, Limits { turns: turns_max, same: SAME_CALLS_DEFAULT })
+    }
     use proptest::prelude::*;
 
     fn says(text: &str) -> Reply {
@@ -297,9 +315,13 @@ mod tests {
     #[test]
     fn what_goes_round_in_circles_ends() {
         let turn = |refused| Turn { reply: asks(1), calls: vec![done(0, refused)] };
-        let same: Vec<Turn> = (0..SAME_CALLS_MAX).map(|_| turn(false)).collect();
+        let same: Vec<Turn> = (0..SAME_CALLS_DEFAULT).map(|_| turn(false)).collect();
         assert!(matches!(next(&same, 500), Next::Circles(f) if f.message.contains("look")));
-        assert_eq!(next(&same[1..], 500), Next::Turn(SAME_CALLS_MAX - 1));
+        assert_eq!(next(&same[1..], 500), Next::Turn(SAME_CALLS_DEFAULT - 1));
+        // Other calls between them, and other answers, make it no better.
+        let other = Turn { reply: asks(2), calls: vec![done(7, false), done(8, false)] };
+        let between: Vec<Turn> = same[1..].iter().cloned().chain([other]).collect();
+        assert!(matches!(next(&between, 500), Next::Circles(_)));
         let fine: Vec<Turn> = (0..5).map(|_| turn(false)).collect();
         assert!(matches!(next(&fine, 5), Next::Stuck(f) if f.message.contains("max_turns")));
         let refused: Vec<Turn> = (0..REFUSED_MAX).map(|_| turn(true)).collect();

@@ -1,0 +1,2 @@
+drop index journal_begun;
+drop table task_asks;
