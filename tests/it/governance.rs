@@ -500,3 +500,77 @@ async fn no_more_agents_work_at_once_than_the_policy_lets() {
     eventually("the others to have tried", || async { db.count(tries).await >= 3 }).await;
     assert_eq!(witness.held_calls(), 2);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn items_of_a_list_wait_for_a_persons_word_one_by_one() {
+    let db = Db::new().await;
+    let witness = Witness::start(&[]).await;
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let governance = json!({"approval_required": ["outbound"]});
+    let turns = json!([post(&witness.url), {"output": {"done": true}}]);
+    let company = company(&api, governance, json!([agent("a", "work", turns)])).await;
+    let yaml = "name: w\nsteps:\n  - {id: do, role: a, action: work, for_each: '${inputs.list}', max_parallel: 2, retry: {max_attempts: 1}}\noutput: ${steps.do.output}\n";
+    let (_, made) = api.post(&format!("/v1/companies/{company}/playbooks"), json!({"yaml": yaml})).await;
+    let id = made["data"]["id"].as_str().unwrap_or_else(|| panic!("{made}"));
+    let (_, started) =
+        api.post(&format!("/v1/companies/{company}/playbooks/{id}/run"), json!({"inputs": {"list": [1, 2, 3]}})).await;
+    // Two at once, each with a question of its own.
+    let asked = pending(&api, company, 2).await;
+    assert_ne!(asked[0]["id"], asked[1]["id"]);
+    assert_eq!(approve(&api, &asked[0], json!({})).await.0, 200);
+    // The third comes when the first is over, while the second still waits.
+    eventually("the third question", || async {
+        let (_, list) = api.get(&format!("/v1/companies/{company}/approvals?status=pending")).await;
+        let list = list["data"].as_array().unwrap();
+        list.len() == 2 && !list.iter().any(|one| one["id"] == asked[0]["id"])
+    })
+    .await;
+    let reject = format!("/v1/approvals/{}/reject", asked[1]["id"].as_str().unwrap());
+    assert_eq!(api.post(&reject, json!({"feedback": "not this one"})).await.0, 200);
+    eventually("the second to end", || async {
+        db.count("select count(*) from run_items where status = 'completed'").await == 2
+    })
+    .await;
+    // Nobody decides about the third: its time ends.
+    sqlx::query("update approvals set expires_at = clock_timestamp() where status = 'pending'")
+        .execute(&db.pool)
+        .await
+        .unwrap();
+    let due = "update jobs set due_at = now() where kind = 'gate_timeout'";
+    assert_eq!(sqlx::query(due).execute(&db.pool).await.unwrap().rows_affected(), 1);
+    db.engine.waker.wake();
+    let ended = of_run(&api, &started, 30).await;
+    assert_eq!(ended["status"], "completed", "{ended}");
+    assert_eq!(witness.calls().len(), 1);
+    let told: Vec<String> = sqlx::query_scalar("select response ->> 'content' from journal where call > 0")
+        .fetch_all(&db.pool)
+        .await
+        .unwrap();
+    assert_eq!(told.len(), 3);
+    assert!(told.iter().any(|told| told.contains("it was rejected: not this one")), "{told:?}");
+    assert!(told.iter().any(|told| told.contains("it was expired")), "{told:?}");
+    db.assert_nothing_stranded().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_asked_any_more_about_a_run_that_is_over() {
+    let db = Db::new().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let governance = json!({"approval_required": ["outbound"]});
+    let turns = json!([post("http://127.0.0.1:9/"), {"output": {"done": true}}]);
+    let company = company(&api, governance, json!([agent("a", "work", turns)])).await;
+    let yaml = "name: w\nsteps:\n  - {id: do, role: a, action: work, for_each: '${inputs.list}', max_parallel: 2}\n";
+    let (_, made) = api.post(&format!("/v1/companies/{company}/playbooks"), json!({"yaml": yaml})).await;
+    let id = made["data"]["id"].as_str().unwrap_or_else(|| panic!("{made}")).to_owned();
+    let run = format!("/v1/companies/{company}/playbooks/{id}/run");
+    let (_, started) = api.post(&run, json!({"inputs": {"list": [1, 2]}})).await;
+    pending(&api, company, 2).await;
+    let run =
+        format!("/v1/companies/{company}/playbooks/{id}/runs/{}/cancel", started["data"]["run_id"].as_str().unwrap());
+    assert_eq!(api.post(&run, json!({})).await.0, 200);
+    capx_core::engine::upkeep::round(&db.engine).await.unwrap();
+    pending(&api, company, 0).await;
+    db.assert_nothing_stranded().await;
+}

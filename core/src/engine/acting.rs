@@ -11,7 +11,6 @@ use crate::domain::audit::Entry;
 use crate::domain::digest::sha256;
 use crate::domain::governance::{Action, Policy, Verdict};
 use crate::domain::ids::{CompanyId, RunId};
-use crate::domain::outcome::{ErrorClass, Failure};
 use crate::domain::plan::Gate;
 use crate::store::journal::{self, Begun, End, Ended, Place, Work};
 use crate::store::{acting, audit, jobs};
@@ -196,14 +195,4 @@ pub async fn end(
     }
     tx.commit().await?;
     Ok(ended)
-}
-
-/// What a step fails with whose calls cannot wait for a person.
-pub fn cannot_wait(tool: &str) -> Failure {
-    Failure::new(
-        ErrorClass::Governance,
-        format!(
-            "a person would be asked about `{tool}`, and the items of a list cannot wait for that; give the step an `approval`"
-        ),
-    )
 }

@@ -9,17 +9,19 @@ use chrono::{DateTime, Utc};
 use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 
+use super::claim::StepWork;
 use super::{Engine, EngineError, repeating};
 use crate::domain::audit::Entry;
 use crate::domain::digest::hex;
 use crate::domain::event::{
-    APPROVAL_ESCALATED, APPROVAL_REMINDER, APPROVAL_RESOLVED, Event, PLAYBOOK_FAILED, PLAYBOOK_RESUMED,
+    APPROVAL_ESCALATED, APPROVAL_REMINDER, APPROVAL_REQUESTED, APPROVAL_RESOLVED, Event, PLAYBOOK_FAILED,
+    PLAYBOOK_RESUMED,
 };
 use crate::domain::ids::{AccountId, AgentId, ApprovalId, CompanyId, RunId};
 use crate::domain::plan::{Gate, RunContext, Stage};
 use crate::domain::playbook::model::{APPROVAL_TIMEOUT, OnTimeout, STEP_TIMEOUT, Step};
 use crate::failpoint;
-use crate::store::approvals::{ApprovalRow, NewApproval};
+use crate::store::approvals::{ApprovalRow, GateJob, NewApproval};
 use crate::store::jobs::Lease;
 use crate::store::{approvals, audit, events, grades, runs, tenants};
 
@@ -90,7 +92,24 @@ pub(crate) fn approval_of(
         on_timeout: gate.approval.on_timeout.as_str(),
         escalates_after: context.policy.escalates_after(),
         call: gate.call.clone(),
+        in_list: context.item.is_some(),
     }
+}
+
+/// A person is asked about a call of an item's agent: the item's job waits for that, the others go
+/// on. False when the lease is gone.
+pub async fn ask_in_list(engine: &Engine, work: &StepWork, lease: Lease, gate: &Gate) -> Result<bool, EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    if !approvals::park_item(&mut tx, lease, gate.approval.timeout).await? {
+        return Ok(false);
+    }
+    let id = ApprovalId::new();
+    let agent = work.agent(gate.step).map(|agent| agent.agent);
+    approvals::insert(&mut *tx, &approval_of(id, gate, &work.context, lease.job, agent)).await?;
+    let requested = Event::new(APPROVAL_REQUESTED, json!({"approval_id": id, "context": gate.context}));
+    events::append_to_run(&mut *tx, work.context.company, work.context.run, &requested).await?;
+    tx.commit().await?;
+    Ok(true)
 }
 
 async fn find(
@@ -166,9 +185,9 @@ fn edit(gate: &ApprovalRow, params: &Map<String, Value>) -> Result<Value, Engine
 /// Applies a decision to a pending gate; false when it is too late.
 async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, EngineError> {
     let Decision { gate, step, goes_on, lease, by, status, words, edited } = decision;
-    let held = approvals::lock_gate_job(tx, gate.job, *lease).await?;
+    let Some(job) = approvals::lock_gate_job(tx, gate.job, *lease).await? else { return Ok(false) };
     let said = (*status, *words, edited.as_ref());
-    if !held || !approvals::decide(tx, gate.company, gate.approval, by, said).await? {
+    if !approvals::decide(tx, gate.company, gate.approval, by, said).await? {
         return Ok(false);
     }
     let resolved = Event::new(
@@ -193,9 +212,12 @@ async fn apply(tx: &mut PgConnection, decision: &Decision<'_>) -> Result<bool, E
     // A refusal is an attempt that fails, where it is not the end of the run.
     if *status == "approved" || *goes_on {
         let timeout = step.as_ref().map_or(STEP_TIMEOUT, |step| step.timeout);
+        approvals::release_gate_job(tx, gate.job, timeout).await?;
+        if job == GateJob::OfItem {
+            return Ok(true);
+        }
         let resumed = Event::new(PLAYBOOK_RESUMED, json!({"approval_id": gate.approval}));
         events::append_to_run(&mut *tx, gate.company, gate.run, &resumed).await?;
-        approvals::release_gate_job(tx, gate.job, timeout).await?;
         let reviewed = *status == "approved" && gate.call.is_none();
         approvals::resume_run(tx, gate.company, gate.run, gate.step, reviewed).await?;
         return Ok(true);
@@ -238,6 +260,7 @@ async fn step_of(
 /// Reminds people of gates that wait for long, and lets anybody decide where the policy says
 /// so.
 pub async fn remind(engine: &Engine) -> Result<(), EngineError> {
+    approvals::cancel_orphans(&engine.pool).await?;
     loop {
         let mut tx = engine.pool.begin().await?;
         let reminders = approvals::take_reminders(&mut tx).await?;
@@ -278,7 +301,7 @@ async fn escalate(
     timeout: std::time::Duration,
 ) -> Result<bool, EngineError> {
     let mut tx = engine.pool.begin().await?;
-    if !approvals::lock_gate_job(&mut tx, gate.job, Some(lease)).await?
+    if approvals::lock_gate_job(&mut tx, gate.job, Some(lease)).await?.is_none()
         || !approvals::escalate(&mut tx, gate.company, gate.approval, lease, timeout).await?
     {
         return Ok(false);
@@ -296,7 +319,9 @@ async fn expire_once(
     run: RunId,
     step: i32,
 ) -> Result<bool, EngineError> {
-    let Some(id) = approvals::pending_of(&engine.pool, company, run, step).await? else { return Ok(false) };
+    let Some(id) = approvals::pending_of(&engine.pool, company, run, (step, lease.job)).await? else {
+        return Ok(false);
+    };
     let Some(account) = tenants::account_of(&engine.pool, company).await? else { return Ok(false) };
     let mut connection = engine.pool.acquire().await?;
     let gate = find(&mut connection, account, Some(company), id).await?;

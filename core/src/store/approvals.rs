@@ -48,6 +48,8 @@ pub struct NewApproval {
     pub escalates_after: Option<std::time::Duration>,
     /// The call that it is about.
     pub call: Option<String>,
+    /// It is about an item of a list.
+    pub in_list: bool,
 }
 
 /// Stores a gate.
@@ -55,7 +57,7 @@ pub async fn insert(executor: impl Executor<'_, Database = Postgres>, new: &NewA
     sqlx::query!(
         "with step as (
              insert into run_steps (company_id, run_id, step, status, agent_id)
-             values ($2, $3, $4, 'pending_approval', $6)
+             select $2, $3, $4, 'pending_approval', $6 where $18
              -- A loop has come here before.
              on conflict (company_id, run_id, step) do update
              set status = excluded.status, agent_id = excluded.agent_id, ended_at = null
@@ -82,10 +84,47 @@ pub async fn insert(executor: impl Executor<'_, Database = Postgres>, new: &NewA
         new.on_timeout,
         new.escalates_after.map(millis),
         new.call,
+        // Of a list, the others go on.
+        !new.in_list,
     )
     .execute(executor)
     .await?;
     Ok(())
+}
+
+/// The job of an item becomes the timer of the gate that its agent waits at; false when the lease
+/// is gone.
+pub async fn park_item(tx: &mut PgConnection, lease: Lease, timeout: std::time::Duration) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update jobs
+         set kind = 'gate_timeout', state = 'scheduled', due_at = now() + $4::bigint * interval '1 millisecond',
+             lease_epoch = lease_epoch + 1, attempt = 0, session_id = null, deadline_at = null
+         where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' and item is not null",
+        lease.job,
+        lease.epoch,
+        lease.session,
+        millis(timeout),
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Nobody needs to decide any more about runs that are over: some of those.
+pub async fn cancel_orphans(pool: &PgPool) -> Result<u64, StoreError> {
+    let done = sqlx::query!(
+        "update approvals set status = 'cancelled', decided_at = clock_timestamp(), decided_by = 'system'
+         where (company_id, id) in (
+             select a.company_id, a.id from approvals a
+             join runs r on r.company_id = a.company_id and r.id = a.run_id
+             where a.status = 'pending' and r.ended_at is not null
+             limit 100
+             for update of a skip locked
+         )",
+    )
+    .execute(pool)
+    .await?;
+    Ok(done.rows_affected())
 }
 
 /// A gate as people read it.
@@ -292,14 +331,16 @@ pub async fn pending_of(
     executor: impl Executor<'_, Database = Postgres>,
     company: CompanyId,
     run: RunId,
-    step: i32,
+    (step, job): (i32, i64),
 ) -> Result<Option<ApprovalId>, StoreError> {
     Ok(sqlx::query_scalar!(
         "select id from (select * from approvals where run_id = $2 and step = $3 offset 0) a
-         where company_id = $1 and status = 'pending'",
+         -- Items of a list have a job each.
+         where company_id = $1 and status = 'pending' and (call_key is null or job_id = $4)",
         company.0,
         run.0,
         step,
+        job,
     )
     .fetch_optional(executor)
     .await?
@@ -525,9 +566,13 @@ pub async fn cancel_of(
 
 /// Locks the job that waits at a gate: every use case takes job, then run.
 /// `None` when it waits no more. With a lease, only under that lease.
-pub async fn lock_gate_job(tx: &mut PgConnection, job: i64, lease: Option<Lease>) -> Result<bool, StoreError> {
+pub async fn lock_gate_job(
+    tx: &mut PgConnection,
+    job: i64,
+    lease: Option<Lease>,
+) -> Result<Option<GateJob>, StoreError> {
     let found = sqlx::query_scalar!(
-        "select id from jobs
+        "select item from jobs
          where id = $1 and kind = 'gate_timeout'
              and ($2::bigint is null or (lease_epoch = $2 and session_id = $3))
          for update",
@@ -537,7 +582,16 @@ pub async fn lock_gate_job(tx: &mut PgConnection, job: i64, lease: Option<Lease>
     )
     .fetch_optional(tx)
     .await?;
-    Ok(found.is_some())
+    Ok(found.map(|item| if item.is_some() { GateJob::OfItem } else { GateJob::OfStep }))
+}
+
+/// What waits at a gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GateJob {
+    /// The step.
+    OfStep,
+    /// An item of its list, and the others go on.
+    OfItem,
 }
 
 /// The gate is open: its job becomes the step's, ready at once, under a new
@@ -545,7 +599,8 @@ pub async fn lock_gate_job(tx: &mut PgConnection, job: i64, lease: Option<Lease>
 pub async fn release_gate_job(tx: &mut PgConnection, job: i64, timeout: std::time::Duration) -> Result<(), StoreError> {
     sqlx::query!(
         "update jobs
-         set kind = 'step', state = 'ready', due_at = now(), lease_epoch = lease_epoch + 1, attempt = 0, crash_count = 0,
+         set kind = case when item is null then 'step' else 'item' end, state = 'ready', due_at = now(),
+             lease_epoch = lease_epoch + 1, attempt = 0, crash_count = 0,
              session_id = null, deadline_at = null, timeout_ms = $2
          where id = $1",
         job,

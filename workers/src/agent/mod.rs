@@ -365,7 +365,6 @@ impl Attempt<'_> {
                 },
                 Err(problem) => return self.refuse(place, &name, told(problem, true)).await,
             },
-            May::Ask(_) if self.call.in_list => return Err(Halt::Failed(acting::cannot_wait(&tool.name))),
             May::Ask(gate) => return Err(Halt::Asks(gate)),
             May::Refused(why) => return self.refuse(place, &name, told(why, true)).await,
             May::Wait(delay) => return Err(Halt::Waits(delay)),

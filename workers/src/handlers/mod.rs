@@ -102,8 +102,6 @@ pub struct StepCall<'a> {
     pub idle: Duration,
     /// When the attempt began.
     pub began: Instant,
-    /// It is at one item of a list.
-    pub in_list: bool,
 }
 
 impl<'a> StepCall<'a> {
@@ -252,7 +250,6 @@ impl Hands {
             timeout: job.timeout,
             idle: step.idle,
             began: Instant::now(),
-            in_list: work.context.item.is_some(),
         };
         if let Some(draft) = work.context.to_grade() {
             return self.grade(call, draft, work.judge(index), journals).await;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use capx_core::domain::ids::{AgentId, RunId, SignalId};
 use capx_core::domain::money::Nanos;
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
-use capx_core::domain::plan::{CRASHES_MAX, FAN_LOOK, SUSPECT_CRASHES};
+use capx_core::domain::plan::{CRASHES_MAX, FAN_LOOK, Gate, SUSPECT_CRASHES};
 use capx_core::domain::playbook::Step;
 use capx_core::domain::playbook::model::StepKind;
 use capx_core::engine::advance::{self, Finished};
@@ -61,7 +61,10 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
             };
             drop(slot);
             held.finish();
-            let outcome = outcome.filter(|_| !made.waits);
+            let outcome = match outcome.filter(|_| !made.waits) {
+                Some(Outcome::Asks(gate)) if job.item.is_some() => ask(shared, &job, &work, &gate).await,
+                other => other,
+            };
             let Some(outcome) = outcome else { return Attempted::Plain(job, PlainOutcome::Nothing, held) };
             let finished = Finished { job, work, outcome, booked: made.booked, took: began.elapsed() };
             return Attempted::Step(finished, held);
@@ -120,6 +123,19 @@ async fn call(shared: &Shared, job: &ClaimedJob, work: &StepWork, of: (&Step, &s
         Ok(Called::Refused(failure)) => Some(Outcome::failed(failure)),
         Err(error) => {
             tracing::warn!(%error, run.id = %work.run(), "a call waits");
+            Some(Outcome::Released { delay: SYSTEM_DELAY })
+        }
+    }
+}
+
+/// A person is asked about a call of an item; what the attempt ends with, where that cannot be.
+async fn ask(shared: &Shared, job: &ClaimedJob, work: &StepWork, gate: &Gate) -> Option<Outcome> {
+    let asked = gates::ask_in_list(&shared.engine, work, job.lease, gate);
+    match shared.watchdog.answer("a question", Box::pin(asked)).await {
+        // Its transaction has moved the job on, or somebody else has.
+        Ok(_) => None,
+        Err(error) => {
+            tracing::warn!(%error, run.id = %work.run(), "a question waits");
             Some(Outcome::Released { delay: SYSTEM_DELAY })
         }
     }
