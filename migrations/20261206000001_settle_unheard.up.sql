@@ -1,6 +1,7 @@
 -- What a call may have cost whose answer nobody heard is booked at its worst, as an entry of its
 -- own kind; where the call is repeated under its key and answered, a correction takes it back.
 alter table ledger add column unheard boolean not null default false;
+create index ledger_unheard on ledger (company_id, at) where unheard;
 alter table ledger drop constraint ledger_nanos_check;
 alter table ledger add constraint ledger_nanos_check check (nanos >= 0 or unheard);
 -- The directive that the call is counted for, as it was when it was begun.

@@ -318,6 +318,9 @@ async fn what_nobody_hears_of_is_booked_at_its_worst_and_taken_back_when_it_is_h
     eventually("the call", || async { provider.seen().len() == 1 }).await;
     long_ago(&db).await;
     assert_eq!(balances(&db, company).await, (0, 400_000_000), "a call that is under way is left alone");
+    let costs = || async { api.get(&format!("/v1/companies/{company}/costs")).await.1["data"].clone() };
+    let shown = costs().await;
+    assert_eq!((&shown["total"], &shown["reserved"], &shown["unheard"]), (&json!(0.0), &json!(0.4), &json!(0.0)));
     // Its agent is stopped over it.
     api.post(&format!("/v1/companies/{company}/agents/a/kill"), json!({})).await;
     eventually("the job to wait", || async {
@@ -328,8 +331,8 @@ async fn what_nobody_hears_of_is_booked_at_its_worst_and_taken_back_when_it_is_h
     assert_eq!(balances(&db, company).await, (400_000_000, 0));
     long_ago(&db).await;
     assert_eq!(balances(&db, company).await, (400_000_000, 0), "once");
-    let (_, costs) = api.get(&format!("/v1/companies/{company}/costs")).await;
-    assert_eq!(costs["data"]["total"], 0.4, "{costs}");
+    let shown = costs().await;
+    assert_eq!((&shown["total"], &shown["reserved"], &shown["unheard"]), (&json!(0.4), &json!(0.0), &json!(0.4)));
     // It goes on, and the same call is answered under its key; the first try of it says nothing.
     api.post(&format!("/v1/companies/{company}/agents/a/resume"), json!({})).await;
     eventually("the call again", || async { provider.seen().len() == 2 }).await;

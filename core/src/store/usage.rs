@@ -271,3 +271,34 @@ pub async fn spent_daily(
 pub async fn now(tx: &mut PgConnection) -> Result<DateTime<Utc>, StoreError> {
     Ok(sqlx::query_scalar!(r#"select clock_timestamp() as "now!""#).fetch_one(tx).await?)
 }
+
+/// Money of a company of which nobody knows yet, or will, what it has bought.
+#[derive(Debug, Clone, Copy)]
+pub struct Open {
+    /// Held for calls that are under way.
+    pub reserved: Nanos,
+    /// Booked at its worst in a time, for calls of which nobody has heard.
+    pub unheard: Nanos,
+}
+
+/// That money.
+pub async fn open(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    since: DateTime<Utc>,
+    until: DateTime<Utc>,
+) -> Result<Open, StoreError> {
+    let row = sqlx::query!(
+        r#"select
+               (select coalesce(sum(reserved_nanos), 0)::bigint from journal
+                where company_id = $1 and reserved_nanos > 0) as "reserved!",
+               (select coalesce(sum(nanos), 0)::bigint from ledger
+                where company_id = $1 and unheard and at >= $2 and at < $3) as "unheard!""#,
+        company.0,
+        since,
+        until,
+    )
+    .fetch_one(tx)
+    .await?;
+    Ok(Open { reserved: Nanos(row.reserved), unheard: Nanos(row.unheard) })
+}

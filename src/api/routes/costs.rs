@@ -110,6 +110,10 @@ struct CompanyCosts {
     by_agent: Vec<AgentTotal>,
     /// In USD.
     total: f64,
+    /// What calls that are under way hold, in USD: it is not in the total yet.
+    reserved: f64,
+    /// What of the total was booked at its worst, in USD, since nobody heard of the call's answer.
+    unheard: f64,
 }
 
 /// What an account has spent.
@@ -224,7 +228,9 @@ async fn of_company(
     let sums = sums(&spent);
     let by_agent = by_agent(&mut tx, &spent).await?;
     let total = sums.total().to_usd();
-    caller.figures(CompanyCosts { company_id, period, breakdown: sums.show(), by_agent, total })
+    let open = usage::open(&mut tx, company_id, period.since.0, end).await?;
+    let (reserved, unheard) = (open.reserved.to_usd(), open.unheard.to_usd());
+    caller.figures(CompanyCosts { company_id, period, breakdown: sums.show(), by_agent, total, reserved, unheard })
 }
 
 /// All costs
