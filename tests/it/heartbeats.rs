@@ -173,7 +173,7 @@ async fn no_beats_pile_up(takes: Duration, patience: Duration) {
     let _workers = [db.worker(SHORT_LEASE), db.worker(SHORT_LEASE)];
     let api = db.api().await;
     let (url, _, most) = slow(takes).await;
-    let config = json!({"endpoint": url, "heartbeat_interval": 1});
+    let config = json!({"endpoint": url, "heartbeat_interval": 1, "timeout": "200s"});
     let company =
         company(&api, json!([{"role": "a", "adapter": "custom", "instructions": "x", "config": config}]), json!({}))
             .await;

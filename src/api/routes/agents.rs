@@ -18,8 +18,8 @@ use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
-use super::Routes;
 use super::companies::Deleted;
+use super::{Routes, agent_config};
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Check, Nothing, Path, Query, limit, one_of};
 use crate::api::reply::{Many, One, Time, cursor, id_cursor, page};
@@ -129,7 +129,7 @@ impl AgentBody {
             problems.push(FieldProblem::new(at("budget"), "must be credits a month, 0 or more"));
         }
         if let Some(config) = &self.config {
-            problems.extend(config_problems(&at("config"), config));
+            problems.extend(agent_config::problems(&at("config"), config));
         }
         problems
     }
@@ -163,31 +163,6 @@ impl AgentBody {
 fn instructions_problem(text: &str) -> Option<String> {
     let wrong = text.trim().is_empty() || text.chars().count() > INSTRUCTIONS_CHARS_MAX;
     wrong.then(|| format!("must be 1 to {INSTRUCTIONS_CHARS_MAX} characters"))
-}
-
-/// Everything wrong with an agent's config. What an adapter takes besides is
-/// its own business.
-fn config_problems(path: &str, config: &Map<String, Value>) -> Vec<FieldProblem> {
-    let wrong = |(name, value): (&String, &Value)| {
-        let fault = match name.as_str() {
-            "heartbeat_interval" if value.as_i64().is_none_or(|s| s < 1) => "must be whole seconds, 1 or more",
-            "budget_limit_daily" if value.as_f64().is_none_or(|usd| usd < 0.0) => "must be an amount in USD, 0 or more",
-            "tools" if !value.as_array().is_some_and(|tools| tools.iter().all(Value::is_string)) => {
-                "must be a list of names"
-            }
-            "endpoint" if !value.is_string() => "must be a URL",
-            _ => return None,
-        };
-        Some(FieldProblem::new(format!("{path}.{name}"), fault))
-    };
-    let mut problems: Vec<_> = config.iter().filter_map(wrong).collect();
-    if config.contains_key("heartbeat") && config.contains_key("heartbeat_interval") {
-        problems.push(FieldProblem::new(
-            format!("{path}.heartbeat"),
-            "means the same as `heartbeat_interval`; send one of them",
-        ));
-    }
-    problems
 }
 
 /// Changes of an agent; what is left out stays.
@@ -235,7 +210,7 @@ impl Check for UpdateAgentBody {
             problems.push(FieldProblem::new("budget", "must be credits a month, 0 or more"));
         }
         if let Some(config) = &self.config {
-            problems.extend(config_problems("config", config));
+            problems.extend(agent_config::problems("config", config));
         }
         problems
     }

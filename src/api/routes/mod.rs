@@ -1,6 +1,7 @@
 //! One file a resource.
 
 pub(in crate::api) mod activity;
+mod agent_config;
 pub(super) mod agents;
 pub(super) mod approvals;
 pub(super) mod artifacts;
