@@ -11,6 +11,7 @@ drop index agents_short;
 drop index runs_of_agents;
 alter table runs drop column root_id;
 alter table journal drop column category;
+alter table journal drop column payer;
 alter table journal drop column directive_id;
 alter table ledger drop constraint ledger_nanos_check;
 -- Corrections stay, so the older check holds for new entries only.

@@ -6,6 +6,8 @@ alter table ledger drop constraint ledger_nanos_check;
 alter table ledger add constraint ledger_nanos_check check (nanos >= 0 or unheard);
 -- The directive that the call is counted for, as it was when it was begun.
 alter table journal add column directive_id uuid;
+-- Who is asked, where the other side knows a call by its key: only they are paid once for the same.
+alter table journal add column payer text;
 -- What it is booked as.
 alter table journal add column category text not null default 'inference';
 -- The directive that a run serves: that of whoever has let it begin.
@@ -14,6 +16,9 @@ update runs r set root_id = t.root_id
 from tasks t
 where t.company_id = r.company_id and t.run_id = r.id and t.root_id is not null
     and r.beat_of is not null and r.status in ('queued', 'running', 'suspended');
+update journal j set directive_id = t.root_id
+from tasks t
+where t.company_id = j.company_id and t.run_id = j.run_id and t.root_id is not null and j.reserved_nanos + j.kept_nanos > 0;
 -- What is left of the budgets' money that was kept apart until now is looked at like the rest.
 update journal set reserved_nanos = reserved_nanos + kept_nanos, kept_nanos = 0 where kept_nanos > 0;
 -- Those that agents have begun, which may be so many at once.

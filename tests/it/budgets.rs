@@ -417,3 +417,87 @@ async fn a_resumption_waits_for_the_period_that_the_agent_is_paused_for_now() {
     capx_core::engine::upkeep::round(&db.engine).await.unwrap();
     db.until(company, run, RunStatus::Completed).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_settled_before_a_call_that_is_not_made_is_settled_once() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    let company = db.company(&["a"], "claude", json!({"max_tokens": 200})).await;
+    let playbook = db.playbook(company, STEP).await;
+    let api = db.api().await;
+    let environment = provider.environment();
+    let mut environment: Vec<(&str, &str)> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    environment.push(("CAPX_FAILPOINTS", "agent.turn_answered=kill@1"));
+    let args = &["worker", "--concurrency", "8"];
+    let worker = Process::start_with(&db, args, &environment);
+    eventually("the agent", || async { agent(&api, company).await["status"] == "active" }).await;
+    let run = db.start(company, playbook, json!({})).await;
+    worker.dies_at("agent.turn_answered").await;
+    let held = balances(&db, company).await.1;
+    assert!(held > 0);
+    // There is room for that call, and not for another one.
+    sqlx::query("update agents set config = config || jsonb_build_object('budget_limit_daily', $1::float8)")
+        .bind(held as f64 * 1.5 / 1e9)
+        .execute(&db.pool)
+        .await
+        .unwrap();
+    let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+    eventually("the agent to be paused", || async { agent(&api, company).await["status"] == "paused" }).await;
+    for _ in 0..2 {
+        long_ago(&db).await;
+        assert_eq!(balances(&db, company).await, (held, 0), "booked once");
+    }
+    let path = format!("/v1/companies/{company}/agents/a");
+    assert_eq!(api.send("PATCH", &path, Some(json!({"config": {"budget_limit_daily": 5}}))).await.0, 200);
+    db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(balances(&db, company).await, (held + CLAUDE_TURN, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_provider_that_answers_takes_nothing_back_of_the_first_ones_bill() {
+    for (first, second) in [("custom", "claude"), ("claude", "custom")] {
+        let db = Db::new().await;
+        let provider = Provider::start(vec![Says::Words("done")]).await;
+        provider.troubled(&[NO_END]);
+        let mut config = custom(&provider, Some(0.25));
+        config["timeout"] = json!("1s");
+        config["max_tokens"] = json!(200);
+        config["fallback"] = json!([{"adapter": second, "on": ["outage"]}]);
+        let company = db.company(&["a"], first, config).await;
+        let playbook = db.playbook(company, STEP).await;
+        let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+        let run = db.start(company, playbook, json!({})).await;
+        db.until(company, run, RunStatus::Completed).await;
+        let (spent, held) = balances(&db, company).await;
+        let unheard = db.count("select coalesce(sum(nanos), 0)::bigint from ledger where unheard").await;
+        let answered = if second == "claude" { CLAUDE_TURN } else { 250_000_000 };
+        assert!(unheard > 0, "{first}");
+        assert_eq!((spent, held), (answered + unheard, 0), "{first}, then {second}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_waits_for_its_agent_is_not_taken_for_one_that_kills_workers() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    let company = db.company(&["a"], "custom", custom(&provider, Some(0.25))).await;
+    let api = db.api().await;
+    let path = format!("/v1/companies/{company}/agents/a");
+    let playbook = db.playbook(company, STEP).await;
+    {
+        let worker = db.worker_with(SHORT_LEASE, provider.providers());
+        eventually("the agent", || async { agent(&api, company).await["status"] == "active" }).await;
+        worker.stop().await;
+    }
+    assert_eq!(api.post(&format!("{path}/kill"), json!({})).await.0, 200);
+    let run = db.start(company, playbook, json!({})).await;
+    // Two workers have died over it.
+    sqlx::query("update jobs set crash_count = 2 where kind = 'step'").execute(&db.pool).await.unwrap();
+    let _worker = db.worker_with(SHORT_LEASE, provider.providers());
+    eventually("the job to wait", || async {
+        db.count("select count(*) from jobs where held_for is not null").await == 1
+    })
+    .await;
+    assert_eq!(api.post(&format!("{path}/resume"), json!({})).await.0, 200);
+    db.until(company, run, RunStatus::Completed).await;
+}

@@ -446,6 +446,14 @@ async fn a_word_about_a_task_is_that_of_its_reviewers_about_what_they_have_seen(
     }
     let seen = pending(&api, company, 1).await.remove(0);
     assert_eq!(seen["context"]["title"], "Think twice");
+    // Not when its time is over.
+    let (_, late) = api.post(&path, json!({"title": "Late"})).await;
+    let late = late["data"]["id"].as_str().unwrap();
+    let of_late = "update task_asks set expires_at = clock_timestamp() where task_id = $1";
+    let uuid: capx_core::domain::ids::TaskId = late.parse().unwrap();
+    sqlx::query(of_late).bind(uuid.0).execute(&db.pool).await.unwrap();
+    assert_eq!(api.post(&format!("/v1/approvals/{late}/approve"), json!({})).await.0, 409);
+    capx_core::engine::upkeep::round(&db.engine).await.unwrap();
     let (status, done) = approve(&api, &seen, json!({"digest": seen["digest"], "note": "fine"})).await;
     assert_eq!((status, &done["data"]["status"]), (200, &json!("approved")), "{done}");
     assert!(done["data"]["decided_by"].is_string(), "{done}");
@@ -499,6 +507,24 @@ async fn no_more_agents_work_at_once_than_the_policy_lets() {
     let tries = "select count(*) from jobs where kind = 'step' and lease_epoch > 2";
     eventually("the others to have tried", || async { db.count(tries).await >= 3 }).await;
     assert_eq!(witness.held_calls(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_is_stopped_in_its_beat_does_not_keep_others_from_work() {
+    let db = Db::new().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let policy = json!({"execution_policy": {"max_concurrent_agents": 1}});
+    let agents = json!([agent("a", "work", json!([{"output": {"done": true}}])), agent("b", "work", json!([]))]);
+    let company = company(&api, policy, agents).await;
+    sqlx::query(
+        "update agents set status = 'paused', paused_by = 'kill', beat_run = gen_random_uuid(), beat_began_at = now() where role = 'b'",
+    )
+    .execute(&db.pool)
+    .await
+    .unwrap();
+    let (_, started) = run(&api, company, STEP).await;
+    assert_eq!(of_run(&api, &started, 30).await["status"], "completed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -572,5 +598,12 @@ async fn nobody_is_asked_any_more_about_a_run_that_is_over() {
     assert_eq!(api.post(&run, json!({})).await.0, 200);
     capx_core::engine::upkeep::round(&db.engine).await.unwrap();
     pending(&api, company, 0).await;
+    // Their jobs end with their time.
+    sqlx::query("update jobs set due_at = now() where kind = 'gate_timeout'").execute(&db.pool).await.unwrap();
+    db.engine.waker.wake();
+    eventually("no job to be left", || async {
+        db.count("select count(*) from jobs where kind in ('gate_timeout', 'item')").await == 0
+    })
+    .await;
     db.assert_nothing_stranded().await;
 }

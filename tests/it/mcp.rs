@@ -84,9 +84,10 @@ for line in sys.stdin:
     elif asked["method"] == "tools/list":
         result = {"tools": [{"name": "environment", "inputSchema": {"type": "object"}},
                             {"name": "hang", "inputSchema": {"type": "object"}},
-                            {"name": "die", "inputSchema": {"type": "object"}}]}
+                            {"name": "vanish", "inputSchema": {"type": "object"}},
+                            {"name": "die", "annotations": {"idempotentHint": True}, "inputSchema": {"type": "object"}}]}
     elif asked["method"] == "tools/call":
-        if asked["params"]["name"] == "die":
+        if asked["params"]["name"] in ("die", "vanish"):
             sys.exit(1)
         if asked["params"]["name"] == "hang":
             # It, and what it has started, write on as long as they live.
@@ -271,4 +272,24 @@ async fn a_call_that_is_stopped_is_cancelled_at_its_server_and_a_program_ended()
     })
     .await;
     let _ = std::fs::remove_file(&beats);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_of_which_nobody_knows_is_left_to_a_person_and_not_made_again() {
+    let db = Db::new().await;
+    let file = json!({"mcpServers": {"box": {"command": "python3", "args": ["-c", PIPED]}}}).to_string();
+    let _worker = db.worker_with_mcp(McpServers::read(&file, true).unwrap());
+    let (company, run) = calls(&db, "mcp:box/vanish").await;
+    let failed = db.until(company, run, RunStatus::Failed).await;
+    let error = failed.error.unwrap()["message"].as_str().unwrap().to_owned();
+    assert!(error.contains("nobody knows whether a call of `mcp:box/vanish` was made"), "{error}");
+    // A person looks, and lets it go on: the model learns of it.
+    let mut tx = db.engine.pool.begin().await.unwrap();
+    capx_core::engine::retry::retry_run(&db.engine, &mut tx, company, run, "test").await.unwrap();
+    tx.commit().await.unwrap();
+    db.engine.waker.wake();
+    db.until(company, run, RunStatus::Completed).await;
+    let told = told(&db).await;
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].contains("a person has looked at it"), "{told:?}");
 }

@@ -236,6 +236,24 @@ impl Journal<'_> {
         }
     }
 
+    /// Writes down that nobody knows what came of a call, and what the model is told of it when a
+    /// person lets the work go on.
+    pub async fn call_unheard(&self, place: Place, result: &ToolResult) -> Result<(), Failure> {
+        let response = json!(Stored { result: result.clone(), refused: false });
+        let end = End { done: false, response, cost: Nanos::ZERO, frees: true, unheard: false };
+        // One of an attempt before this is this one's now.
+        self.call_begins(place, &result.name, "").await?;
+        let (engine, work) = (self.of.engine.clone(), self.work.clone());
+        let ended = self.again("ended", move || {
+            let (engine, work, end) = (engine.clone(), work.clone(), end.clone());
+            async move { acting::end(&engine, &work, place, &end, None).await }
+        });
+        match ended.await? {
+            Ended::Now | Ended::Before => Ok(()),
+            Ended::Lost => Err(lost()),
+        }
+    }
+
     /// The agent goes round in circles: it is stopped until a person lets it go on.
     pub async fn break_off(&self, why: &str) -> Result<(), Failure> {
         let (engine, work, why) = (self.of.engine.clone(), self.work.clone(), why.to_owned());
@@ -317,12 +335,13 @@ fn written(entries: Vec<Entry>) -> Result<Written, Failure> {
             continue;
         }
         let Some(turn) = written.turns.last_mut() else { continue };
-        let called = match done {
-            true => {
+        let called = match entry.state.as_str() {
+            "begun" => Called::Begun,
+            // Or failed: nobody knows what came of it, and a person has looked.
+            _ => {
                 let Stored { result, refused } = read(entry.response.clone())?;
                 Called::Done { result, refused }
             }
-            false => Called::Begun,
         };
         turn.calls.push(Some(called));
     }

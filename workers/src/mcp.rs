@@ -40,6 +40,8 @@ const CONNECT_MAX: Duration = Duration::from_secs(20);
 const LISTED_FOR: Duration = Duration::from_secs(60);
 /// A connection that nobody has used for so long is closed, and its program ended.
 const IDLE_MAX: Duration = Duration::from_secs(300);
+/// How long a server may take to hear that a call is cancelled.
+const CANCEL_MAX: Duration = Duration::from_secs(5);
 /// Connections of a worker to one server.
 const CONNECTIONS_MAX: usize = 64;
 
@@ -71,17 +73,48 @@ struct Connection {
     service: RunningService<RoleClient, ()>,
     tools: Vec<Arc<Tool>>,
     listed: Instant,
-    /// The group of processes of the program that this worker has started for it.
-    program: Option<Pid>,
+    /// The program that this worker has started for it.
+    program: Option<Program>,
+}
+
+impl Connection {
+    /// The other end is gone. (`is_closed` of the service tells of this end alone.)
+    fn is_over(&self) -> bool {
+        self.service.peer().is_transport_closed()
+    }
 }
 
 impl Drop for Connection {
-    /// Ends the program, and whatever that has started.
     fn drop(&mut self) {
         // One that is over already may have left its number to another.
-        if let Some(program) = self.program.filter(|_| !self.service.is_closed()) {
-            let _ = rustix::process::kill_process_group(program, Signal::KILL);
+        if self.is_over()
+            && let Some(program) = self.program.take()
+        {
+            program.disarm();
         }
+    }
+}
+
+/// The processes of a program, ended with this.
+#[derive(Debug)]
+struct Program(Option<Pid>);
+
+impl Program {
+    fn kill(&self) {
+        if let Some(group) = self.0 {
+            let _ = rustix::process::kill_process_group(group, Signal::KILL);
+        }
+    }
+
+    /// It has ended by itself.
+    fn disarm(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 
@@ -194,6 +227,9 @@ impl McpServers {
         let request = ClientRequest::CallToolRequest(CallToolRequest::new(params));
         let slot = self.slot(company, server)?;
         let broken = |error: &dyn std::fmt::Display| Failure::transient(format!("the MCP server `{server}`: {error}"));
+        // It may have done what it was asked all the same.
+        let unheard =
+            |why: &str| Failure::new(ErrorClass::Timeout, format!("the MCP server `{server}` did not answer: {why}"));
         let sent = connection.service.peer().send_cancellable_request(request, PeerRequestOptions::no_options());
         let handle = match sent.await {
             Ok(handle) => handle,
@@ -207,18 +243,18 @@ impl McpServers {
         match answer {
             Ok(Some(Ok(ServerResult::CallToolResult(result)))) => output(&result),
             Ok(Some(Ok(_))) => Err(broken(&"it has answered with something else")),
+            Ok(Some(Err(ServiceError::McpError(error)))) => {
+                Err(Failure::invalid(format!("the MCP server `{server}`: {}", error.message)))
+            }
             Ok(Some(Err(error))) => {
                 forget(&open.slot, &open.connection).await;
-                Err(broken(&error))
+                Err(unheard(&error.to_string()))
             }
             Ok(None) => {
                 forget(&open.slot, &open.connection).await;
-                Err(broken(&"it has ended"))
+                Err(unheard("it has ended"))
             }
-            Err(_) => Err(Failure::new(
-                ErrorClass::Timeout,
-                format!("the MCP server `{server}` did not answer within {time:?}"),
-            )),
+            Err(_) => Err(unheard(&format!("not within {time:?}"))),
         }
     }
 
@@ -243,16 +279,16 @@ impl McpServers {
     fn slot(&self, company: CompanyId, name: &str) -> Result<Slot, Failure> {
         let server = self.server(company, name)?;
         let mut slots = server.connections.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(slot) = slots.get(&company) {
-            return Ok(Arc::clone(slot));
-        }
-        // Those that are in nobody's hands, and of no use for long.
-        let idle = |slot: &Slot| {
-            let unused = |c: &Arc<Connection>| Arc::strong_count(c) == 1 && c.listed.elapsed() > IDLE_MAX;
+        // Those that are in nobody's hands, and of no use for long; where there are too many, any.
+        let unused = |slot: &Slot, for_long: Duration| {
+            let unused = |c: &Arc<Connection>| Arc::strong_count(c) == 1 && c.listed.elapsed() >= for_long;
             Arc::strong_count(slot) == 1 && slot.try_lock().is_ok_and(|held| held.as_ref().is_none_or(unused))
         };
-        slots.retain(|_, slot| !idle(slot));
-        if slots.len() >= CONNECTIONS_MAX {
+        slots.retain(|of, slot| *of == company || !unused(slot, IDLE_MAX));
+        if slots.len() >= CONNECTIONS_MAX && !slots.contains_key(&company) {
+            slots.retain(|_, slot| !unused(slot, Duration::ZERO));
+        }
+        if slots.len() >= CONNECTIONS_MAX && !slots.contains_key(&company) {
             return Err(Failure::transient(format!(
                 "{CONNECTIONS_MAX} companies use the MCP server `{name}` on this worker; it is tried again"
             )));
@@ -264,7 +300,7 @@ impl McpServers {
         let (server, slot) = (self.server(company, name)?, self.slot(company, name)?);
         let mut held = slot.lock().await;
         if let Some(connection) = held.as_ref()
-            && !connection.service.is_closed()
+            && !connection.is_over()
             && connection.listed.elapsed() < LISTED_FOR
         {
             return Ok(Arc::clone(connection));
@@ -302,14 +338,16 @@ impl Drop for OpenCall {
         let Some(handle) = self.handle.take() else { return };
         let (connection, slot) = (Arc::clone(&self.connection), Arc::clone(&self.slot));
         tokio::spawn(async move {
-            if let Err(error) = handle.cancel(Some("whoever made the call was stopped".into())).await {
-                tracing::debug!(%error, "a server was not told that a call is cancelled");
-            }
-            // Nobody can tell whether it heeds that: with the program ends what others of the company
-            // have it do, and they try again.
-            if let Some(program) = connection.program.filter(|_| !connection.service.is_closed()) {
-                let _ = rustix::process::kill_process_group(program, Signal::KILL);
+            // Nobody can tell whether a program heeds what it is told: with it ends what others of the
+            // company have it do, of which nobody knows then.
+            if let Some(program) = connection.program.as_ref().filter(|_| !connection.is_over()) {
+                program.kill();
                 forget(&slot, &connection).await;
+                return;
+            }
+            let told = handle.cancel(Some("whoever made the call was stopped".into()));
+            if tokio::time::timeout(CANCEL_MAX, told).await.is_err() {
+                tracing::debug!("a server was not told that a call is cancelled");
             }
         });
     }
@@ -389,7 +427,7 @@ async fn open(egress: &Egress, name: &str, entry: &Entry) -> Result<Connection, 
                 .stderr(Stdio::null())
                 .spawn()
                 .map_err(|error| format!("`{command}` does not start: {error}"))?;
-            program = transport.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+            program = Some(Program(transport.id().and_then(|id| Pid::from_raw(id.cast_signed()))));
             ().serve(transport).await.map_err(|error| error.to_string())?
         }
         (None, None) => return Err("it has no address".into()),

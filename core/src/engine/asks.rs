@@ -37,13 +37,37 @@ pub(super) async fn ask(tx: &mut PgConnection, company: CompanyId, task: TaskId)
     Ok(asks::insert(tx, (company, task), &policy.approval(RULE), policy.escalates_after()).await?)
 }
 
+/// What somebody says about a task.
+#[derive(Debug, Clone, Copy)]
+pub struct Said<'a> {
+    /// By which key; `system`, where nobody has.
+    pub by: &'a str,
+    /// In words.
+    pub words: Option<&'a str>,
+    /// The digest of what they have seen, where they say so.
+    pub shown: Option<&'a str>,
+}
+
+/// Holds what a person says to what they have seen, and to its time. Under the task's lock.
+pub(super) async fn may_be_said(tx: &mut PgConnection, row: &TaskRow, said: Said<'_>) -> Result<(), EngineError> {
+    if said.shown.is_some_and(|shown| shown != hex(&digest(row))) {
+        let message = "what would be done is not what `digest` stands for; look at it again";
+        return Err(EngineError::Conflict(message.into()));
+    }
+    if said.by != "system" && asks::is_over(tx, CompanyId(row.company_id), row.task()).await? {
+        return Err(EngineError::Conflict("the approval's time is over".into()));
+    }
+    Ok(())
+}
+
 /// Notes what was decided about a task that waited for it, and by whom.
 pub(super) async fn decided(
     tx: &mut PgConnection,
     row: &TaskRow,
     change: Change,
-    (by, words): (&str, Option<&str>),
+    said: Said<'_>,
 ) -> Result<(), EngineError> {
+    let Said { by, words, .. } = said;
     let company = CompanyId(row.company_id);
     asks::decided(tx, company, row.task(), by).await?;
     if !matches!(change, Change::Approve | Change::Reject) {
@@ -78,6 +102,11 @@ pub async fn look(engine: &Engine) -> Result<(), EngineError> {
 
 async fn expire(engine: &Engine, company: CompanyId, task: TaskId) -> Result<(), EngineError> {
     let mut tx = engine.pool.begin().await?;
+    // As whoever decides about it does: the task first.
+    match tasks::lock(&mut tx, company, task).await {
+        Ok(_) | Err(EngineError::NotFound(_)) => {}
+        Err(error) => return Err(error),
+    }
     let Some(what) = asks::lock_expired(&mut tx, company, task).await? else { return Ok(()) };
     let (change, words) = match what.as_str() {
         "escalate" => {
@@ -89,7 +118,8 @@ async fn expire(engine: &Engine, company: CompanyId, task: TaskId) -> Result<(),
         "approve" => (Change::Approve, "nobody decided in time; it is approved by the company's rule"),
         _ => (Change::Reject, "nobody decided in time"),
     };
-    match tasks::change(engine, &mut tx, (company, task), change, ("system", Some(words))).await {
+    let said = Said { by: "system", words: Some(words), shown: None };
+    match tasks::change(engine, &mut tx, (company, task), change, said).await {
         Ok(_) => {}
         // It is over for another reason: nobody needs to decide.
         Err(EngineError::Conflict(_) | EngineError::NotFound(_)) => {

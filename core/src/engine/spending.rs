@@ -57,8 +57,8 @@ pub struct Turn {
     pub gate: Option<String>,
     /// Another model may be asked, where there is no money for this one.
     pub has_cheaper: bool,
-    /// The other side knows by the key that it is the same.
-    pub keyed: bool,
+    /// Who is asked, where they know by the key that it is the same.
+    pub payer: Option<String>,
     /// What one run of the playbook may cost,
     pub run_cap: Option<Nanos>,
     /// and this step of it.
@@ -162,22 +162,35 @@ fn estimate(price: Price, facts: &Facts, dearest: Option<Nanos>) -> Estimate {
     }
 }
 
+/// What is settled of a call that was begun before.
+#[derive(Debug, Clone, Copy, Default)]
+struct Settled {
+    /// Booked just now; less than nothing takes it back.
+    booked: Nanos,
+    /// What stays booked and may be taken back.
+    kept: Nanos,
+}
+
 /// Settles what a call holds that was begun before: free again where it is the very same call,
 /// and booked at its worst where nobody will ever hear of it. What was booked so is taken back
-/// where the call is repeated under its key: the other side counts it once. Says what was booked.
-async fn settle(tx: &mut PgConnection, work: &Work, turn: &Turn, facts: &Facts) -> Result<Nanos, EngineError> {
-    let Some(before) = facts.before else { return Ok(Nanos::ZERO) };
-    let booked = match () {
-        () if turn.keyed => Nanos(-before.kept.0),
-        () if before.unheard => Nanos::ZERO,
-        () => before.reserved,
+/// where the same is asked under the same key: they count it once.
+async fn settle(tx: &mut PgConnection, work: &Work, turn: &Turn, facts: &Facts) -> Result<Settled, EngineError> {
+    let Some(before) = &facts.before else { return Ok(Settled::default()) };
+    let call = before.call;
+    let same_payer = before.payer == turn.payer;
+    let settled = match () {
+        () if same_payer && turn.payer.is_some() => Settled { booked: Nanos(-call.kept.0), kept: Nanos::ZERO },
+        () if same_payer && before.unheard.as_ref() == Some(&turn.model) => {
+            Settled { booked: Nanos::ZERO, kept: call.kept }
+        }
+        () => Settled { booked: call.reserved, kept: Nanos::ZERO },
     };
-    if before.reserved > Nanos::ZERO || booked.0 != 0 {
+    if call.reserved > Nanos::ZERO || settled.booked.0 != 0 {
         let of_then = spender(work, facts, (before.day, before.month), before.directive);
-        let changes = changes(&of_then.accounts(), booked.0, -before.reserved.0);
+        let changes = changes(&of_then.accounts(), settled.booked.0, -call.reserved.0);
         budgets::apply(tx, work.company, &changes).await?;
     }
-    Ok(booked)
+    Ok(settled)
 }
 
 fn booking(work: &Work, model: &str, cost: Nanos, unheard: bool) -> Booking {
@@ -220,7 +233,8 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
     if let Some(rule) = policy.forbids(&Action::of_tool("llm.prompt")) {
         return Ok(Asked::Refused(Failure::new(ErrorClass::Governance, format!("{rule} forbids to ask a model"))));
     }
-    if let Some(limit) = policy.agents_at_once
+    // A beat was let in when it began.
+    if let Some(limit) = policy.agents_at_once.filter(|_| !facts.is_beat)
         && beats::others_at_work(&mut tx, work.company, work.agent).await? >= limit
     {
         return Ok(Asked::Wait(BUSY));
@@ -229,7 +243,7 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
     let directive = facts.directive.map(|(root, _)| root);
     let spender = spender(work, &facts, (day, month), directive);
     let accounts = spender.accounts();
-    let kept = settle(&mut tx, work, turn, &facts).await?;
+    let settled = settle(&mut tx, work, turn, &facts).await?;
     let reserved = match admit(&mut tx, work, turn, &facts, &spender).await? {
         Admission::Admitted(reserved) => reserved,
         // What holds the money ends, and is booked at its worst where nobody hears of it.
@@ -239,26 +253,45 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
             return Ok(Asked::Refused(used_up(&cap)));
         }
         Admission::Busy(cap) | Admission::Capped(cap) => {
-            let reason = format!("{} of {} USD is used up", cap.rule, cap.limit.to_usd());
-            pause(&mut tx, work, &facts, (reason, Some(&cap))).await?;
-            let held = jobs::hold(&mut tx, work.lease, (work.company, work.agent), HELD).await?;
-            tx.commit().await?;
-            return Ok(if held { Asked::Held } else { Asked::Wait(Duration::ZERO) });
+            // Nothing of this holds: the call is not begun.
+            tx.rollback().await?;
+            return without_money(engine, work, turn, &cap).await;
         }
     };
     if reserved > Nanos::ZERO {
         budgets::apply(&mut tx, work.company, &changes(&accounts, 0, reserved.0)).await?;
     }
-    let begun = Begun { fresh: turn.fresh, reserved, kept, day: Some(day), month: Some(month), directive };
+    let begun = Begun {
+        fresh: turn.fresh,
+        reserved,
+        booked: settled.booked,
+        kept: settled.kept,
+        payer: turn.payer.clone(),
+        before: facts.before.as_ref().map(|before| before.call),
+        day: Some(day),
+        month: Some(month),
+        directive,
+    };
     let noted = journal::begin(&mut *tx, work, turn.place, (&turn.model, &turn.key), &begun).await?;
     if noted.is_none() {
         return Ok(Asked::Lost);
     }
-    if kept.0 != 0 {
-        journal::book(&mut *tx, &booking(work, &turn.model, kept, true)).await?;
+    if settled.booked.0 != 0 {
+        journal::book(&mut *tx, &booking(work, &turn.model, settled.booked, true)).await?;
     }
     tx.commit().await?;
     Ok(Asked::Go)
+}
+
+/// The agent has no money left: it is paused, and the job waits for it.
+async fn without_money(engine: &Engine, work: &Work, turn: &Turn, cap: &Cap) -> Result<Asked, EngineError> {
+    let mut tx = engine.pool.begin().await?;
+    let Some(facts) = budgets::facts(&mut tx, work, turn.place).await? else { return Ok(Asked::Lost) };
+    let reason = format!("{} of {} USD is used up", cap.rule, cap.limit.to_usd());
+    pause(&mut tx, work, &facts, (reason, Some(cap))).await?;
+    let held = jobs::hold(&mut tx, work.lease, (work.company, work.agent), HELD).await?;
+    tx.commit().await?;
+    Ok(if held { Asked::Held } else { Asked::Wait(Duration::ZERO) })
 }
 
 /// Whether there is money for a turn, by all caps.
@@ -279,7 +312,10 @@ async fn admit(
         Price::Afterwards => agents::dearest_of(tx, work.company, work.agent).await?,
         Price::AtMost(_) => None,
     };
-    Ok(budget::admit(&said(facts, turn).caps(spender), &balances, estimate(turn.price, facts, dearest)))
+    let caps = said(facts, turn).caps(spender);
+    // What was booked by nobody's answer is told of now.
+    tell_thresholds(tx, work.company, &caps, &balances).await?;
+    Ok(budget::admit(&caps, &balances, estimate(turn.price, facts, dearest)))
 }
 
 fn used_up(cap: &Cap) -> Failure {
@@ -359,7 +395,7 @@ pub enum Came {
 pub async fn end(engine: &Engine, work: &Work, turn: &Turn, came: &Came) -> Result<Option<Nanos>, EngineError> {
     let mut tx = engine.pool.begin().await?;
     let Some(facts) = budgets::facts(&mut tx, work, turn.place).await? else { return Ok(None) };
-    let Some(before) = facts.before else { return Ok(None) };
+    let Some(before) = facts.before.as_ref() else { return Ok(None) };
     if let Some(gate) = &turn.gate {
         match came {
             Came::Answer { .. } => provider_gates::open(&mut tx, gate).await?,
@@ -370,8 +406,8 @@ pub async fn end(engine: &Engine, work: &Work, turn: &Turn, came: &Came) -> Resu
         }
     }
     let spender = spender(work, &facts, (before.day, before.month), before.directive);
-    let end = ended(turn, came, before.reserved);
-    let (cost, freed) = (end.cost, if end.frees { before.reserved.0 } else { 0 });
+    let end = ended(turn, came, before.call.reserved);
+    let (cost, freed) = (end.cost, if end.frees { before.call.reserved.0 } else { 0 });
     let mut balances = Vec::new();
     if freed != 0 || cost > Nanos::ZERO {
         balances = budgets::apply(&mut tx, work.company, &changes(&spender.accounts(), cost.0, -freed)).await?;
@@ -407,7 +443,7 @@ fn ended(turn: &Turn, came: &Came, reserved: Nanos) -> End {
         }
         Came::Trouble { failure, maybe_paid: false, .. } => failed(failure),
         // It is asked for again under its key, and settled then.
-        Came::Trouble { failure, .. } if turn.keyed => End { frees: false, ..failed(failure) },
+        Came::Trouble { failure, .. } if turn.payer.is_some() => End { frees: false, ..failed(failure) },
         Came::Trouble { failure, .. } => End { cost: reserved, unheard: true, ..failed(failure) },
     }
 }
@@ -477,7 +513,7 @@ async fn settle_one(engine: &Engine, call: &journal::Unheard) -> Result<bool, En
     Ok(true)
 }
 
-/// Tells of thresholds, each once a period, and pauses the agent where nothing is left.
+/// Tells of thresholds, and pauses the agent where nothing is left.
 async fn tell(
     tx: &mut PgConnection,
     work: &Work,
@@ -485,26 +521,37 @@ async fn tell(
     caps: &[Cap],
     balances: &[Balance],
 ) -> Result<(), EngineError> {
-    let mut spent_up = None;
-    for cap in caps {
-        let Some(balance) = balances.iter().find(|balance| balance.account == cap.account) else { continue };
-        let percents: Vec<i16> = passed(cap, balance.spent, balance.told).collect();
-        let told: Vec<Event> = percents.iter().map(|percent| threshold(work.company, cap, balance, *percent)).collect();
-        if let Some(highest) = percents.last() {
-            events::append(&mut *tx, work.company, &told).await?;
-            budgets::told(tx, work.company, &cap.account, *highest).await?;
-        }
-        if cap.account.scope <= Scope::Agent && balance.spent >= cap.limit {
-            spent_up = spent_up.or(Some(cap));
-        }
-    }
-    match spent_up {
+    tell_thresholds(tx, work.company, caps, balances).await?;
+    let spent_up = |cap: &&Cap| {
+        let balance = balances.iter().find(|balance| balance.account == cap.account);
+        cap.account.scope <= Scope::Agent && balance.is_some_and(|balance| balance.spent >= cap.limit)
+    };
+    match caps.iter().find(spent_up) {
         Some(cap) => {
             let reason = format!("{} of {} USD is used up", cap.rule, cap.limit.to_usd());
             pause(tx, work, facts, (reason, Some(cap))).await
         }
         None => Ok(()),
     }
+}
+
+/// Tells of thresholds, each once a period.
+async fn tell_thresholds(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    caps: &[Cap],
+    balances: &[Balance],
+) -> Result<(), EngineError> {
+    for cap in caps {
+        let Some(balance) = balances.iter().find(|balance| balance.account == cap.account) else { continue };
+        let percents: Vec<i16> = passed(cap, balance.spent, balance.told).collect();
+        let told: Vec<Event> = percents.iter().map(|percent| threshold(company, cap, balance, *percent)).collect();
+        if let Some(highest) = percents.last() {
+            events::append(&mut *tx, company, &told).await?;
+            budgets::told(tx, company, &cap.account, *highest).await?;
+        }
+    }
+    Ok(())
 }
 
 fn threshold(company: CompanyId, cap: &Cap, balance: &Balance, percent: i16) -> Event {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use sqlx::PgConnection;
 
-use super::asks;
+use super::asks::{self, Said};
 use super::cancel::cancel_run;
 use super::{Engine, EngineError};
 use crate::domain::company::works;
@@ -234,9 +234,12 @@ pub async fn change(
     tx: &mut PgConnection,
     (company, task): (CompanyId, TaskId),
     change: Change,
-    (by, feedback): (&str, Option<&str>),
+    said: Said<'_>,
 ) -> Result<TaskRow, EngineError> {
-    let row = lock(tx, company, task).await?;
+    let (row, feedback) = (lock(tx, company, task).await?, said.words);
+    if row.status == "pending_approval" && matches!(change, Change::Approve | Change::Reject) {
+        asks::may_be_said(tx, &row, said).await?;
+    }
     match change.decide(&row.status, row.approval.as_deref()) {
         Verdict::Stays => return Ok(row),
         Verdict::Refused => {
@@ -247,7 +250,7 @@ pub async fn change(
             tasks::set_status(tx, &row, next, feedback).await?;
             match (row.status.as_str(), next) {
                 (_, "pending_approval") => asks::ask(tx, company, task).await?,
-                ("pending_approval", _) => asks::decided(tx, &row, change, (by, feedback)).await?,
+                ("pending_approval", _) => asks::decided(tx, &row, change, said).await?,
                 _ => {}
             }
         }
@@ -267,7 +270,7 @@ pub async fn change(
 }
 
 /// Locks a task, after the heartbeat of its agent.
-async fn lock(tx: &mut PgConnection, company: CompanyId, task: TaskId) -> Result<TaskRow, EngineError> {
+pub(super) async fn lock(tx: &mut PgConnection, company: CompanyId, task: TaskId) -> Result<TaskRow, EngineError> {
     let row = find(tx, company, task).await?;
     if let Some(agent) = row.agent_id {
         beats::lock(tx, company, AgentId(agent)).await?;

@@ -110,8 +110,21 @@ pub async fn expired(pool: &PgPool) -> Result<Vec<(CompanyId, TaskId)>, StoreErr
     Ok(rows.into_iter().map(|row| (CompanyId(row.company_id), TaskId(row.task_id))).collect())
 }
 
-/// What is decided about a question whose time is over, under its lock; nothing when it is not,
-/// or somebody was quicker.
+/// Whether the time of a question is over, under its lock; of what nobody was asked it never is.
+pub async fn is_over(tx: &mut PgConnection, company: CompanyId, task: TaskId) -> Result<bool, StoreError> {
+    let over = sqlx::query_scalar!(
+        r#"select expires_at <= clock_timestamp() as "over!" from task_asks
+           where company_id = $1 and task_id = $2 and decided_at is null for update"#,
+        company.0,
+        task.0,
+    )
+    .fetch_optional(tx)
+    .await?;
+    Ok(over.unwrap_or(false))
+}
+
+/// What is decided about a question whose time is over, under the lock of its task; nothing when it
+/// is not, or somebody was quicker.
 pub async fn lock_expired(
     tx: &mut PgConnection,
     company: CompanyId,
@@ -121,7 +134,7 @@ pub async fn lock_expired(
         r#"select case when on_timeout = 'escalate' and escalated_at is not null then 'reject' else on_timeout end as "what!"
            from task_asks
            where company_id = $1 and task_id = $2 and decided_at is null and expires_at <= clock_timestamp()
-           for update skip locked"#,
+           for update"#,
         company.0,
         task.0,
     )

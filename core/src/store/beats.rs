@@ -481,8 +481,8 @@ pub async fn has_messages(tx: &mut PgConnection, company: CompanyId, agent: Agen
     .await?)
 }
 
-/// How many agents of a company work in this moment besides one: those whose beats are under way,
-/// and those whose calls are. Until the transaction's end nobody else of the company counts them.
+/// How many agents of a company work in this moment besides one: those whose beats are under way
+/// and not paused, and those whose calls are. Until the transaction's end nobody else of the company counts them.
 pub async fn others_at_work(tx: &mut PgConnection, company: CompanyId, agent: AgentId) -> Result<i64, StoreError> {
     sqlx::query!(
         "select pg_advisory_xact_lock(hashtextextended('agents at work ' || $1::text, 0))",
@@ -492,7 +492,7 @@ pub async fn others_at_work(tx: &mut PgConnection, company: CompanyId, agent: Ag
     .await?;
     Ok(sqlx::query_scalar!(
         r#"select count(*) as "count!" from (
-               select id from agents where company_id = $1 and beat_run is not null and id <> $2
+               select id from agents where company_id = $1 and beat_run is not null and id <> $2 and status = 'active'
                union
                select j.agent_id from journal j
                join jobs b on b.id = j.job_id and b.lease_epoch = j.lease_epoch and b.state = 'running'

@@ -7,7 +7,7 @@ use sqlx::PgConnection;
 use super::StoreError;
 use super::acting::Standing;
 use super::jobs::Lease;
-use super::journal::{Place, Work};
+use super::journal::{self, Place, Work};
 use crate::domain::budget::{Account, Balance};
 use crate::domain::ids::{AgentId, CompanyId, PlaybookId};
 use crate::domain::money::Nanos;
@@ -34,25 +34,27 @@ pub struct Facts {
     pub playbook: PlaybookId,
     /// The directive that it serves, where that has a budget, in credits.
     pub directive: Option<(uuid::Uuid, i64)>,
+    /// The run is a beat of the agent.
+    pub is_beat: bool,
     /// The call, where it was begun before.
     pub before: Option<Before>,
 }
 
 /// A call that was begun before.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Before {
-    /// What is reserved for it.
-    pub reserved: Nanos,
-    /// What was booked for tries of it of which nobody heard.
-    pub kept: Nanos,
+    /// How it stands.
+    pub call: journal::Before,
     /// In which day,
     pub day: NaiveDate,
     /// and month.
     pub month: NaiveDate,
     /// For which directive.
     pub directive: Option<uuid::Uuid>,
-    /// By this very attempt, which has not heard that it was.
-    pub unheard: bool,
+    /// Who was asked, where they know it by its key.
+    pub payer: Option<String>,
+    /// By this very attempt, which has not heard that it was, and has not gone on: the model.
+    pub unheard: Option<String>,
 }
 
 /// What decides about a call; nothing when the lease is gone.
@@ -65,8 +67,9 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
            select (extract(epoch from now()) * 1000000)::bigint as "now_us!", c.status as company_status, c.config,
                   c.governance, a.status as agent_status, a.paused_by is not null as "stopped!", run_killed($4, $6) as "killed!", a.budget, a.config as agent_config, a.dearest_nanos,
                   r.playbook_id, r.root_id, root.metadata -> 'budget' as "root_budget?",
-                  j.reserved_nanos as "reserved_nanos?", j.kept_nanos as "kept_nanos?", j.day as "day?", j.month as "month?", j.directive_id as "directive_id?",
-                  coalesce(j.job_id = $1 and j.lease_epoch = $2, false) as "unheard!"
+                  j.reserved_nanos as "reserved_nanos?", j.kept_nanos as "kept_nanos?", j.lease_epoch as "epoch?", j.payer as "payer?", j.name as "name?", j.day as "day?", j.month as "month?", j.directive_id as "directive_id?",
+                  r.beat_of is not distinct from a.id as "is_beat!",
+                  coalesce(j.job_id = $1 and j.lease_epoch = $2 and j.state = 'begun', false) as "unheard!"
            from held
            join companies c on c.id = $4
            join agents a on a.company_id = $4 and a.id = $5
@@ -100,14 +103,15 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
         dearest: row.dearest_nanos.map(Nanos),
         playbook: PlaybookId(row.playbook_id),
         directive: row.root_id.zip(row.root_budget.and_then(|budget| budget.as_i64())),
-        before: match (row.reserved_nanos, row.kept_nanos, row.day, row.month) {
-            (Some(reserved), Some(kept), Some(day), Some(month)) => Some(Before {
-                reserved: Nanos(reserved),
-                kept: Nanos(kept),
+        is_beat: row.is_beat,
+        before: match (row.reserved_nanos, row.kept_nanos, row.epoch, row.day, row.month) {
+            (Some(reserved), Some(kept), Some(epoch), Some(day), Some(month)) => Some(Before {
+                call: journal::Before { reserved: Nanos(reserved), kept: Nanos(kept), epoch },
                 day,
                 month,
                 directive: row.directive_id,
-                unheard: row.unheard,
+                payer: row.payer,
+                unheard: row.name.filter(|_| row.unheard),
             }),
             _ => None,
         },

@@ -592,7 +592,9 @@ pub async fn hold(
          )
          update jobs
          set state = 'scheduled', due_at = now() + $5::bigint * interval '1 millisecond', lease_epoch = lease_epoch + 1,
-             attempt = greatest(attempt - 1, 0), session_id = null, deadline_at = null, held_for = $4
+             attempt = greatest(attempt - 1, 0), session_id = null, deadline_at = null, held_for = $4,
+             -- What a suspect was charged with before it began is taken back.
+             crash_count = least(crash_count, 2)
          where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' and exists (select from paused)",
         lease.job,
         lease.epoch,

@@ -85,7 +85,7 @@ pub async fn load(executor: impl Executor<'_, Database = Postgres>, work: &Work)
 }
 
 /// Notes that a call is to be made, and says which day it is; nothing when the lease is
-/// gone, or the call is over already.
+/// gone, the call is over already, or stands otherwise than it did.
 pub async fn begin(
     executor: impl Executor<'_, Database = Postgres>,
     work: &Work,
@@ -99,15 +99,17 @@ pub async fn begin(
              select from jobs where id = $1 and lease_epoch = $2 and session_id = $3 and state = 'running' for update
          )
          insert into journal as j (company_id, work, turn, call, name, state, key, run_id, step, agent_id, job_id, lease_epoch, attempt, fresh,
-             reserved_nanos, kept_nanos, cost_nanos, day, month, directive_id, category)
-         select $4, $5, $6, $7, $8, 'begun', $9, $10, $11, $12, $1, $2, $13, $14, $15, $16, $16, $17, $18, $19, $20 from held
+             reserved_nanos, kept_nanos, cost_nanos, day, month, directive_id, category, payer)
+         select $4, $5, $6, $7, $8, 'begun', $9, $10, $11, $12, $1, $2, $13, $14, $15, $16, $21, $17, $18, $19, $20, $22 from held
          on conflict (company_id, work, turn, call) do update
          set name = excluded.name, state = 'begun', job_id = excluded.job_id, lease_epoch = excluded.lease_epoch,
              attempt = excluded.attempt, tries = j.tries + 1,
-             reserved_nanos = excluded.reserved_nanos, kept_nanos = j.kept_nanos + excluded.kept_nanos,
-             cost_nanos = j.cost_nanos + excluded.kept_nanos, directive_id = excluded.directive_id,
+             reserved_nanos = excluded.reserved_nanos, kept_nanos = excluded.kept_nanos,
+             cost_nanos = j.cost_nanos + excluded.cost_nanos, directive_id = excluded.directive_id, payer = excluded.payer,
              day = excluded.day, month = excluded.month, response = null, began_at = clock_timestamp(), ended_at = null
          where j.state <> 'done'
+             -- Nobody has settled it since it was looked at.
+             and ($23::bigint is null or (j.reserved_nanos, j.kept_nanos, j.lease_epoch) = ($23, $24, $25))
          returning (began_at at time zone 'utc')::date as "day!""#,
         job,
         epoch,
@@ -129,10 +131,26 @@ pub async fn begin(
         begun.month,
         begun.directive,
         work.category,
+        begun.booked.0,
+        begun.payer,
+        begun.before.map(|before| before.reserved.0),
+        begun.before.map(|before| before.kept.0),
+        begun.before.map(|before| before.epoch),
     )
     .fetch_optional(executor)
     .await?;
     Ok(day)
+}
+
+/// How a call stood that holds money, or for which some is booked.
+#[derive(Debug, Clone, Copy)]
+pub struct Before {
+    /// What is reserved for it.
+    pub reserved: Nanos,
+    /// What was booked for tries of it of which nobody heard.
+    pub kept: Nanos,
+    /// The epoch of the lease under which it was begun last.
+    pub epoch: i64,
 }
 
 /// How a call is begun.
@@ -142,8 +160,14 @@ pub struct Begun {
     pub fresh: bool,
     /// What is reserved for it,
     pub reserved: Nanos,
-    /// and booked for tries before of which nobody heard: less than nothing takes it back.
+    /// and booked just now for tries before of which nobody heard: less than nothing takes it back.
+    pub booked: Nanos,
+    /// What stays booked for such tries, and is taken back when it is answered under its key.
     pub kept: Nanos,
+    /// Who is asked, where they know the call by its key.
+    pub payer: Option<String>,
+    /// How the call stood when that was decided.
+    pub before: Option<Before>,
     /// The directive that it is counted for.
     pub directive: Option<Uuid>,
     /// In which day,
@@ -193,8 +217,7 @@ pub async fn end(
          entry as (
              update journal j
              set state = case when $8 then 'done' else 'failed' end, response = $9, cost_nanos = j.cost_nanos + $10,
-                 kept_nanos = j.kept_nanos + $12, reserved_nanos = case when $11 then 0 else j.reserved_nanos end,
-                 ended_at = clock_timestamp()
+                 reserved_nanos = case when $11 then 0 else j.reserved_nanos end, ended_at = clock_timestamp()
              from held
              where j.company_id = $4 and j.work = $5 and j.turn = $6 and j.call = $7
                  and j.state = 'begun' and j.lease_epoch = $2
@@ -216,7 +239,6 @@ pub async fn end(
         end.response,
         end.cost.0,
         end.frees,
-        if end.unheard { end.cost.0 } else { 0 },
     )
     .fetch_one(executor)
     .await?;

@@ -383,16 +383,6 @@ async fn may_review(
     Err(ApiError::Governance(format!("only {} may decide about this approval", names.join(", "))))
 }
 
-/// What is decided is what was shown, where the caller says what that was.
-fn is_shown(shown: Option<&str>, digest: &[u8]) -> Result<(), ApiError> {
-    match shown {
-        Some(shown) if shown != hex(digest) => {
-            Err(ApiError::Conflict("what would be done is not what `digest` stands for; look at it again".into()))
-        }
-        _ => Ok(()),
-    }
-}
-
 async fn may_decide(
     command: &mut Command<'_>,
     caller: &Caller,
@@ -400,7 +390,9 @@ async fn may_decide(
     shown: Option<&str>,
 ) -> Result<(), ApiError> {
     let Some(gate) = approvals::get(command.tx(), caller.account, caller.company, id).await? else { return Ok(()) };
-    is_shown(shown, &gate.digest)?;
+    if shown.is_some_and(|shown| shown != hex(&gate.digest)) {
+        return Err(ApiError::Conflict("what would be done is not what `digest` stands for; look at it again".into()));
+    }
     may_review(command, caller, gate.reviewers.filter(|_| gate.escalated_at.is_none())).await
 }
 
@@ -409,12 +401,7 @@ pub(super) async fn may_decide_task(
     command: &mut Command<'_>,
     caller: &Caller,
     (company, task): (CompanyId, TaskId),
-    shown: Option<&str>,
 ) -> Result<(), ApiError> {
-    let rows = tasks::some(command.tx(), &[(company, task)]).await?;
-    if let (Some(_), Some(row)) = (shown, rows.first()) {
-        is_shown(shown, &asks::digest(row))?;
-    }
     let ask = stored_asks::some(command.tx(), &[(company, task)]).await?.pop();
     may_review(command, caller, ask.filter(|ask| ask.escalated_at.is_none()).and_then(|ask| ask.reviewers)).await
 }
@@ -443,8 +430,9 @@ async fn decided(
                 Verdict::Approve { note, .. } => (Change::Approve, note.as_deref()),
                 Verdict::Reject { feedback } => (Change::Reject, Some(feedback.as_str())),
             };
-            may_decide_task(&mut command, caller, (company, task), shown).await?;
-            engine_tasks::change(&state.engine, command.tx(), (company, task), change, (&by, feedback)).await?;
+            may_decide_task(&mut command, caller, (company, task)).await?;
+            let said = asks::Said { by: &by, words: feedback, shown };
+            engine_tasks::change(&state.engine, command.tx(), (company, task), change, said).await?;
             asked_task(command.tx(), caller, task).await?.1
         }
     };

@@ -7,6 +7,7 @@ use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{AgentId, CompanyId, RunId, TaskId};
 use capx_core::domain::task::{Change, PRIORITIES, STATUSES};
 use capx_core::engine::FieldProblem;
+use capx_core::engine::asks::Said;
 use capx_core::engine::tasks::{self as engine, CreateTask};
 use capx_core::store::tasks::{self, TaskChanges, TaskFilter, TaskRow};
 use serde::{Deserialize, Serialize};
@@ -435,10 +436,10 @@ async fn changed(
     let company = caller.company_id(command.tx(), &company).await?;
     let task = id_of(&task)?;
     if matches!(change, Change::Approve | Change::Reject) {
-        approvals::may_decide_task(&mut command, caller, (company, task), shown).await?;
+        approvals::may_decide_task(&mut command, caller, (company, task)).await?;
     }
-    let by = caller.key.to_string();
-    let row = engine::change(&state.engine, command.tx(), (company, task), change, (&by, feedback)).await?;
+    let said = Said { by: &caller.key.to_string(), words: feedback, shown };
+    let row = engine::change(&state.engine, command.tx(), (company, task), change, said).await?;
     command.wake();
     command.finish(StatusCode::OK, Task::new(row)).await
 }

@@ -151,7 +151,8 @@ pub struct Trouble {
     pub maybe_paid: bool,
     /// The account has no money left with the provider.
     pub quota: bool,
-    /// No call is any better before somebody mends something: the key is refused, say.
+    /// No call is any better before the agent's owner mends something: its endpoint refuses its key,
+    /// say. What the operator's own keys are refused is no matter of the agent.
     pub fatal: bool,
 }
 

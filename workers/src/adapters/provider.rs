@@ -147,8 +147,7 @@ fn refusal(answer: &Answer) -> Trouble {
         failure.class = ErrorClass::RateLimited;
         failure.retry_after = closed_for;
     }
-    let fatal = matches!(answer.status, 401 | 403);
-    Trouble { failure, closed_for, maybe_paid: false, quota: false, fatal }
+    Trouble { failure, closed_for, maybe_paid: false, quota: false, fatal: false }
 }
 
 /// How long a refusal asks everybody to wait: `retry-after-ms`, `retry-after` in seconds, or

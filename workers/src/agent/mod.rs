@@ -104,11 +104,8 @@ async fn converse(
         let why = agent.error.as_deref().unwrap_or("no reason is known");
         return Err(Failure::invalid(format!("the agent `{role}` is errored: {why}")).into());
     }
+    let ways = ways(hands, call, agent)?;
     let journal = journals.of(&call.idempotency_key, agent.agent, category);
-    let ways = match ways(hands, call, agent) {
-        Ok(ways) => ways,
-        Err(failure) => return Err(unfit(&journal, call, failure).await?.into()),
-    };
     if agent.status == "paused" {
         journal.hold().await?;
         return Err(Halt::Waits(Duration::ZERO));
@@ -227,10 +224,7 @@ impl Attempt<'_> {
             idle: self.call.idle,
             task: &self.task,
         };
-        let (table, price) = match self.price(way, &ask) {
-            Ok(priced) => priced,
-            Err(failure) => return Err(unfit(&self.journal, self.call, failure).await?.into()),
-        };
+        let (table, price) = self.price(way, &ask)?;
         let turn = spending::Turn {
             place,
             model: way.model.clone(),
@@ -239,7 +233,7 @@ impl Attempt<'_> {
             price,
             gate: way.adapter.gate().map(|account| format!("{account}/{}", way.model)),
             has_cheaper,
-            keyed: way.adapter.payment() == Payment::Told,
+            payer: (way.adapter.payment() == Payment::Told).then(|| payer(self.agent, &way.model)),
             run_cap: self.call.playbook.budget,
             step_cap: self.call.step.budget,
             playbook_cap: self.call.playbook.execution.spend_cap,
@@ -277,8 +271,9 @@ impl Attempt<'_> {
             Err(Trouble { failure, maybe_paid, closed_for, quota, fatal }) => {
                 let came = Came::Trouble { failure: failure.clone(), maybe_paid, closed_for };
                 self.journal.turn_ended(&turn, came).await?;
-                if fatal {
-                    return Err(unfit(&self.journal, self.call, failure).await?.into());
+                if fatal && self.call.step.adapter.is_none() && self.call.step.model.is_none() {
+                    // Its owner has to mend that; a step that names its own adapter fails alone.
+                    self.journal.agent_fails(&failure.message).await?;
                 }
                 let why = match quota {
                     true => On::Quota,
@@ -342,17 +337,18 @@ impl Attempt<'_> {
 
     /// Makes a call that the model has asked for; what is wrong with it is told to the model.
     async fn tool(&self, place: Place, id: String, name: String, input: Value, unknown: bool) -> Result<Called, Halt> {
-        let told =
-            |content: String, is_error: bool| ToolResult { id, name: name.clone(), content: cut(content), is_error };
+        let told = |content: String, is_error: bool| ToolResult {
+            id: id.clone(),
+            name: name.clone(),
+            content: cut(content),
+            is_error,
+        };
         let (tool, mut params) = match self.checked(&name, input) {
             Ok(checked) => checked,
             Err(problem) => return self.refuse(place, &name, told(problem, true)).await,
         };
         if unknown && tool.on_unknown == OnUnknown::Review {
-            return Err(Halt::Failed(Failure::invalid(format!(
-                "a worker died over a call of `{}`, and nobody knows whether it was made; look at what it did, and retry the run",
-                tool.name
-            ))));
+            return Err(self.unheard(place, (id, &tool.name), "a worker died over it").await?);
         }
         let key = self.key(place);
         match self.journal.acts(&self.acting(place, &tool, &key, &params)).await? {
@@ -387,12 +383,29 @@ impl Attempt<'_> {
         };
         let result = match tools::use_tool(self.hands, &tool.name, call).await {
             Ok(output) => told(shown(&output), false),
+            // It was sent, and nobody has heard what came of it.
+            Err(failure) if failure.class == ErrorClass::Timeout && tool.on_unknown == OnUnknown::Review => {
+                return Err(self.unheard(place, (id, &tool.name), &failure.message).await?);
+            }
             Err(failure) => told(failure.message, true),
         };
         failpoint::reach("agent.call_made").await;
         self.journal.call_ended((place, &tool.name, &self.key(place)), &result, Some(&sent)).await?;
         failpoint::reach("agent.call_stored").await;
         Ok(Called::Done { result, refused: false })
+    }
+
+    /// Nobody knows what came of a call that may not be made again: the work fails until a person has
+    /// looked. The model learns of it when they let the run go on.
+    async fn unheard(&self, place: Place, (id, name): (String, &str), why: &str) -> Result<Halt, Failure> {
+        let content = format!(
+            "nobody knows whether this call was made ({why}); a person has looked at it since and let the work go on: find out what it did before you make it again"
+        );
+        let result = ToolResult { id, name: name.to_owned(), content, is_error: true };
+        self.journal.call_unheard(place, &result).await?;
+        Ok(Halt::Failed(Failure::invalid(format!(
+            "nobody knows whether a call of `{name}` was made ({why}); look at what it did, and retry the run"
+        ))))
     }
 
     /// What is not called, and why the model is told so.
@@ -442,13 +455,10 @@ impl Attempt<'_> {
     }
 }
 
-/// The agent cannot work as it is set up: it is errored, and says why. A step that names an adapter
-/// or a model of its own fails alone.
-async fn unfit(journal: &Journal<'_>, call: &StepCall<'_>, failure: Failure) -> Result<Failure, Failure> {
-    if call.step.adapter.is_none() && call.step.model.is_none() {
-        journal.agent_fails(&failure.message).await?;
-    }
-    Ok(failure)
+/// Whom a turn of an agent's own endpoint pays.
+fn payer(agent: &AgentRow, model: &str) -> String {
+    let endpoint = agent.config.get("endpoint").and_then(Value::as_str).unwrap_or_default();
+    format!("{} {model} {endpoint}", agent.adapter)
 }
 
 /// A tool as a model is told of it.

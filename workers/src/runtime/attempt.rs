@@ -179,7 +179,7 @@ async fn step(
         return Outcome::Released { delay: Duration::ZERO };
     }
     tokio::select! {
-        () = shared.kills.seen() => {}
+        () = shared.kills.seen(job, work) => {}
         () = shared.lost.cancelled() => return Outcome::Released { delay: Duration::ZERO },
     }
     if shared.kills.forbid(job, work) {
@@ -280,6 +280,8 @@ async fn watch(shared: &Arc<Shared>, job: &ClaimedJob, work: &StepWork, began: I
 async fn gate_timeout(shared: &Shared, job: &ClaimedJob) -> PlainOutcome {
     let Some(run) = job.ref_id else { return PlainOutcome::Done };
     match gates::expire(&shared.engine, job.lease, job.company, RunId(run), job.step).await {
+        // The list is over, and nobody is asked any more.
+        Ok(false) if job.item.is_some() => PlainOutcome::Done,
         // Its transaction has moved the job on, or a person's has.
         Ok(_) => PlainOutcome::Nothing,
         Err(error) => {

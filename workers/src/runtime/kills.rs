@@ -84,14 +84,23 @@ impl Kills {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until it is known who was stopped a moment ago: at once, while the database answers.
-    pub(super) async fn seen(&self) {
-        if self.looked.borrow().elapsed() < BLIND {
+    /// Waits until it is known whether an attempt was stopped a moment ago: at once, while the
+    /// database answers; else for an answer to a question about it.
+    pub(super) async fn seen(self: &Arc<Self>, job: &ClaimedJob, work: &StepWork) {
+        if !self.is_blind() {
             return;
         }
-        let mut looked = self.looked.subscribe();
+        let _asked_about = self.watch(job, work);
+        self.looked_after(Instant::now()).await;
+    }
+
+    fn is_blind(&self) -> bool {
+        self.looked.borrow().elapsed() >= BLIND
+    }
+
+    async fn looked_after(&self, moment: Instant) {
         // It cannot be closed while we are.
-        let _ = looked.wait_for(|looked| looked.elapsed() < BLIND).await;
+        let _ = self.looked.subscribe().wait_for(|looked| *looked > moment).await;
     }
 
     /// Whether an attempt is not to begin, as far as this worker has heard.
@@ -147,7 +156,7 @@ pub(super) async fn run(shared: Arc<Shared>, over: CancellationToken) {
             () = over.cancelled() => return,
             () = tokio::time::sleep(LOOK) => {}
         }
-        let (watched, asked) = (shared.kills.watched(), Instant::now());
+        let (asked, watched) = (Instant::now(), shared.kills.watched());
         if watched.is_empty() {
             // Whoever claims for them next looks for itself.
             shared.kills.stop(HashSet::new(), asked);
@@ -167,14 +176,18 @@ mod tests {
     #[tokio::test]
     async fn nothing_begins_while_nobody_knows_who_was_stopped() {
         let kills = Kills::default();
-        kills.seen().await;
+        assert!(!kills.is_blind());
         kills.looked.send_replace(Instant::now().checked_sub(BLIND).expect("a time before"));
-        let waits = tokio::time::timeout(Duration::from_millis(50), kills.seen());
+        assert!(kills.is_blind());
+        // A look that was asked for before says nothing about who came after it.
+        let (before, now) = (Instant::now(), Instant::now());
+        kills.stop(HashSet::new(), before);
+        let waits = tokio::time::timeout(Duration::from_millis(50), kills.looked_after(now));
         assert!(waits.await.is_err(), "it begins, blind");
-        let (waits, looks) = (kills.seen(), async {
+        tokio::join!(kills.looked_after(now), async {
             tokio::task::yield_now().await;
             kills.stop(HashSet::new(), Instant::now());
         });
-        tokio::join!(waits, looks);
+        assert!(!kills.is_blind());
     }
 }
