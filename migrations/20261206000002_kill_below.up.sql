@@ -8,8 +8,8 @@ create function run_killed(company uuid, run uuid) returns boolean language sql 
     )
     select exists (
         select from above
-        join runs r on r.company_id = company and r.id = above.id
-        join playbooks p on p.company_id = company and p.id = r.playbook_id
+        cross join lateral (select * from runs r where r.company_id = company and r.id = above.id offset 0) r
+        cross join lateral (select * from playbooks p where p.company_id = company and p.id = r.playbook_id offset 0) p
         where p.killed_at is not null
     )
 $$;

@@ -1,3 +1,4 @@
+drop index approvals_of_calls;
 -- One question a step: of the others nobody decides any more.
 update approvals a set status = 'cancelled', decided_at = clock_timestamp(), decided_by = 'system'
 where a.status = 'pending' and exists (

@@ -110,17 +110,20 @@ pub async fn park_item(tx: &mut PgConnection, lease: Lease, timeout: std::time::
     Ok(done.rows_affected() == 1)
 }
 
-/// Nobody needs to decide any more about runs that are over: some of those.
+/// Nobody needs to decide any more about calls of runs that are over: some of those. What waits for
+/// a person in a list has a job of its own, which the run's end leaves alone.
 pub async fn cancel_orphans(pool: &PgPool) -> Result<u64, StoreError> {
     let done = sqlx::query!(
         "update approvals set status = 'cancelled', decided_at = clock_timestamp(), decided_by = 'system'
          where (company_id, id) in (
-             select a.company_id, a.id from approvals a
-             join runs r on r.company_id = a.company_id and r.id = a.run_id
-             where a.status = 'pending' and r.ended_at is not null
+             select a.company_id, a.id
+             from (select * from approvals where status = 'pending' and call_key is not null offset 0) a
+             cross join lateral (
+                 select r.ended_at from runs r where r.company_id = a.company_id and r.id = a.run_id offset 0
+             ) r
+             where r.ended_at is not null
              limit 100
-             for update of a skip locked
-         )",
+         ) and status = 'pending'",
     )
     .execute(pool)
     .await?;

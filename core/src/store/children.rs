@@ -273,8 +273,12 @@ pub async fn above(pool: &PgPool, runs: &[(CompanyId, RunId)]) -> Result<Vec<(Uu
                join run_children c on c.child_id = above.id and c.company_id = above.company_id
            )
            select above.run_id as "run_id!", r.playbook_id, p.killed_at is not null as "killed!" from above
-           join runs r on r.company_id = above.company_id and r.id = above.id
-           join playbooks p on p.company_id = r.company_id and p.id = r.playbook_id
+           cross join lateral (
+               select * from runs r where r.company_id = above.company_id and r.id = above.id offset 0
+           ) r
+           cross join lateral (
+               select * from playbooks p where p.company_id = r.company_id and p.id = r.playbook_id offset 0
+           ) p
            where above.id <> above.run_id"#,
         &runs.iter().map(|(company, _)| company.0).collect::<Vec<_>>(),
         &runs.iter().map(|(_, run)| run.0).collect::<Vec<_>>(),

@@ -358,9 +358,11 @@ pub async fn unheard(pool: &PgPool, after_seconds: i64) -> Result<Vec<Unheard>, 
     let rows = sqlx::query!(
         r#"select j.company_id, j.work, j.turn, j.call, j.name, j.run_id, j.step, r.playbook_id, j.agent_id as "agent_id!",
                j.directive_id, j.category, j.reserved_nanos, j.day as "day!", j.month as "month!", j.job_id, j.lease_epoch, j.attempt
-           from journal j
-           join runs r on r.company_id = j.company_id and r.id = j.run_id
-           where j.reserved_nanos > 0 and j.agent_id is not null and j.day is not null and j.month is not null
+           from (select * from journal where reserved_nanos > 0 offset 0) j
+           cross join lateral (
+               select r.playbook_id from runs r where r.company_id = j.company_id and r.id = j.run_id offset 0
+           ) r
+           where j.agent_id is not null and j.day is not null and j.month is not null
                and j.began_at < clock_timestamp() - $1::bigint * interval '1 second'
                and not exists (
                    select from jobs b where b.id = j.job_id and b.state = 'running' and b.lease_epoch = j.lease_epoch
