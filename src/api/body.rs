@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::request::Parts;
@@ -54,25 +55,13 @@ impl<T: DeserializeOwned + Check> FromRequest<Arc<ApiState>> for Body<T> {
 
     async fn from_request(request: Request, state: &Arc<ApiState>) -> Result<Self, ApiError> {
         let method = request.method().clone();
-        let declared =
-            request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<usize>().ok());
-        if declared.is_some_and(|length| length > BODY_BYTES_MAX) {
-            return Err(ApiError::TooLarge);
-        }
         let is_json = request.headers().get(CONTENT_TYPE).map(|value| {
             value.to_str().is_ok_and(|text| {
                 let kind = text.split(';').next().unwrap_or_default().trim();
                 kind.eq_ignore_ascii_case("application/json") || kind.to_ascii_lowercase().ends_with("+json")
             })
         });
-        let bytes = axum::body::to_bytes(request.into_body(), BODY_BYTES_MAX);
-        let bytes = tokio::time::timeout(state.limits.body, bytes)
-            .await
-            .map_err(|_| ApiError::TooSlow(state.limits.body))?
-            .map_err(|error| match std::error::Error::source(&error) {
-                Some(source) if source.is::<LengthLimitError>() => ApiError::TooLarge,
-                _ => ApiError::Invalid { message: "the body is cut off, or framed wrongly".into(), fields: Vec::new() },
-            })?;
+        let bytes = bytes(request, state).await?;
         let digest = request_digest(&method, &bytes);
         if bytes.iter().all(u8::is_ascii_whitespace) {
             return Ok(Self { body: read(Value::Object(serde_json::Map::new()), &state.rules)?, digest });
@@ -91,6 +80,25 @@ impl<T: DeserializeOwned + Check> FromRequest<Arc<ApiState>> for Body<T> {
             .map_err(|error| ApiError::Invalid { message: format!("the body {error}"), fields: Vec::new() })?;
         Ok(Self { body: read(value, &state.rules)?, digest })
     }
+}
+
+/// The bytes of a body, as many as a body may have, and in its time.
+///
+/// # Errors
+/// What is wrong with it.
+pub async fn bytes(request: Request, state: &ApiState) -> Result<Bytes, ApiError> {
+    let declared =
+        request.headers().get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()).and_then(|v| v.parse::<usize>().ok());
+    if declared.is_some_and(|length| length > BODY_BYTES_MAX) {
+        return Err(ApiError::TooLarge);
+    }
+    let bytes = axum::body::to_bytes(request.into_body(), BODY_BYTES_MAX);
+    tokio::time::timeout(state.limits.body, bytes).await.map_err(|_| ApiError::TooSlow(state.limits.body))?.map_err(
+        |error| match std::error::Error::source(&error) {
+            Some(source) if source.is::<LengthLimitError>() => ApiError::TooLarge,
+            _ => ApiError::Invalid { message: "the body is cut off, or framed wrongly".into(), fields: Vec::new() },
+        },
+    )
 }
 
 /// What is wrong with a body before it is read: reading it would cost many

@@ -55,6 +55,17 @@ impl Routes {
         self
     }
 
+    /// A route that needs no key: whoever calls it shows otherwise that they may.
+    pub(super) fn open(mut self, route: UtoipaMethodRouter<Arc<ApiState>>) -> Self {
+        let (schemas, mut paths, methods) = route;
+        for operation in paths.paths.values_mut().filter_map(|item| item.post.as_mut()) {
+            operation.security = Some(Vec::new());
+            may_fail(operation, &["400", "401", "404", "408", "413", "414", "500", "503"]);
+        }
+        self.router = self.router.routes((schemas, paths, methods));
+        self
+    }
+
     /// The routes under `/v1`, and their document.
     pub(super) fn finish(self) -> (axum::Router<Arc<ApiState>>, OpenApi) {
         OpenApiRouter::new().nest("/v1", self.router).split_for_parts()
@@ -82,7 +93,11 @@ fn describe(operation: &mut Operation, scope: Scope, credits: i64, changes: bool
     if changes {
         statuses.extend(["409", "413", "415", "422"]);
     }
-    for status in statuses {
+    may_fail(operation, &statuses);
+}
+
+fn may_fail(operation: &mut Operation, statuses: &[&str]) {
+    for &status in statuses {
         let error = RefOr::Ref(Ref::from_response_name(ERROR));
         operation.responses.responses.entry(status.to_owned()).or_insert(error);
     }

@@ -47,6 +47,28 @@ pub struct One<T> {
     meta: Meta,
 }
 
+/// An answer to whoever needs no key.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Open<T> {
+    /// Always true.
+    success: bool,
+    data: T,
+    meta: OpenMeta,
+}
+
+/// What goes with that.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct OpenMeta {
+    /// The `X-Request-Id` of the answer.
+    request_id: String,
+}
+
+/// Such an answer.
+pub fn open(status: StatusCode, data: impl Serialize) -> Result<Response, ApiError> {
+    let meta = OpenMeta { request_id: current_id() };
+    Ok(json(status, text(&Open { success: true, data, meta })?))
+}
+
 /// A page of a list.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Many<T> {

@@ -26,6 +26,7 @@ mod governance;
 mod graph;
 mod harness;
 mod heartbeats;
+mod hooks;
 mod hostile;
 mod kills;
 mod lists;

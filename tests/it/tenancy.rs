@@ -365,6 +365,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "select count(*) from tasks where status = 'pending'",
             "select count(*) from api_keys where name = 'k' and revoked_at is null",
             "select count(*) from webhooks where secret is not null and old_secret is null",
+            "select count(*) from triggers where old_secret is not null",
             "select count(*) from dead_letters",
             "select count(*) from signals",
             "select count(*) from queue_pauses",
@@ -395,6 +396,9 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
     };
     let mut asked = 0;
     for (method, template, operation) in contract::operations(&document) {
+        if template == contract::OPEN {
+            continue;
+        }
         let mut path = template.clone();
         for (name, id) in ids {
             path = path.replace(name, id);

@@ -27,3 +27,4 @@ pub mod secret;
 pub mod storable;
 pub mod task;
 pub mod tool;
+pub mod webhook;

@@ -23,6 +23,7 @@ pub mod dead_letters;
 pub mod deeds;
 pub mod enqueue;
 pub mod gates;
+pub mod hooks;
 pub mod items;
 pub mod keys;
 pub mod lifecycle;

@@ -7,6 +7,7 @@
 
 use chrono::{DateTime, Utc};
 use jiff::Timestamp;
+use rand::RngCore;
 use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -44,11 +45,13 @@ pub async fn sync(tx: &mut PgConnection, company: CompanyId, playbook: PlaybookI
         }
         Some(Trigger::Event { event, .. }) => {
             triggers::rest(tx, company, playbook).await?;
-            triggers::set_event(tx, company, playbook, "event", &event).await?;
+            triggers::set_event(tx, (company, playbook), "event", &event, None).await?;
         }
         Some(Trigger::Webhook { event }) => {
             triggers::rest(tx, company, playbook).await?;
-            triggers::set_event(tx, company, playbook, "webhook", &event).await?;
+            let mut secret = [0; 32];
+            rand::rng().fill_bytes(&mut secret);
+            triggers::set_event(tx, (company, playbook), "webhook", &event, Some(&secret)).await?;
         }
         Some(Trigger::Manual) | None => triggers::clear(tx, company, playbook).await?,
     }
@@ -220,7 +223,8 @@ async fn start_by(
     }
     let key = format!("event:{}", signal.0);
     let mut tx = engine.pool.begin().await?;
-    start_once(engine, &mut tx, (company, playbook), params_of(&plan, data), "event", &key).await?;
+    let trigger = if matches!(plan.trigger, Trigger::Webhook { .. }) { "webhook" } else { "event" };
+    start_once(engine, &mut tx, (company, playbook), params_of(&plan, data), trigger, &key).await?;
     tx.commit().await?;
     engine.waker.wake();
     Ok(())

@@ -2,7 +2,7 @@
 //! folded, marks are set, what is old goes, what was parked in vain goes on.
 
 use super::{Engine, EngineError, agents, asks, gates, spending, triggers};
-use crate::store::{events, idempotency, jobs, signals, usage};
+use crate::store::{events, hooks, idempotency, jobs, signals, usage};
 
 /// One round. Each part is one guarded statement, so that workers who do it at
 /// once share the work.
@@ -16,6 +16,7 @@ pub async fn round(engine: &Engine) -> Result<(), EngineError> {
     spending::settle_unheard(engine).await?;
     agents::periods_over(engine).await?;
     while signals::prune(&engine.pool).await? == signals::PRUNE_MAX as u64 {}
+    while hooks::prune(&engine.pool).await? == hooks::PRUNE_MAX as u64 {}
     while idempotency::prune(&engine.pool).await? == idempotency::PRUNE_MAX as u64 {}
     for company in jobs::parked_in_vain(&engine.pool).await? {
         loop {

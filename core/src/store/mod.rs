@@ -26,6 +26,7 @@ pub mod fans;
 pub mod fleet;
 pub mod grades;
 pub mod grants;
+pub mod hooks;
 pub mod idempotency;
 pub mod jobs;
 pub mod journal;

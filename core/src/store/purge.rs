@@ -31,6 +31,7 @@ const TABLES: &[&str] = &[
     "signals_taken",
     "signals",
     "triggers",
+    "hook_calls",
     "run_fans",
     "run_grades",
     "run_items",

@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::StoreError;
 use super::jobs::{Lease, kind, queue};
 use crate::domain::ids::{CompanyId, PlaybookId, VersionId};
+use crate::domain::webhook::Secret;
 
 /// The key of the one job of a schedule.
 fn job_key(playbook: PlaybookId) -> String {
@@ -111,22 +112,27 @@ pub async fn rest(tx: &mut PgConnection, company: CompanyId, playbook: PlaybookI
     Ok(())
 }
 
-/// Sets the event that starts a playbook.
+/// Sets the event that starts a playbook; what signs its requests stays, where it has that.
 pub async fn set_event(
     tx: &mut PgConnection,
-    company: CompanyId,
-    playbook: PlaybookId,
+    (company, playbook): (CompanyId, PlaybookId),
     kind: &str,
     event: &str,
+    secret: Option<&Secret>,
 ) -> Result<(), StoreError> {
     sqlx::query!(
-        "insert into triggers (company_id, playbook_id, kind, event) values ($1, $2, $3, $4)
+        "insert into triggers as t (company_id, playbook_id, kind, event, secret) values ($1, $2, $3, $4, $5)
          on conflict (company_id, playbook_id) do update
-         set kind = excluded.kind, event = excluded.event, spec = null, next_at = null, last_at = null",
+         set kind = excluded.kind, event = excluded.event, spec = null, next_at = null, last_at = null,
+             secret = case when excluded.secret is not null then coalesce(t.secret, excluded.secret) end,
+             old_secret = case when excluded.secret is not null then t.old_secret end,
+             old_secret_until = case when excluded.secret is not null then t.old_secret_until end,
+             secret_shown = t.secret_shown and t.secret is not null and excluded.secret is not null",
         company.0,
         playbook.0,
         kind,
         event,
+        secret.map(<[u8; 32]>::as_slice),
     )
     .execute(tx)
     .await?;
@@ -246,14 +252,19 @@ pub async fn started_by(
     after: PlaybookId,
 ) -> Result<Vec<ByEvent>, StoreError> {
     let rows = sqlx::query!(
-        r#"select t.playbook_id, s.data, exists (
+        r#"select t.playbook_id as "playbook_id!", s.data as "data!", exists (
              select from runs r where r.playbook_id = t.playbook_id and r.dedup_key = 'event:' || s.id
          ) as "started!"
          from (select * from signals where company_id = $1 and id = $2 and run_id is null offset 0) s
          cross join lateral (
              select * from triggers t
              where t.company_id = $1 and t.kind = 'event' and t.event = s.name and t.playbook_id > $4
-             order by t.playbook_id limit $3
+             union all
+             -- A request that a playbook's own secret has signed.
+             select t.* from triggers t
+             where t.company_id = $1 and t.kind = 'webhook' and t.playbook_id > $4
+                 and t.playbook_id = case when s.name ~ '^hook:[0-9a-f-]{36}$' then substr(s.name, 6)::uuid end
+             order by playbook_id limit $3
          ) t
          order by t.playbook_id"#,
         company.0,

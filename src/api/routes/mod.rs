@@ -10,6 +10,7 @@ pub(super) mod companies;
 pub(super) mod costs;
 pub(super) mod dead_letters;
 pub(super) mod fleet;
+pub(super) mod hooks;
 pub(super) mod keys;
 pub(super) mod memory;
 pub(super) mod playbooks;

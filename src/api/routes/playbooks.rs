@@ -6,11 +6,12 @@ use axum::response::Response;
 use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{CompanyId, PlaybookId};
 use capx_core::domain::playbook::{self, Playbook as Model, diff};
+use capx_core::domain::webhook;
 use capx_core::engine::FieldProblem;
 use capx_core::engine::playbooks as engine;
 use capx_core::engine::playbooks::CreatePlaybook;
 use capx_core::store::playbooks::{self, Filter, PlaybookRow};
-use capx_core::store::{triggers, usage};
+use capx_core::store::{hooks, triggers, usage};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -123,7 +124,7 @@ struct Validated {
 }
 
 /// A step of a definition.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 struct Step {
     id: String,
     #[schema(required)]
@@ -132,7 +133,7 @@ struct Step {
 }
 
 /// A playbook that was made.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 struct CreatedPlaybook {
     /// `pb_…`
     #[schema(value_type = String)]
@@ -151,13 +152,16 @@ struct CreatedPlaybook {
     /// null for one that is only run by hand.
     trigger: Value,
     created_at: Time,
+    /// `whsec_…`, this once: what signs the requests that start it, where a webhook does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    webhook_secret: Option<String>,
     /// What will fail at run time unless something changes.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     warnings: Vec<String>,
 }
 
 /// A playbook in a list.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 struct PlaybookItem {
     /// `pb_…`
     #[schema(value_type = String)]
@@ -176,7 +180,7 @@ struct PlaybookItem {
 }
 
 /// A playbook.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 struct Playbook {
     #[serde(flatten)]
     item: PlaybookItem,
@@ -195,6 +199,9 @@ struct Playbook {
     /// When it is planned to start by itself.
     #[schema(required)]
     next_run_at: Option<Time>,
+    /// `whsec_…`, once: what signs the requests that start it, where a webhook does since this change.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    webhook_secret: Option<String>,
     created_at: Time,
     updated_at: Time,
 }
@@ -239,6 +246,7 @@ impl Playbook {
             avg_run_cost: row.avg_run_cost.to_usd(),
             avg_run_duration: row.avg_run_duration_s,
             next_run_at: next_run_at.map(Time),
+            webhook_secret: None,
             created_at: Time(row.created_at),
             updated_at: Time(row.updated_at),
         }
@@ -293,7 +301,9 @@ async fn create(
     let request = CreatePlaybook { name: body.name, description: body.description, yaml: body.yaml, tags: body.tags };
     let created = engine::create_in(command.tx(), company, &request).await?;
     let row = find(command.tx(), company, &created.upserted.playbook.to_string()).await?;
+    let secret = secret_of(command.tx(), company, row.playbook).await?;
     let shown = CreatedPlaybook {
+        webhook_secret: secret,
         id: row.playbook,
         company_id: company,
         name: row.name,
@@ -307,7 +317,19 @@ async fn create(
         warnings: created.warnings,
     };
     let status = if created.upserted.changed { StatusCode::CREATED } else { StatusCode::OK };
-    command.finish(status, shown).await
+    let kept = CreatedPlaybook { webhook_secret: None, ..shown.clone() };
+    command.finish_with_secret(status, shown, kept).await
+}
+
+/// What signs the requests that start a playbook, for whoever sees it first.
+async fn secret_of(
+    tx: &mut PgConnection,
+    company: CompanyId,
+    playbook: PlaybookId,
+) -> Result<Option<String>, ApiError> {
+    let secret = hooks::show(tx, company, playbook).await?;
+    let secret = secret.and_then(|secret| webhook::Secret::try_from(secret).ok());
+    Ok(secret.map(|secret| webhook::written(&secret)))
 }
 
 /// Check a definition
@@ -493,8 +515,10 @@ async fn changed(
 ) -> Result<Response, ApiError> {
     engine::update(command.tx(), company, playbook, changes).await?;
     let row = find(command.tx(), company, &playbook.to_string()).await?;
+    let secret = secret_of(command.tx(), company, playbook).await?;
     let shown = shown(command.tx(), row).await?;
-    command.finish(StatusCode::OK, shown).await
+    let kept = shown.clone();
+    command.finish_with_secret(StatusCode::OK, Playbook { webhook_secret: secret, ..shown }, kept).await
 }
 
 /// Roll a playbook back

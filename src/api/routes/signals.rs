@@ -7,8 +7,8 @@ use capx_core::domain::address::Rules;
 use capx_core::domain::event::is_event_name;
 use capx_core::domain::ids::{CompanyId, RunId, SignalId};
 use capx_core::domain::storable::{self, OUTPUT_BYTES_MAX};
-use capx_core::engine::FieldProblem;
 use capx_core::engine::signals::{Send, send};
+use capx_core::engine::{FieldProblem, hooks};
 use capx_core::store::signals::SignalRow;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -81,6 +81,12 @@ impl Check for EventBody {
         if !is_event_name(&self.name) {
             let message = "must be 1 to 200 letters, digits, `.`, `_`, `-`, `:` or `/`";
             problems.push(FieldProblem::new("name", message));
+        }
+        if self.name.starts_with(hooks::PREFIX) {
+            problems.push(FieldProblem::new("name", "`hook:` is for requests to webhooks"));
+        }
+        if self.id.as_ref().is_some_and(|id| id.starts_with(hooks::PREFIX)) {
+            problems.push(FieldProblem::new("id", "`hook:` is for requests to webhooks"));
         }
         if self.id.as_ref().is_some_and(|id| !(1..=ID_CHARS_MAX).contains(&id.chars().count())) {
             problems.push(FieldProblem::new("id", format!("must be 1 to {ID_CHARS_MAX} characters")));
