@@ -354,6 +354,51 @@ async fn whoever_dies_over_a_call_no_stored_answer_is_bought_again() {
     }
 }
 
+/// With every point: no call is made twice before a person has let it be.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_owner_who_would_rather_wait_pays_for_nothing_twice() {
+    let script = || {
+        vec![
+            Says::Asks(vec![("file_write", json!({"path": "a", "content": "1"})), ("file_read", json!({"path": "a"}))]),
+            Says::Asks(vec![("file_write", json!({"path": "b", "content": "2"}))]),
+            Says::Words("done"),
+        ]
+    };
+    for point in POINTS {
+        let provider = Provider::start(script()).await;
+        let db = Db::new().await;
+        let (company, run) = begin(&db, "claude", json!({"on_unknown": "review"})).await;
+        let order = format!("{point}=kill@2");
+        let environment = provider.environment();
+        let mut environment: Vec<(&str, &str)> =
+            environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        environment.push(("CAPX_FAILPOINTS", &order));
+        let args = &["worker", "--concurrency", "8"];
+        Process::start_with(&db, args, &environment).dies_at(point).await;
+        environment.pop();
+        let _other = Process::start_with(&db, args, &environment);
+        let unknown = ["agent.turn_begun", "agent.turn_answered"].contains(point);
+        if unknown {
+            let failed = db.until(company, run, RunStatus::Failed).await;
+            let message = failed.error.unwrap()["message"].as_str().unwrap().to_owned();
+            assert!(message.contains("retry the run to ask it again"), "{point}: {message}");
+        } else {
+            db.until(company, run, RunStatus::Completed).await;
+        }
+        assert!(provider.keys().values().all(|times| *times == 1), "{point}: {:?}", provider.keys());
+        if unknown {
+            let mut tx = db.engine.pool.begin().await.unwrap();
+            capx_core::engine::retry::retry_run(&db.engine, &mut tx, company, run, "test").await.unwrap();
+            tx.commit().await.unwrap();
+            db.until(company, run, RunStatus::Completed).await;
+        }
+        let unheard = db.count("select coalesce(sum(nanos), 0)::bigint from ledger where unheard").await;
+        assert_eq!((unheard > 0, spent(&db, run).await), (unknown, 3 * CLAUDE_TURN + unheard), "{point}");
+        let of_journal = "select sum(cost_nanos)::bigint from journal";
+        assert_eq!(db.count(of_journal).await, 3 * CLAUDE_TURN + unheard, "{point}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_that_cannot_work_says_why_and_begins_nothing_until_it_is_mended() {
     let db = Db::new().await;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, NaiveDate};
 use serde_json::{Value, json};
-use sqlx::PgConnection;
+use sqlx::{PgConnection, Postgres, Transaction};
 use uuid::Uuid;
 
 use super::{Engine, EngineError};
@@ -224,6 +224,9 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
             return Ok(Asked::Refused(Failure::invalid(format!("the agent of the step is {status}"))));
         }
     }
+    if asks_first(&facts, turn) {
+        return leave_to_person(tx, work, turn, &facts).await;
+    }
     if let Some(gate) = &turn.gate
         && let Enter::Closed(wait) = provider_gates::enter(&mut tx, gate).await?
     {
@@ -281,6 +284,46 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
     }
     tx.commit().await?;
     Ok(Asked::Go)
+}
+
+/// Whether a person is to look before a model is asked again whose answer nobody has heard, and who
+/// does not know the call by its key: the agent's owner would rather wait than pay twice.
+fn asks_first(facts: &Facts, turn: &Turn) -> bool {
+    facts.agent_config["on_unknown"] == "review"
+        && turn.payer.is_none()
+        && turn.price != Price::AtMost(Nanos::ZERO)
+        && facts.before.as_ref().is_some_and(|before| before.is_open)
+}
+
+/// Books the turn at its worst and leaves it to a person, who lets it be asked again by retrying the
+/// run.
+async fn leave_to_person(
+    mut tx: Transaction<'_, Postgres>,
+    work: &Work,
+    turn: &Turn,
+    facts: &Facts,
+) -> Result<Asked, EngineError> {
+    let settled = settle(&mut tx, work, turn, facts).await?;
+    let failure = Failure::invalid(format!(
+        "a worker died while it waited for `{}`, and nobody knows what it said or cost; `config.on_unknown` leaves that to you: retry the run to ask it again",
+        turn.model
+    ));
+    let begun = Begun {
+        fresh: turn.fresh,
+        booked: settled.booked,
+        before: facts.before.as_ref().map(|before| before.call),
+        ..Begun::default()
+    };
+    if journal::begin(&mut *tx, work, turn.place, (&turn.model, &turn.key), &begun).await?.is_none() {
+        return Ok(Asked::Lost);
+    }
+    let end = End { done: false, response: json!(failure), cost: Nanos::ZERO, frees: true, unheard: false };
+    journal::end(&mut *tx, work, turn.place, &end).await?;
+    if settled.booked.0 != 0 {
+        journal::book(&mut *tx, &booking(work, &turn.model, settled.booked, true)).await?;
+    }
+    tx.commit().await?;
+    Ok(Asked::Refused(failure))
 }
 
 /// The agent has no money left: it is paused, and the job waits for it.

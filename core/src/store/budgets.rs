@@ -55,6 +55,8 @@ pub struct Before {
     pub payer: Option<String>,
     /// By this very attempt, which has not heard that it was, and has not gone on: the model.
     pub unheard: Option<String>,
+    /// By another, which has died over it.
+    pub is_open: bool,
 }
 
 /// What decides about a call; nothing when the lease is gone.
@@ -69,7 +71,8 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
                   r.playbook_id, r.root_id, root.metadata -> 'budget' as "root_budget?",
                   j.reserved_nanos as "reserved_nanos?", j.kept_nanos as "kept_nanos?", j.lease_epoch as "epoch?", j.payer as "payer?", j.name as "name?", j.day as "day?", j.month as "month?", j.directive_id as "directive_id?",
                   r.beat_of is not distinct from a.id as "is_beat!",
-                  coalesce(j.job_id = $1 and j.lease_epoch = $2 and j.state = 'begun', false) as "unheard!"
+                  coalesce(j.job_id = $1 and j.lease_epoch = $2 and j.state = 'begun', false) as "unheard!",
+                  coalesce((j.job_id, j.lease_epoch) <> ($1, $2) and j.state = 'begun', false) as "is_open!"
            from held
            join companies c on c.id = $4
            join agents a on a.company_id = $4 and a.id = $5
@@ -112,6 +115,7 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
                 directive: row.directive_id,
                 payer: row.payer,
                 unheard: row.name.filter(|_| row.unheard),
+                is_open: row.is_open,
             }),
             _ => None,
         },

@@ -42,6 +42,7 @@ fn problem(name: &str, value: &Value) -> Option<String> {
             let span = value.as_str().is_some_and(|text| duration::parse(text.trim()).is_ok());
             (span, "a span of time, e.g. \"90s\"".to_owned())
         }
+        "on_unknown" => (["retry", "review"].iter().any(|way| value == way), "`retry` or `review`".to_owned()),
         "fallback" => {
             let models = value.as_array().is_some_and(|models| models.iter().all(Value::is_object));
             (models, "a list of {adapter?, model?, on?}".to_owned())
@@ -61,14 +62,14 @@ mod tests {
         let wrong = json!({
             "heartbeat_interval": 0, "budget_limit_daily": -1, "max_cost": "1", "tools": "all", "allowed_hosts": 3,
             "endpoint": 1, "max_tokens": 0, "breaker": -1, "max_turns": 501, "max_same_calls": 1, "timeout": "soon",
-            "fallback": {"model": "x"},
+            "fallback": {"model": "x"}, "on_unknown": "fail",
         });
         let wrong = wrong.as_object().expect("an object");
         assert_eq!(problems("config", wrong).len(), wrong.len());
         let fine = json!({
             "heartbeat_interval": 1, "budget_limit_daily": 0, "max_cost": 0.5, "tools": [], "allowed_hosts": ["x"],
             "endpoint": "http://x/", "max_tokens": 1, "breaker": 0, "max_turns": 500, "max_same_calls": 2,
-            "timeout": "90s", "fallback": [{"model": "x"}], "temperature": "its own business",
+            "timeout": "90s", "on_unknown": "review", "fallback": [{"model": "x"}], "temperature": "its own business",
         });
         let problems = problems("config", fine.as_object().expect("an object"));
         assert!(problems.is_empty(), "{problems:?}");
