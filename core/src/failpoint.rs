@@ -120,6 +120,7 @@ pub const POINTS: &[&str] = &[
     "call.before_commit",
     "call.after_commit",
     "artifact.booked",
+    "agent.turn_left",
     "artifact.in_part",
     "artifact.stored",
     "agent.turn_begun",

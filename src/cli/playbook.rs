@@ -168,6 +168,9 @@ async fn create(client: &Client, file: &std::path::Path, as_json: bool) -> anyho
         show::json(made);
     } else {
         out::line(format_args!("{}  {} version {}", show::text(made, "id"), show::text(made, "name"), made["version"]));
+        if let Some(secret) = made["webhook_secret"].as_str() {
+            out::line(format_args!("webhook secret, shown this once: {secret}"));
+        }
     }
     Ok(())
 }

@@ -226,15 +226,17 @@ async fn limits_end_what_would_not_end_itself() {
         (&cut, json!({"max_tokens": 5}), "max_tokens"),
         (&fine, json!({"model": "x"}), ""),
     ] {
-        let _worker = worker(&db, provider);
+        let worker = worker(&db, provider);
         let (company, run) = begin(&db, "claude", config).await;
         if told.is_empty() {
             db.until(company, run, RunStatus::Completed).await;
-            continue;
+        } else {
+            db.until(company, run, RunStatus::Failed).await;
+            let outcome = outcome(&db, run).await;
+            assert!(outcome["message"].as_str().unwrap().contains(told), "{outcome}");
         }
-        db.until(company, run, RunStatus::Failed).await;
-        let outcome = outcome(&db, run).await;
-        assert!(outcome["message"].as_str().unwrap().contains(told), "{outcome}");
+        // The next one's work is not for this one's provider.
+        worker.stop().await;
     }
     assert_eq!(cut.seen()[0].body["max_tokens"], 5);
     // A model that nobody can name the price of is not asked.
@@ -302,6 +304,8 @@ async fn the_official_clients_read_the_fixture() {
     assert_eq!(provider.seen().len(), 18);
 }
 
+/// Where it may die over leaving a turn to a person.
+pub const LEFT: &[&str] = &["agent.turn_left"];
 /// Where a worker may die over an agent's call.
 pub const POINTS: &[&str] = &[
     "agent.turn_begun",
@@ -397,6 +401,46 @@ async fn an_owner_who_would_rather_wait_pays_for_nothing_twice() {
         let of_journal = "select sum(cost_nanos)::bigint from journal";
         assert_eq!(db.count(of_journal).await, 3 * CLAUDE_TURN + unheard, "{point}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_breaks_off_is_left_to_such_an_owner_too() {
+    let db = Db::new().await;
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    provider.troubled(&[Trouble::BreaksOff]);
+    let config = json!({"on_unknown": "review", "fallback": [{"adapter": "gpt", "on": ["outage"]}]});
+    let (company, run) = begin(&db, "claude", config).await;
+    let _worker = worker(&db, &provider);
+    let failed = db.until(company, run, RunStatus::Failed).await;
+    assert!(format!("{:?}", failed.error).contains("retry the run to ask it again"), "{:?}", failed.error);
+    assert_eq!(provider.seen().len(), 1, "neither it nor another was asked again");
+    let mut tx = db.engine.pool.begin().await.unwrap();
+    capx_core::engine::retry::retry_run(&db.engine, &mut tx, company, run, "test").await.unwrap();
+    tx.commit().await.unwrap();
+    db.engine.waker.wake();
+    db.until(company, run, RunStatus::Completed).await;
+    assert_eq!(provider.seen().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_dies_over_leaving_a_turn_to_a_person_leaves_it_all_the_same() {
+    let provider = Provider::start(vec![Says::Words("done")]).await;
+    let db = Db::new().await;
+    let (company, run) = begin(&db, "claude", json!({"on_unknown": "review"})).await;
+    let environment = provider.environment();
+    let environment: Vec<(&str, &str)> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let args = &["worker", "--concurrency", "8"];
+    for point in ["agent.turn_answered", LEFT[0]] {
+        let order = format!("{point}=kill@1");
+        let mut environment = environment.clone();
+        environment.push(("CAPX_FAILPOINTS", &order));
+        Process::start_with(&db, args, &environment).dies_at(point).await;
+    }
+    let _other = Process::start_with(&db, args, &environment);
+    db.until(company, run, RunStatus::Failed).await;
+    assert_eq!(provider.seen().len(), 1);
+    let unheard = db.count("select count(*) from ledger where unheard").await;
+    assert_eq!(unheard, 1, "it is booked once");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -240,6 +240,7 @@ fn every_point_has_its_death() {
         crate::walk::CALL,
         crate::concurrency::ADMIT,
         crate::agents::POINTS,
+        crate::agents::LEFT,
         crate::heartbeats::POINTS,
     ]
     .concat();

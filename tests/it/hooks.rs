@@ -132,6 +132,7 @@ async fn what_is_replayed_stale_from_the_future_or_forged_starts_nothing() {
         ],
         vec![("x-hub-signature-256", "sha256=00")],
         vec![("authorization", &api.key)],
+        vec![("webhook-id", "a.b"), ("webhook-timestamp", &at), ("webhook-signature", &signature)],
     ] {
         assert_eq!(sender.send(&headers, "{}").await.0, 401, "{headers:?}");
     }
@@ -206,6 +207,17 @@ async fn secrets_rotate_with_overlap_and_each_playbook_has_its_own() {
     assert_eq!(sender.signed(&new, "msg_10", at, "{}").await.0, 202);
     assert_eq!(api.post(&format!("{path}/archive"), json!({})).await.0, 200);
     assert_eq!(sender.signed(&new, "msg_11", at, "{}").await.0, 401);
+    // It comes back with the secret that it had.
+    assert_eq!(api.post(&format!("{path}/resume"), json!({})).await.0, 200);
+    assert_eq!(sender.signed(&new, "msg_12", at, "{}").await.0, 202);
+    // One from before there were secrets gets its first one.
+    sqlx::query("update triggers set secret = null, old_secret = null, old_secret_until = null")
+        .execute(&db.pool)
+        .await
+        .unwrap();
+    assert_eq!(sender.signed(&new, "msg_13", at, "{}").await.0, 404);
+    let (_, first) = api.post(&rotate, json!({})).await;
+    assert_eq!(sender.signed(&secret(&first["data"]["secret"]), "msg_13", at, "{}").await.0, 202);
     let manual = playbook(&api, company, "name: m\nsteps:\n  - {id: a, action: transform, params: {}}\n").await;
     let rotate = format!("/v1/companies/{company}/playbooks/{}/rotate-secret", manual["id"].as_str().unwrap());
     assert_eq!(api.post(&rotate, json!({})).await.0, 409);

@@ -19,6 +19,7 @@ use crate::domain::governance::{Action, Policy};
 use crate::domain::ids::{AgentId, CompanyId};
 use crate::domain::money::Nanos;
 use crate::domain::outcome::{ErrorClass, Failure};
+use crate::failpoint;
 use crate::store::acting::Standing;
 use crate::store::budgets::{Change, Facts};
 use crate::store::jobs::{NewJob, kind, queue};
@@ -224,8 +225,13 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
             return Ok(Asked::Refused(Failure::invalid(format!("the agent of the step is {status}"))));
         }
     }
-    if asks_first(&facts, turn) {
-        return leave_to_person(tx, work, turn, &facts).await;
+    if let Some(before) = facts.before.as_ref().filter(|_| waits_for_person(&facts.agent_config, turn)) {
+        if before.is_left {
+            return Ok(Asked::Refused(left_to_person(&turn.model)));
+        }
+        if before.is_open {
+            return leave_to_person(tx, work, turn, &facts).await;
+        }
     }
     if let Some(gate) = &turn.gate
         && let Enter::Closed(wait) = provider_gates::enter(&mut tx, gate).await?
@@ -288,11 +294,15 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
 
 /// Whether a person is to look before a model is asked again whose answer nobody has heard, and who
 /// does not know the call by its key: the agent's owner would rather wait than pay twice.
-fn asks_first(facts: &Facts, turn: &Turn) -> bool {
-    facts.agent_config["on_unknown"] == "review"
-        && turn.payer.is_none()
-        && turn.price != Price::AtMost(Nanos::ZERO)
-        && facts.before.as_ref().is_some_and(|before| before.is_open)
+pub fn waits_for_person(agent_config: &Value, turn: &Turn) -> bool {
+    agent_config["on_unknown"] == "review" && turn.payer.is_none() && turn.price != Price::AtMost(Nanos::ZERO)
+}
+
+/// What the step fails with then.
+pub fn left_to_person(model: &str) -> Failure {
+    Failure::invalid(format!(
+        "`{model}` was asked, and nobody knows what it said or cost; `config.on_unknown` leaves that to you: retry the run to ask it again"
+    ))
 }
 
 /// Books the turn at its worst and leaves it to a person, who lets it be asked again by retrying the
@@ -304,26 +314,36 @@ async fn leave_to_person(
     facts: &Facts,
 ) -> Result<Asked, EngineError> {
     let settled = settle(&mut tx, work, turn, facts).await?;
-    let failure = Failure::invalid(format!(
-        "a worker died while it waited for `{}`, and nobody knows what it said or cost; `config.on_unknown` leaves that to you: retry the run to ask it again",
-        turn.model
-    ));
+    let before = facts.before.as_ref();
     let begun = Begun {
         fresh: turn.fresh,
         booked: settled.booked,
-        before: facts.before.as_ref().map(|before| before.call),
+        before: before.map(|before| before.call),
+        // It is found by them.
+        day: before.map(|before| before.day),
+        month: before.map(|before| before.month),
+        directive: before.and_then(|before| before.directive),
         ..Begun::default()
     };
     if journal::begin(&mut *tx, work, turn.place, (&turn.model, &turn.key), &begun).await?.is_none() {
         return Ok(Asked::Lost);
     }
-    let end = End { done: false, response: json!(failure), cost: Nanos::ZERO, frees: true, unheard: false };
+    let (failure, cost) = (left_to_person(&turn.model), Nanos::ZERO);
+    let end = End { done: false, response: marked(&failure), cost, frees: true, unheard: false };
     journal::end(&mut *tx, work, turn.place, &end).await?;
     if settled.booked.0 != 0 {
         journal::book(&mut *tx, &booking(work, &turn.model, settled.booked, true)).await?;
     }
     tx.commit().await?;
+    failpoint::reach("agent.turn_left").await;
     Ok(Asked::Refused(failure))
+}
+
+/// A turn that is left to a person says so, whoever comes to it next.
+fn marked(failure: &Failure) -> Value {
+    let mut response = json!(failure);
+    response["left_to_person"] = true.into();
+    response
 }
 
 /// The agent has no money left: it is paused, and the job waits for it.
@@ -449,7 +469,8 @@ pub async fn end(engine: &Engine, work: &Work, turn: &Turn, came: &Came) -> Resu
         }
     }
     let spender = spender(work, &facts, (before.day, before.month), before.directive);
-    let end = ended(turn, came, before.call.reserved);
+    let left = waits_for_person(&facts.agent_config, turn);
+    let end = ended(turn, came, before.call.reserved, left);
     let (cost, freed) = (end.cost, if end.frees { before.call.reserved.0 } else { 0 });
     let mut balances = Vec::new();
     if freed != 0 || cost > Nanos::ZERO {
@@ -472,7 +493,7 @@ pub async fn end(engine: &Engine, work: &Work, turn: &Turn, came: &Came) -> Resu
 }
 
 /// What is written down of a turn for which so much was reserved.
-fn ended(turn: &Turn, came: &Came, reserved: Nanos) -> End {
+fn ended(turn: &Turn, came: &Came, reserved: Nanos, left: bool) -> End {
     let failed = |failure: &Failure| End {
         done: false,
         response: json!(failure),
@@ -487,7 +508,10 @@ fn ended(turn: &Turn, came: &Came, reserved: Nanos) -> End {
         Came::Trouble { failure, maybe_paid: false, .. } => failed(failure),
         // It is asked for again under its key, and settled then.
         Came::Trouble { failure, .. } if turn.payer.is_some() => End { frees: false, ..failed(failure) },
-        Came::Trouble { failure, .. } => End { cost: reserved, unheard: true, ..failed(failure) },
+        Came::Trouble { failure, .. } => {
+            let response = if left { marked(failure) } else { json!(failure) };
+            End { response, cost: reserved, unheard: true, ..failed(failure) }
+        }
     }
 }
 

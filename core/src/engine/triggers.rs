@@ -39,7 +39,9 @@ pub async fn sync(tx: &mut PgConnection, company: CompanyId, playbook: PlaybookI
         return Ok(triggers::clear(tx, company, playbook).await?);
     };
     let trigger = playbook::load(&current.yaml).ok().map(|playbook| playbook.trigger);
-    match trigger.filter(|_| current.status != "archived") {
+    // What signs the requests of one that is archived is not forgotten: it may come back.
+    let rests = |trigger: &Trigger| current.status != "archived" || matches!(trigger, Trigger::Webhook { .. });
+    match trigger.filter(rests) {
         Some(Trigger::Schedule(spec)) => {
             schedule(tx, company, playbook, &spec, &current.status, instant(current.now)).await?;
         }

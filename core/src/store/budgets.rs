@@ -57,6 +57,8 @@ pub struct Before {
     pub unheard: Option<String>,
     /// By another, which has died over it.
     pub is_open: bool,
+    /// It was left to a person, who has not let the run go on since.
+    pub is_left: bool,
 }
 
 /// What decides about a call; nothing when the lease is gone.
@@ -72,7 +74,9 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
                   j.reserved_nanos as "reserved_nanos?", j.kept_nanos as "kept_nanos?", j.lease_epoch as "epoch?", j.payer as "payer?", j.name as "name?", j.day as "day?", j.month as "month?", j.directive_id as "directive_id?",
                   r.beat_of is not distinct from a.id as "is_beat!",
                   coalesce(j.job_id = $1 and j.lease_epoch = $2 and j.state = 'begun', false) as "unheard!",
-                  coalesce((j.job_id, j.lease_epoch) <> ($1, $2) and j.state = 'begun', false) as "is_open!"
+                  coalesce((j.job_id, j.lease_epoch) <> ($1, $2) and j.state = 'begun', false) as "is_open!",
+                  -- Who lets a run go on gives it another job.
+                  coalesce(j.job_id = $1 and j.state = 'failed' and j.response -> 'left_to_person' = 'true', false) as "is_left!"
            from held
            join companies c on c.id = $4
            join agents a on a.company_id = $4 and a.id = $5
@@ -116,6 +120,7 @@ pub async fn facts(tx: &mut PgConnection, work: &Work, place: Place) -> Result<O
                 payer: row.payer,
                 unheard: row.name.filter(|_| row.unheard),
                 is_open: row.is_open,
+                is_left: row.is_left,
             }),
             _ => None,
         },

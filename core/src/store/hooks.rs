@@ -7,7 +7,7 @@ use crate::domain::ids::{CompanyId, PlaybookId};
 use crate::domain::webhook::{Secret, TOLERANCE_S};
 
 /// How many playbooks one name may start.
-pub const HOOKS_MAX: i64 = 100;
+pub const HOOKS_MAX: i64 = 20;
 /// How long a secret signs beside the one that has taken its place.
 pub const ROTATION: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
 
@@ -22,9 +22,9 @@ pub struct Hook {
 
 /// The playbooks that requests under a name start, and the database's time in seconds since 1970;
 /// none where there is no such name, or nothing goes on in the company any more.
-pub async fn of(tx: &mut PgConnection, company: CompanyId, name: &str) -> Result<(i64, Vec<Hook>), StoreError> {
+pub async fn of(pool: &PgPool, company: CompanyId, name: &str) -> Result<(i64, Vec<Hook>), StoreError> {
     let now = sqlx::query_scalar!(r#"select extract(epoch from clock_timestamp())::bigint as "now!""#)
-        .fetch_one(&mut *tx)
+        .fetch_one(pool)
         .await?;
     let rows = sqlx::query!(
         r#"select t.playbook_id, t.secret as "secret!",
@@ -38,7 +38,7 @@ pub async fn of(tx: &mut PgConnection, company: CompanyId, name: &str) -> Result
         name,
         HOOKS_MAX,
     )
-    .fetch_all(tx)
+    .fetch_all(pool)
     .await?;
     let hooks = rows.into_iter().map(|row| Hook {
         playbook: PlaybookId(row.playbook_id),
@@ -67,6 +67,9 @@ pub async fn take(
     Ok(done.rows_affected() == 1)
 }
 
+/// For so long the same message starts nothing more whose sender does not say when it was sent, as
+/// GitHub does not.
+pub const UNDATED_DAYS: i64 = 90;
 /// How many one statement forgets.
 pub const PRUNE_MAX: i64 = 5_000;
 
@@ -74,10 +77,14 @@ pub const PRUNE_MAX: i64 = 5_000;
 pub async fn prune(pool: &PgPool) -> Result<u64, StoreError> {
     let done = sqlx::query!(
         "delete from hook_calls where ctid = any (array(
-             select ctid from hook_calls where at < clock_timestamp() - $1::bigint * interval '1 second' limit $2))",
+             select ctid from hook_calls
+             where at < clock_timestamp() - $1::bigint * interval '1 second'
+                 and (sent_at > 0 or at < clock_timestamp() - $3::bigint * interval '1 day')
+             limit $2))",
         // One from the future may be repeated until its own time is over.
         3 * TOLERANCE_S,
         PRUNE_MAX,
+        UNDATED_DAYS,
     )
     .execute(pool)
     .await?;
@@ -111,9 +118,10 @@ pub async fn rotate(
 ) -> Result<bool, StoreError> {
     let done = sqlx::query!(
         "update triggers
-         set old_secret = secret, old_secret_until = clock_timestamp() + $4::bigint * interval '1 second', secret = $3,
-             secret_shown = true
-         where company_id = $1 and playbook_id = $2 and kind = 'webhook' and secret is not null",
+         set old_secret = secret, secret = $3, secret_shown = true,
+             old_secret_until =
+                 case when secret is not null then clock_timestamp() + $4::bigint * interval '1 second' end
+         where company_id = $1 and playbook_id = $2 and kind = 'webhook'",
         company.0,
         playbook.0,
         secret.as_slice(),

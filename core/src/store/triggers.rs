@@ -67,7 +67,8 @@ pub async fn set_schedule(
     Ok(sqlx::query_scalar!(
         r#"insert into triggers as t (company_id, playbook_id, kind, spec, next_at) values ($1, $2, 'schedule', $3, $4)
            on conflict (company_id, playbook_id) do update
-           set kind = 'schedule', event = null, spec = excluded.spec,
+           set kind = 'schedule', event = null, spec = excluded.spec, secret = null, old_secret = null,
+               old_secret_until = null, secret_shown = false,
                next_at = case when t.spec = excluded.spec then t.next_at else excluded.next_at end
            returning t.next_at as "next_at!""#,
         company.0,

@@ -1,21 +1,21 @@
 //! Requests from outside that start playbooks: signed, and without a key.
 
-use axum::body::Bytes;
-use axum::extract::{FromRequest, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use capx_core::domain::event::is_event_name;
 use capx_core::domain::ids::{CompanyId, PlaybookId, SignalId};
 use capx_core::domain::webhook::{self, Claim};
-use capx_core::engine::hooks::{Taken, take};
+use capx_core::engine::hooks::{Taken, find, take};
 use capx_core::store::hooks as store;
 use rand::RngCore;
 use serde::Serialize;
+use tokio::sync::Semaphore;
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 
 use super::Routes;
-use super::playbooks::find;
+use super::playbooks;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Nothing, Path, bytes};
 use crate::api::reply::{One, Open, open};
@@ -33,16 +33,9 @@ struct Received {
     events: Vec<SignalId>,
 }
 
-/// The body as it came: what is signed.
-struct Raw(Bytes);
-
-impl FromRequest<std::sync::Arc<crate::api::ApiState>> for Raw {
-    type Rejection = ApiError;
-
-    async fn from_request(request: Request, state: &std::sync::Arc<crate::api::ApiState>) -> Result<Self, ApiError> {
-        bytes(request, state).await.map(Self)
-    }
-}
+/// So many requests of strangers are held in memory at once.
+const BODIES_MAX: usize = 32;
+static BODIES: Semaphore = Semaphore::const_new(BODIES_MAX);
 
 fn header<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let mut given = headers.get_all(name).iter();
@@ -77,16 +70,22 @@ async fn receive(
     State(state): Shared,
     Path((company, event)): Path<(String, String)>,
     headers: HeaderMap,
-    Raw(body): Raw,
+    request: Request,
 ) -> Result<Response, ApiError> {
     let company: CompanyId = company.parse().map_err(|_| ApiError::NotFound("webhook"))?;
     if !is_event_name(&event) {
         return Err(ApiError::NotFound("webhook"));
     }
     let claim = claim(&headers).ok_or(ApiError::Unauthorized(UNSIGNED))?;
-    match take(&state.engine, company, &event, claim, &body).await? {
+    let found = find(&state.engine, company, &event).await?;
+    if found.is_empty() {
+        return Err(ApiError::NotFound("webhook"));
+    }
+    // Nothing of a body is taken before this, and not that of many at once.
+    let _room = BODIES.try_acquire().map_err(|_| ApiError::Unavailable)?;
+    let body = bytes(request, &state).await?;
+    match take(&state.engine, &found, claim, &body).await? {
         Taken::Events(events) => open(StatusCode::ACCEPTED, Received { events }),
-        Taken::NoHook => Err(ApiError::NotFound("webhook")),
         Taken::Refused(why) => Err(ApiError::Unauthorized(why.as_str())),
     }
 }
@@ -115,7 +114,7 @@ async fn rotate(
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
-    let row = find(command.tx(), company, &playbook).await?;
+    let row = playbooks::find(command.tx(), company, &playbook).await?;
     let mut secret: webhook::Secret = [0; 32];
     rand::rng().fill_bytes(&mut secret);
     if !store::rotate(command.tx(), company, row.playbook, &secret).await? {

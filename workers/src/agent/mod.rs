@@ -275,6 +275,9 @@ impl Attempt<'_> {
                     // Its owner has to mend that; a step that names its own adapter fails alone.
                     self.journal.agent_fails(&failure.message).await?;
                 }
+                if maybe_paid && spending::waits_for_person(&self.agent.config, &turn) {
+                    return Err(spending::left_to_person(&way.model).into());
+                }
                 let why = match quota {
                     true => On::Quota,
                     false if failure.class == ErrorClass::Invalid => return Err(failure.into()),
