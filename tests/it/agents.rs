@@ -316,18 +316,20 @@ pub const POINTS: &[&str] = &[
     "agent.call_stored",
 ];
 
+/// Three turns with three calls of tools.
+fn three_turns() -> Vec<Says> {
+    vec![
+        Says::Asks(vec![("file_write", json!({"path": "a", "content": "1"})), ("file_read", json!({"path": "a"}))]),
+        Says::Asks(vec![("file_write", json!({"path": "b", "content": "2"}))]),
+        Says::Words("done"),
+    ]
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_dies_over_a_call_no_stored_answer_is_bought_again() {
-    let script = || {
-        vec![
-            Says::Asks(vec![("file_write", json!({"path": "a", "content": "1"})), ("file_read", json!({"path": "a"}))]),
-            Says::Asks(vec![("file_write", json!({"path": "b", "content": "2"}))]),
-            Says::Words("done"),
-        ]
-    };
     for point in POINTS {
         for hit in 1..=3 {
-            let provider = Provider::start(script()).await;
+            let provider = Provider::start(three_turns()).await;
             let db = Db::new().await;
             let (company, run) = begin(&db, "claude", json!({})).await;
             let order = format!("{point}=kill@{hit}");
@@ -361,15 +363,8 @@ async fn whoever_dies_over_a_call_no_stored_answer_is_bought_again() {
 /// With every point: no call is made twice before a person has let it be.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_owner_who_would_rather_wait_pays_for_nothing_twice() {
-    let script = || {
-        vec![
-            Says::Asks(vec![("file_write", json!({"path": "a", "content": "1"})), ("file_read", json!({"path": "a"}))]),
-            Says::Asks(vec![("file_write", json!({"path": "b", "content": "2"}))]),
-            Says::Words("done"),
-        ]
-    };
     for point in POINTS {
-        let provider = Provider::start(script()).await;
+        let provider = Provider::start(three_turns()).await;
         let db = Db::new().await;
         let (company, run) = begin(&db, "claude", json!({"on_unknown": "review"})).await;
         let order = format!("{point}=kill@2");

@@ -3,6 +3,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use rand::RngCore;
 use ring::hmac::{self, HMAC_SHA256, Key};
 
 use super::digest::{hex, sha256};
@@ -25,6 +26,13 @@ pub fn sign_as_github(secret: &[u8], body: &[u8]) -> String {
 
 fn github(key: &[u8], body: &[u8]) -> String {
     format!("sha256={}", hex(hmac::sign(&Key::new(HMAC_SHA256, key), body).as_ref()))
+}
+
+/// A new one: 32 bytes of a generator that the operating system has seeded.
+pub fn new_secret() -> Secret {
+    let mut secret = [0; 32];
+    rand::rng().fill_bytes(&mut secret);
+    secret
 }
 
 /// A secret as people keep it: `whsec_` and base64.

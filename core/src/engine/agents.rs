@@ -138,8 +138,8 @@ pub async fn break_off(engine: &Engine, company: CompanyId, agent: AgentId, why:
     Ok(())
 }
 
-/// An agent cannot work before somebody mends something: its endpoint lets it in no more, say, or
-/// its model has no price. It says so, and begins nothing until it is resumed.
+/// An agent cannot work before somebody mends something: its endpoint lets it in no more, say. It
+/// says so, and begins nothing until it is resumed.
 pub async fn fail(engine: &Engine, company: CompanyId, agent: AgentId, why: &str) -> Result<(), EngineError> {
     let mut tx = engine.pool.begin().await?;
     if agents::fail(&mut tx, company, agent, why).await? {

@@ -217,9 +217,7 @@ pub async fn begin(engine: &Engine, work: &Work, turn: &Turn) -> Result<Asked, E
         // Its job is parked when it is claimed again.
         Acts::Halted => return Ok(Asked::Wait(Duration::ZERO)),
         Acts::AgentHalted => {
-            let held = jobs::hold(&mut tx, work.lease, (work.company, work.agent), HELD).await?;
-            tx.commit().await?;
-            return Ok(if held { Asked::Held } else { Asked::Wait(Duration::ZERO) });
+            return held(tx, work).await;
         }
         Acts::Never(status) => {
             return Ok(Asked::Refused(Failure::invalid(format!("the agent of the step is {status}"))));
@@ -350,8 +348,12 @@ fn marked(failure: &Failure) -> Value {
 async fn without_money(engine: &Engine, work: &Work, turn: &Turn, cap: &Cap) -> Result<Asked, EngineError> {
     let mut tx = engine.pool.begin().await?;
     let Some(facts) = budgets::facts(&mut tx, work, turn.place).await? else { return Ok(Asked::Lost) };
-    let reason = format!("{} of {} USD is used up", cap.rule, cap.limit.to_usd());
-    pause(&mut tx, work, &facts, (reason, Some(cap))).await?;
+    pause_at(&mut tx, work, &facts, cap).await?;
+    held(tx, work).await
+}
+
+/// The job waits for its agent, unless that goes on already.
+async fn held(mut tx: Transaction<'_, Postgres>, work: &Work) -> Result<Asked, EngineError> {
     let held = jobs::hold(&mut tx, work.lease, (work.company, work.agent), HELD).await?;
     tx.commit().await?;
     Ok(if held { Asked::Held } else { Asked::Wait(Duration::ZERO) })
@@ -387,6 +389,12 @@ fn used_up(cap: &Cap) -> Failure {
         ErrorClass::Governance,
         format!("{} of {limit} USD leaves no room for another call; raise it and retry the run", cap.rule),
     )
+}
+
+/// The agent is paused at a cap.
+async fn pause_at(tx: &mut PgConnection, work: &Work, facts: &Facts, cap: &Cap) -> Result<(), EngineError> {
+    let reason = format!("{} of {} USD is used up", cap.rule, cap.limit.to_usd());
+    pause(tx, work, facts, (reason, Some(cap))).await
 }
 
 /// The agent is paused until its money's next period, or until somebody changes what it may spend.
@@ -594,10 +602,7 @@ async fn tell(
         cap.account.scope <= Scope::Agent && balance.is_some_and(|balance| balance.spent >= cap.limit)
     };
     match caps.iter().find(spent_up) {
-        Some(cap) => {
-            let reason = format!("{} of {} USD is used up", cap.rule, cap.limit.to_usd());
-            pause(tx, work, facts, (reason, Some(cap))).await
-        }
+        Some(cap) => pause_at(tx, work, facts, cap).await,
         None => Ok(()),
     }
 }

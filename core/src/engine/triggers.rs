@@ -7,7 +7,6 @@
 
 use chrono::{DateTime, Utc};
 use jiff::Timestamp;
-use rand::RngCore;
 use serde_json::{Map, Value, json};
 use sqlx::PgConnection;
 use uuid::Uuid;
@@ -19,6 +18,7 @@ use crate::domain::event::{self, Event, PLAYBOOK_SKIPPED};
 use crate::domain::ids::{CompanyId, PlaybookId, SignalId, VersionId};
 use crate::domain::playbook::{self, Playbook, Trigger};
 use crate::domain::schedule::{Schedule, ScheduleSpec};
+use crate::domain::webhook;
 use crate::failpoint;
 use crate::store::jobs::{self, ClaimedJob, Lease, Settle};
 use crate::store::triggers::{self, ByEvent};
@@ -51,9 +51,7 @@ pub async fn sync(tx: &mut PgConnection, company: CompanyId, playbook: PlaybookI
         }
         Some(Trigger::Webhook { event }) => {
             triggers::rest(tx, company, playbook).await?;
-            let mut secret = [0; 32];
-            rand::rng().fill_bytes(&mut secret);
-            triggers::set_event(tx, (company, playbook), "webhook", &event, Some(&secret)).await?;
+            triggers::set_event(tx, (company, playbook), "webhook", &event, Some(&webhook::new_secret())).await?;
         }
         Some(Trigger::Manual) | None => triggers::clear(tx, company, playbook).await?,
     }

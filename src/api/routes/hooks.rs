@@ -8,7 +8,6 @@ use capx_core::domain::ids::{CompanyId, PlaybookId, SignalId};
 use capx_core::domain::webhook::{self, Claim};
 use capx_core::engine::hooks::{Taken, find, take};
 use capx_core::store::hooks as store;
-use rand::RngCore;
 use serde::Serialize;
 use tokio::sync::Semaphore;
 use utoipa::ToSchema;
@@ -115,8 +114,7 @@ async fn rotate(
     let mut command = caller.command(&state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
     let row = playbooks::find(command.tx(), company, &playbook).await?;
-    let mut secret: webhook::Secret = [0; 32];
-    rand::rng().fill_bytes(&mut secret);
+    let secret = webhook::new_secret();
     if !store::rotate(command.tx(), company, row.playbook, &secret).await? {
         return Err(ApiError::Conflict(
             "the playbook is not started by a webhook: give it a `trigger` of that type".into(),

@@ -3,14 +3,12 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use capx_core::domain::address::Rules;
 use capx_core::domain::event::{NAMES, pattern_problem};
 use capx_core::domain::ids::{CompanyId, WebhookId};
+use capx_core::domain::webhook;
 use capx_core::engine::FieldProblem;
 use capx_core::store::webhooks::{self as store, Change, NewWebhook, Owner, WEBHOOKS_MAX, WebhookRow};
-use rand::RngCore;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
@@ -183,17 +181,6 @@ impl Check for UpdateWebhookBody {
     }
 }
 
-/// A new secret: 32 bytes of a generator that the operating system has seeded.
-fn secret() -> [u8; 32] {
-    let mut secret = [0; 32];
-    rand::rng().fill_bytes(&mut secret);
-    secret
-}
-
-fn written(secret: [u8; 32]) -> String {
-    format!("whsec_{}", STANDARD.encode(secret))
-}
-
 fn owner(caller: &Caller) -> Owner {
     (caller.account, caller.company)
 }
@@ -243,7 +230,7 @@ async fn create(
         Some(id) => Some(caller.company_id(command.tx(), id).await?),
         None => caller.company,
     };
-    let secret = secret();
+    let secret = webhook::new_secret();
     let new = NewWebhook {
         webhook: WebhookId::new(),
         account: caller.account,
@@ -258,7 +245,7 @@ async fn create(
     })?;
     let webhook = Webhook::from(row);
     let kept = SecretWebhook { webhook: webhook.clone(), secret: None };
-    let shown = SecretWebhook { webhook, secret: Some(written(secret)) };
+    let shown = SecretWebhook { webhook, secret: Some(webhook::written(&secret)) };
     command.finish_with_secret(StatusCode::CREATED, shown, kept).await
 }
 
@@ -312,11 +299,11 @@ async fn rotate(
 ) -> Result<Response, ApiError> {
     let id = id(&webhook)?;
     let mut command = caller.command(&state, digest).await?;
-    let secret = secret();
+    let secret = webhook::new_secret();
     let row = store::rotate(command.tx(), owner(&caller), id, secret).await?.ok_or(ApiError::NotFound("webhook"))?;
     let webhook = Webhook::from(row);
     let kept = SecretWebhook { webhook: webhook.clone(), secret: None };
-    let shown = SecretWebhook { webhook, secret: Some(written(secret)) };
+    let shown = SecretWebhook { webhook, secret: Some(webhook::written(&secret)) };
     command.finish_with_secret(StatusCode::OK, shown, kept).await
 }
 
