@@ -422,6 +422,22 @@ async fn people_are_reminded_of_what_waits_for_them_and_then_anybody_may_decide(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn people_are_reminded_too_where_nobody_else_may_ever_decide() {
+    let db = Db::new().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let governance = json!({"mode": "human_in_loop", "approval": {"required": ["publish"], "timeout": "10h"}});
+    let company = company(&api, governance, json!([agent("a", "publish", json!([{"output": {"done": true}}]))])).await;
+    run(&api, company, "name: w\nsteps:\n  - {id: do, role: a, action: publish}\n").await;
+    pending(&api, company, 1).await;
+    for (percent, reminders) in [(40, 0), (55, 1), (95, 2)] {
+        passes(&db, percent).await;
+        let seen = (told(&db, "approval.reminder").await, told(&db, "approval.escalated").await);
+        assert_eq!(seen, (reminders, 0), "after {percent} %");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_word_about_a_task_is_that_of_its_reviewers_about_what_they_have_seen() {
     let db = Db::new().await;
     let _worker = db.worker(SHORT_LEASE);

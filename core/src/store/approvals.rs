@@ -479,7 +479,8 @@ pub struct Reminder {
 pub async fn take_reminders(tx: &mut PgConnection) -> Result<Vec<Reminder>, StoreError> {
     let rows = sqlx::query!(
         r#"with due as materialized (
-               select company_id, id, s.percent, escalates_at < clock_timestamp() and escalated_at is null as escalates
+               select company_id, id, s.percent,
+                   coalesce(escalates_at < clock_timestamp(), false) and escalated_at is null as escalates
                from approvals a
                cross join lateral (
                    select case
