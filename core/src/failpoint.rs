@@ -133,4 +133,7 @@ pub const POINTS: &[&str] = &[
     "beat.after_commit",
     "admit.before_commit",
     "admit.after_commit",
+    "delivery.sent",
+    "delivery.before_commit",
+    "delivery.after_commit",
 ];

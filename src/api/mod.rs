@@ -141,6 +141,7 @@ fn v1(state: &ApiState) -> openapi::Routes {
     let routes = routes::secrets::routes(routes);
     let routes = routes::signals::routes(routes);
     let routes = routes::webhooks::routes(routes);
+    let routes = routes::deliveries::routes(routes);
     let routes = routes::hooks::routes(routes);
     let routes = routes::fleet::routes(routes);
     let routes = routes::dead_letters::routes(routes);

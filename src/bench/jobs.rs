@@ -17,12 +17,15 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     bar.finish_and_clear();
     let best = one.max(two);
     let single = one_process(bench, report, count).await?;
+    let limited = limited(bench, report, count).await?;
     let memory = memory_mib();
     let double = processes(bench, count, 2).await?;
     report.add("jobs", "bare SQL, 1 connection", one, "jobs/s");
     report.add("jobs", "bare SQL, 2 connections", two, "jobs/s");
     report.add("jobs", "1 worker process", single, "jobs/s").limit(best).target(Target::AtLeast(60_000.0));
     report.add("jobs", "1 worker process, share of limit", single / best, "").target(Target::AtLeast(0.5));
+    report.add("jobs", "1 worker process, limits enforced", limited, "jobs/s").limit(best);
+    report.add("jobs", "with limits, share of without", limited / single, "").target(Target::AtLeast(0.9));
     report.add("jobs", "2 worker processes", double, "jobs/s").limit(best);
     report.add("jobs", "memory of this process", memory, "MiB");
     Ok(())
@@ -51,6 +54,15 @@ pub(super) async fn one_process(bench: &Bench, report: &Report, count: usize) ->
     bar.finish_and_clear();
     running.stop().await;
     Ok(rate)
+}
+
+/// The same where the company is limited, by more than it has: what it costs to look.
+async fn limited(bench: &Bench, report: &Report, count: usize) -> anyhow::Result<f64> {
+    let limits = "insert into flows (queue, company_id, max_running, rate) values ('bench', $1, 1000000, 1000000000)";
+    sqlx::query(limits).bind(bench.company.0).execute(&bench.pool).await?;
+    let rate = one_process(bench, report, count).await;
+    sqlx::query("delete from flows where queue = 'bench'").execute(&bench.pool).await?;
+    rate
 }
 
 async fn processes(bench: &Bench, count: usize, processes: usize) -> anyhow::Result<f64> {

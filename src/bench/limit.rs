@@ -30,7 +30,7 @@ pub(super) async fn jobs(bench: &Bench, count: usize, connections: usize) -> any
                     "update jobs set state = 'running', lease_epoch = lease_epoch + 1, attempt = attempt + 1,
                             session_id = $1, deadline_at = now() + interval '1 hour'
                      where id = any (array(select id from jobs where state = 'ready' and queue = 'bench'
-                                           order by queue, company_id, priority, id
+                                           order by queue, flow_id, priority, id
                                            limit $2 for update skip locked))
                      returning id",
                 )
@@ -89,7 +89,7 @@ async fn run_batch(
         "update jobs set state = 'running', lease_epoch = lease_epoch + 1, attempt = 1, session_id = $1,
                 deadline_at = now() + interval '1 hour'
          where id = any (array(select id from jobs where state = 'ready' and queue = 'steps'
-                               order by queue, company_id, priority, id limit $2 for update skip locked))
+                               order by queue, flow_id, priority, id limit $2 for update skip locked))
          returning id, ref_id",
     )
     .bind(session)
@@ -166,7 +166,7 @@ pub(super) async fn latency(bench: &Bench, samples: usize) -> anyhow::Result<Vec
             "update jobs set state = 'running', lease_epoch = lease_epoch + 1, attempt = attempt + 1,
                     session_id = 1, deadline_at = now() + interval '1 hour'
              where id = (select id from jobs where state = 'ready' and queue = 'bench'
-                         order by queue, company_id, priority, id limit 1 for update skip locked)
+                         order by queue, flow_id, priority, id limit 1 for update skip locked)
              returning id",
         )
         .fetch_all(&mut claimer)

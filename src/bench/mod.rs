@@ -40,6 +40,7 @@ mod limit;
 mod report;
 mod sleeping;
 mod steps;
+mod webhooks;
 
 use report::Report;
 
@@ -64,6 +65,8 @@ pub enum What {
     Sleeping,
     /// What an idle worker costs.
     Idle,
+    /// Events on their way to webhooks: the rate, beside a dead one, after an outage.
+    Webhooks,
     /// The REST API: requests, run starts, streams.
     Api,
     /// The playbook language: checks and conditions.
@@ -174,6 +177,9 @@ async fn pass(bench: &Bench, report: &mut Report, what: What) -> anyhow::Result<
     if wants(What::Idle) {
         idle::run(bench, report).await?;
     }
+    if wants(What::Webhooks) {
+        webhooks::run(bench, report).await?;
+    }
     if wants(What::Api) {
         api::run(bench, report).await?;
     }
@@ -261,8 +267,13 @@ impl Bench {
 
     /// A worker of this process for some queues.
     pub(crate) async fn worker(&self, queues: &[&str], slots: usize) -> anyhow::Result<Worker> {
+        self.worker_by(queues, slots, Rules::default()).await
+    }
+
+    /// The same under rules of its own for what goes out.
+    pub(crate) async fn worker_by(&self, queues: &[&str], slots: usize, rules: Rules) -> anyhow::Result<Worker> {
         let pool = store::pool(&self.url, PoolKind::Queue, 6)?;
-        let egress = Egress::new(Rules::default()).map_err(anyhow::Error::msg)?;
+        let egress = Egress::new(rules).map_err(anyhow::Error::msg)?;
         let hands = Hands::new(egress, std::env::temp_dir(), Providers::default());
         let config =
             WorkerConfig { queues: queues.iter().map(|q| (*q).to_owned()).collect(), slots, ..WorkerConfig::default() };

@@ -242,6 +242,7 @@ fn every_point_has_its_death() {
         crate::agents::POINTS,
         crate::agents::LEFT,
         crate::heartbeats::POINTS,
+        crate::deliveries::POINTS,
     ]
     .concat();
     walked.extend(crate::artifacts::KEPT.iter().map(|(point, _)| point));

@@ -329,8 +329,11 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
     let failing = failing["data"]["id"].as_str().unwrap();
     api.post(&format!("{base}/playbooks/{failing}/run?wait=20"), json!({})).await;
     let (_, letters) = api.get("/v1/dead-letters").await;
+    let of_webhook = format!("/v1/webhooks/{}", webhook["data"]["id"].as_str().unwrap());
+    let (_, delivery) = api.post(&format!("{of_webhook}/test"), json!({})).await;
     let ids = [
         ("{webhook}", webhook["data"]["id"].as_str().unwrap()),
+        ("{delivery}", delivery["data"]["id"].as_str().unwrap()),
         ("{letter}", letters["data"][0]["id"].as_str().unwrap()),
         ("{company}", co.as_str()),
         ("{playbook}", pb),
@@ -372,6 +375,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "select count(*) from company_secrets where name = 'TOKEN' and updated_at = created_at",
             "select count(*) from memories",
             "select count(*) from agents where paused_by is null",
+            "select count(*) from deliveries where event = 'webhook.test'",
         ] {
             counts.push(db.count(sql).await);
         }
@@ -388,6 +392,7 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "RollbackBody" => json!({"version": 1}),
             "RejectBody" => json!({"feedback": "no"}),
             "EventBody" => json!({"name": "x"}),
+            "RedeliverBody" => json!({"since": "2026-01-01T00:00:00Z", "status": "all"}),
             "RememberBody" => json!({"key": "k", "value": 1}),
             "SetSecretBody" => json!({"name": "X", "value": "long enough"}),
             "CreateWebhookBody" => json!({"url": "https://example.com/", "events": ["*"]}),

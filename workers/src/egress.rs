@@ -166,6 +166,17 @@ impl Egress {
         })
     }
 
+    /// Whether a webhook may be at an address: what is told is spoken over TLS, but for networks that
+    /// the operator has allowed.
+    pub fn permits_webhook(&self, url: &str) -> Result<(), Failure> {
+        let url = self.check(url)?;
+        if url.scheme() == "https" || self.rules.allows_plain(&url) {
+            return Ok(());
+        }
+        let why = "plain http is spoken to networks of CAPX_EGRESS_ALLOW alone";
+        Err(Failure::new(ErrorClass::Governance, why))
+    }
+
     /// Makes a call. An answer of any status is an answer; trouble on the way
     /// is a failure with its class.
     pub async fn call(&self, call: Call) -> Result<Answer, Failure> {

@@ -10,6 +10,7 @@ pub mod adapters;
 pub mod agent;
 pub mod artifacts;
 pub mod deeds;
+mod delivery;
 pub mod egress;
 pub mod handlers;
 pub mod journal;

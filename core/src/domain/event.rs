@@ -97,6 +97,9 @@ pub const APPROVAL_REMINDER: &str = "approval.reminder";
 /// A gate was decided or ran out.
 pub const APPROVAL_RESOLVED: &str = "approval.resolved";
 
+/// A webhook is sent to no more, since nothing has worked for too long, or since it said so.
+pub const WEBHOOK_DISABLED: &str = "webhook.disabled";
+
 /// Every name that is written today.
 pub const NAMES: &[&str] = &[
     COMPANY_CREATED,
@@ -135,6 +138,7 @@ pub const NAMES: &[&str] = &[
     APPROVAL_ESCALATED,
     APPROVAL_REMINDER,
     APPROVAL_RESOLVED,
+    WEBHOOK_DISABLED,
 ];
 
 /// Whether a pattern (`step.failed`, `step.*`, `*`) takes a name in.
@@ -191,7 +195,7 @@ pub const ACTIVITY_TYPES: &[(&str, &[&str])] = &[
     ("heartbeat", &["heartbeat"]),
     ("task", &["task"]),
     ("playbook", &["playbook", "step", "rubric"]),
-    ("error", &["error"]),
+    ("error", &["error", "webhook"]),
     ("governance", &["approval", "governance", "agent", "company"]),
     ("cost", &["costs"]),
     ("tool_use", &["tool", "message", "memory"]),
@@ -266,6 +270,7 @@ pub fn summary(name: &str, data: &Value) -> String {
             Some(step) => format!("Approval requested: {step}"),
             None => "Approval requested".to_owned(),
         },
+        WEBHOOK_DISABLED => format!("Disabled webhook: {}", text("reason")),
         APPROVAL_RESOLVED => format!("Approval {}", text("decision")),
         other => other.replace(['.', '_'], " "),
     }

@@ -129,6 +129,8 @@ typed_id!(/// A job that gave up.
     DeadLetterId, "dl");
 typed_id!(/// An address that is told of events.
     WebhookId, "wh");
+typed_id!(/// An event on its way to a webhook.
+    DeliveryId, "dlv");
 typed_id!(/// A named event that a client has sent.
     SignalId, "sig");
 typed_id!(/// A message among agents.

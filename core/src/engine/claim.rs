@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 use super::beats::{self, Beat};
+use super::deliveries::{self, Look, Sending};
 use super::secrets::Opened;
 use super::{Engine, EngineError, load};
-use crate::domain::ids::{PlaybookId, RunId};
+use crate::domain::ids::{PlaybookId, RunId, WebhookId};
 use crate::domain::plan::RunContext;
 use crate::failpoint;
 use crate::store::StoreError;
 use crate::store::agents::AgentRow;
-use crate::store::jobs::{self, ClaimedJob, Looked, Tenant, Turn, kind};
+use crate::store::jobs::{self, ClaimedJob, Looked, Tenant, Turn, Walked, kind};
 
 /// A claimed job and what to do about it.
 #[derive(Debug)]
@@ -56,6 +57,12 @@ pub enum Work {
     Signal,
     /// A schedule fires.
     Schedule,
+    /// An event goes to a webhook.
+    Delivery(Box<Sending>),
+    /// A delivery whose webhook is disabled.
+    Disabled(WebhookId),
+    /// It has to wait for so long, at no cost.
+    Wait(Duration),
     /// What a deleted company held goes away.
     Purge,
     /// Nothing, durably.
@@ -94,23 +101,23 @@ const FULL_LOOK: Duration = Duration::from_millis(100);
 const FULL_LOOK_SPACING: u32 = 20;
 /// But no longer than this: it may have taken long for another reason.
 const FULL_LOOK_MAX: Duration = Duration::from_secs(1);
-const COMPANIES_MAX: usize = jobs::COMPANIES_A_CLAIM as usize;
+const FLOWS_MAX: usize = jobs::FLOWS_A_CLAIM as usize;
 
 /// Where a worker's claims have got to.
 ///
 /// Every claimed row leaves a dead entry at the head of the ready index until
 /// it is vacuumed. A claim that began there each time would walk them all, so
-/// in a backlog it goes on from the last row it took, company by company; a
+/// in a backlog it goes on from the last row it took, flow by flow; a
 /// full look every [`FULL_LOOK`], or later where looks take long, finds what has
 /// come before that.
 ///
-/// A look begins with the company after the one that was served last, in each
+/// A look begins with the flow after the one that was served last, in each
 /// queue by itself, and with another queue each time: a worker with room for
 /// one job serves everybody in turn.
 #[derive(Debug)]
 pub struct ClaimCursor {
     turns: Vec<Turn>,
-    /// Where each company's work goes on, while there is more of it.
+    /// Where each flow's work goes on, while there is more of it.
     tenants: Vec<Tenant>,
     /// When to look at everything again.
     look_again: Option<Instant>,
@@ -128,7 +135,7 @@ impl ClaimCursor {
         !self.tenants.is_empty()
     }
 
-    /// Whether the next claim looks at everything, from the first company.
+    /// Whether the next claim looks at everything, from the first flow.
     pub fn is_full_look(&self) -> bool {
         self.goes_on().is_none() && self.begins_with_first()
     }
@@ -138,38 +145,38 @@ impl ClaimCursor {
         (fresh && self.has_more()).then_some(&self.tenants)
     }
 
-    /// Remembers how far a claim got: which companies gave their whole share
-    /// and so have more, and whose turn is next. `tenants` of them had work, as
-    /// far as the claim has looked.
-    fn note(&mut self, jobs: &[ClaimedJob], room: usize, tenants: usize, full: bool) {
+    /// Remembers how far a claim got: which flows gave their whole share and so
+    /// have more, and whose turn is next. `tenants` of them had work, as far as
+    /// the claim has looked; `walked` says how far, after a look at everything.
+    fn note(&mut self, jobs: &[ClaimedJob], room: usize, tenants: usize, walked: Option<&[Walked]>) {
         let mut taken: HashMap<(&str, Uuid), (usize, i16, i64)> = HashMap::new();
         for job in jobs {
-            let entry = taken.entry((job.queue.as_str(), job.company.0)).or_insert((0, i16::MIN, 0));
+            let entry = taken.entry((job.queue.as_str(), job.flow)).or_insert((0, i16::MIN, 0));
             let at = (job.priority, job.lease.job);
             *entry = if at > (entry.1, entry.2) { (entry.0 + 1, at.0, at.1) } else { (entry.0 + 1, entry.1, entry.2) };
         }
         let cut = jobs.len() >= room;
         // A look that had not room for everybody, or did not begin with the
-        // first company, is no ground to go on with those who were served.
+        // first flow, is no ground to go on with those who were served.
         let mut goes_on = true;
-        if full {
+        if let Some(walked) = walked {
             let all_seen = !cut || taken.len() >= tenants;
             let from_first = self.begins_with_first();
-            self.next_turns(taken.keys().copied(), !all_seen);
+            self.next_turns(taken.keys().copied(), walked, !all_seen);
             let whole = from_first && self.begins_with_first();
-            goes_on = all_seen && (whole || room >= COMPANIES_MAX * self.turns.len());
+            goes_on = all_seen && (whole || room >= FLOWS_MAX * self.turns.len());
         }
         let share = room.div_ceil(tenants.max(1));
         let mut going: Vec<Tenant> = Vec::new();
-        if !full && cut {
+        if walked.is_none() && cut {
             // There was not room for all of them: the others come first now.
             going.append(&mut self.tenants);
-            going.retain(|tenant| !taken.contains_key(&(tenant.queue.as_str(), tenant.company)));
+            going.retain(|tenant| !taken.contains_key(&(tenant.queue.as_str(), tenant.flow)));
         }
         let more = taken.into_iter().filter(|(_, (count, ..))| goes_on && (*count >= share || cut));
-        going.extend(more.map(|((queue, company), (_, priority, job))| Tenant {
+        going.extend(more.map(|((queue, flow), (_, priority, job))| Tenant {
             queue: queue.to_owned(),
-            company,
+            flow,
             priority,
             job,
         }));
@@ -180,19 +187,22 @@ impl ClaimCursor {
         self.turns.iter().all(|turn| turn.after.is_nil())
     }
 
-    /// After a look: each queue goes on behind the last company that it served,
-    /// unless the look came to the end of it.
-    fn next_turns<'a>(&mut self, served: impl Iterator<Item = (&'a str, Uuid)>, cut: bool) {
-        let mut last: HashMap<&str, (Uuid, usize)> = HashMap::new();
-        for (queue, company) in served {
-            let entry = last.entry(queue).or_insert((company, 0));
-            *entry = (entry.0.max(company), entry.1 + 1);
+    /// After a look: each queue goes on behind the last flow that it came to, unless
+    /// that was the end of it; behind the last one that it served, where there was not
+    /// room for all that it came to.
+    fn next_turns<'a>(&mut self, served: impl Iterator<Item = (&'a str, Uuid)>, walked: &[Walked], cut: bool) {
+        let mut last: HashMap<&str, Uuid> = HashMap::new();
+        for (queue, flow) in served {
+            let entry = last.entry(queue).or_insert(flow);
+            *entry = (*entry).max(flow);
         }
         for turn in &mut self.turns {
-            turn.after = match last.get(turn.queue.as_str()) {
-                Some((company, count)) if cut || *count >= COMPANIES_MAX => *company,
+            let came = walked.iter().find(|walked| walked.queue == turn.queue);
+            turn.after = match (last.get(turn.queue.as_str()), came) {
+                (Some(served), _) if cut => *served,
                 // Cut off before its turn: it is still to come.
-                None if cut => turn.after,
+                (None, _) if cut => turn.after,
+                (_, Some(walked)) if walked.flows >= FLOWS_MAX => walked.last,
                 _ => Uuid::nil(),
             };
         }
@@ -214,10 +224,10 @@ pub async fn claim(
     }
     let began = Instant::now();
     let limit = i64::try_from(room).unwrap_or(i64::MAX);
-    let (Looked { jobs, tenants }, full) = match cursor.goes_on() {
+    let (Looked { jobs, tenants, walked }, full) = match cursor.goes_on() {
         Some(tenants) => {
             let jobs = jobs::claim_on(&engine.claims, session, tenants, limit).await?;
-            (Looked { jobs, tenants: tenants.len() }, false)
+            (Looked { jobs, tenants: tenants.len(), walked: Vec::new() }, false)
         }
         None => (jobs::claim(&engine.claims, session, &cursor.turns, limit).await?, true),
     };
@@ -225,7 +235,7 @@ pub async fn claim(
         // As if the answer had been lost on its way.
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
-    cursor.note(&jobs, room, tenants, full);
+    cursor.note(&jobs, room, tenants, full.then_some(&walked[..]));
     if full {
         cursor.look_again =
             Some(Instant::now() + (began.elapsed() * FULL_LOOK_SPACING).clamp(FULL_LOOK, FULL_LOOK_MAX));
@@ -255,11 +265,25 @@ pub async fn load(engine: &Engine, claimed: Vec<ClaimedJob>) -> Result<Vec<Claim
             Err(error) => return Err((error, claimed)),
         }
     }
+    let events: Vec<&ClaimedJob> = claimed.iter().filter(|job| job.kind == kind::DELIVERY).collect();
+    if !events.is_empty() {
+        match deliveries::look(engine, &events).await {
+            Ok(looks) => works.extend(looks.into_iter().map(|(job, look)| {
+                let work = match look {
+                    Look::Send(sending) => Work::Delivery(sending),
+                    Look::Wait(delay) => Work::Wait(delay),
+                    Look::Disabled(webhook) => Work::Disabled(webhook),
+                };
+                (job, work)
+            })),
+            Err(error) => return Err((error, claimed)),
+        }
+    }
     Ok(claimed
         .into_iter()
         .map(|job| {
             let work = match job.kind.as_str() {
-                kind::STEP | kind::BEGIN | kind::TIMER | kind::ITEM | kind::HEARTBEAT => {
+                kind::STEP | kind::BEGIN | kind::TIMER | kind::ITEM | kind::HEARTBEAT | kind::DELIVERY => {
                     works.remove(&job.lease.job).unwrap_or(Work::Stale)
                 }
                 kind::GATE_TIMEOUT => Work::GateTimeout,

@@ -21,6 +21,7 @@ pub mod cancel;
 pub mod claim;
 pub mod dead_letters;
 pub mod deeds;
+pub mod deliveries;
 pub mod enqueue;
 pub mod gates;
 pub mod hooks;

@@ -70,10 +70,10 @@ pub struct QueueRow {
     pub paused_at: Option<DateTime<Utc>>,
 }
 
-/// How far the jobs of a queue are counted, and how many companies are asked for
+/// How far the jobs of a queue are counted, and how many flows are asked for
 /// their next one: what is asked often must not cost what the backlog holds.
 pub const DEPTH_MAX: i64 = 10_000;
-const COMPANIES_MAX: i32 = 1_000;
+const FLOWS_MAX: i32 = 1_000;
 
 /// The queues that a live worker serves, that hold something, or are paused.
 pub async fn queues(pool: &PgPool) -> Result<Vec<QueueRow>, StoreError> {
@@ -109,16 +109,16 @@ pub async fn queues(pool: &PgPool) -> Result<Vec<QueueRow>, StoreError> {
            left join queue_pauses p on p.queue = n.queue
            left join lateral (
                with recursive head as (
-                   (select j.company_id, j.due_at, 1 as place from jobs j
+                   (select j.flow_id, j.due_at, 1 as place from jobs j
                     where j.state = 'ready' and j.queue = n.queue
-                    order by j.company_id, j.priority, j.id limit 1)
+                    order by j.flow_id, j.priority, j.id limit 1)
                    union all
-                   select following.company_id, following.due_at, head.place + 1
+                   select following.flow_id, following.due_at, head.place + 1
                    from head
                    cross join lateral (
-                       select j.company_id, j.due_at from jobs j
-                       where j.state = 'ready' and j.queue = n.queue and j.company_id > head.company_id
-                       order by j.company_id, j.priority, j.id limit 1
+                       select j.flow_id, j.due_at from jobs j
+                       where j.state = 'ready' and j.queue = n.queue and j.flow_id > head.flow_id
+                       order by j.flow_id, j.priority, j.id limit 1
                    ) following
                    where head.place < $2
                )
@@ -126,7 +126,7 @@ pub async fn queues(pool: &PgPool) -> Result<Vec<QueueRow>, StoreError> {
            ) o on true
            order by n.queue"#,
         DEPTH_MAX,
-        COMPANIES_MAX,
+        FLOWS_MAX,
     )
     .fetch_all(pool)
     .await?)

@@ -34,6 +34,8 @@ pub mod kind {
     pub const ITEM: &str = "item";
     /// A schedule fires.
     pub const SCHEDULE: &str = "schedule";
+    /// An event goes to a webhook.
+    pub const DELIVERY: &str = "delivery";
     /// What a deleted company held goes away.
     pub const PURGE: &str = "purge";
     /// Does nothing, durably: for benchmarks and checks of a queue.
@@ -49,10 +51,12 @@ pub mod queue {
     pub const STEPS: &str = "steps";
     /// Everything else that is short.
     pub const SYSTEM: &str = "system";
+    /// Events on their way to webhooks.
+    pub const WEBHOOKS: &str = "webhooks";
     /// Benchmarks.
     pub const BENCH: &str = "bench";
     /// What a worker serves unless it is told otherwise.
-    pub const ALL: &[&str] = &[STEPS, SYSTEM];
+    pub const ALL: &[&str] = &[STEPS, SYSTEM, WEBHOOKS];
 }
 
 /// A job to be.
@@ -234,6 +238,8 @@ pub struct ClaimedJob {
     pub kind: String,
     /// Whose it is.
     pub company: CompanyId,
+    /// Whose share of the queue it is taken from: the company's, or a webhook's.
+    pub flow: Uuid,
     /// What it is about.
     pub ref_id: Option<Uuid>,
     /// Which step of that.
@@ -250,59 +256,55 @@ pub struct ClaimedJob {
     pub timeout: Duration,
 }
 
-/// How many companies one claim deals out to.
-pub const COMPANIES_A_CLAIM: i32 = 64;
+/// How many flows of a queue one claim deals out to.
+pub const FLOWS_A_CLAIM: i32 = 64;
 /// After its deadline a job is left to its own worker for this long, as that
 /// one knows best; then any worker takes it away.
 pub const DEADLINE_GRACE: Duration = Duration::from_secs(10);
 
-macro_rules! claimed_jobs {
-    ($rows:expr, $session:expr) => {{
-        let mut jobs: Vec<ClaimedJob> = $rows
-            .into_iter()
-            .map(|row| ClaimedJob {
-                lease: Lease { job: row.id, epoch: row.lease_epoch, session: $session },
-                queue: row.queue,
-                kind: row.kind,
-                company: CompanyId(row.company_id),
-                ref_id: row.ref_id,
-                step: row.step,
-                item: row.item,
-                priority: row.priority,
-                attempt: row.attempt,
-                crash_count: row.crash_count,
-                timeout: Duration::from_millis(row.timeout_ms.max(0) as u64),
-            })
-            .collect();
-        jobs.sort_unstable_by_key(|job| (job.priority, job.lease.job));
-        jobs
-    }};
+/// In the order in which they should begin.
+fn in_order(mut jobs: Vec<ClaimedJob>) -> Vec<ClaimedJob> {
+    jobs.sort_unstable_by_key(|job| (job.priority, job.lease.job));
+    jobs
 }
 
-/// Where a queue's next look begins: after this company.
+/// Where a queue's next look begins: after this flow.
 #[derive(Debug, Clone)]
 pub struct Turn {
     /// Which queue.
     pub queue: String,
-    /// The company that was served last; nil for the first one.
+    /// The flow that was served last; nil for the first one.
     pub after: Uuid,
 }
 
 impl Turn {
-    /// From the first company on.
+    /// From the first flow on.
     pub fn first(queue: &str) -> Self {
         Self { queue: queue.to_owned(), after: Uuid::nil() }
     }
 }
 
+/// How far a look has come in a queue.
+#[derive(Debug, Clone)]
+pub struct Walked {
+    /// Which queue.
+    pub queue: String,
+    /// The last flow that it came to, taken from or not.
+    pub last: Uuid,
+    /// How many there were.
+    pub flows: usize,
+}
+
 /// What a look at everything has taken.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Looked {
     /// The jobs, in the order in which they should begin.
     pub jobs: Vec<ClaimedJob>,
-    /// How many companies had something ready, those of each queue by itself:
-    /// more than have got a share where there was not room for all.
+    /// How many flows had something ready, those of each queue by itself: more
+    /// than have got a share where there was not room for all.
     pub tenants: usize,
+    /// How far it has come, in queues that had something ready.
+    pub walked: Vec<Walked>,
 }
 
 /// Takes up to `room` jobs: of each queue from its turn on, the first queue
@@ -313,30 +315,55 @@ pub async fn claim(pool: &PgPool, session: i64, turns: &[Turn], room: i64) -> Re
         session,
         &turns.iter().map(|turn| turn.queue.clone()).collect::<Vec<_>>(),
         &turns.iter().map(|turn| turn.after).collect::<Vec<_>>(),
-        COMPANIES_A_CLAIM,
+        FLOWS_A_CLAIM,
         room,
         millis(DEADLINE_GRACE),
     )
     .fetch_all(pool)
     .await?;
-    let tenants = rows.first().map_or(0, |row| usize::try_from(row.tenants).unwrap_or(0));
-    Ok(Looked { jobs: claimed_jobs!(rows, session), tenants })
+    let count = |count: i64| usize::try_from(count).unwrap_or(0);
+    let mut looked = Looked::default();
+    if let Some(row) = rows.first() {
+        looked.tenants = count(row.tenants);
+        let places = row.queues.iter().zip(&row.lasts).zip(&row.walked);
+        looked.walked = places
+            .map(|((queue, last), flows)| Walked { queue: queue.clone(), last: *last, flows: count(*flows) })
+            .collect();
+    }
+    let jobs = rows.into_iter().filter_map(|row| {
+        Some(ClaimedJob {
+            lease: Lease { job: row.id?, epoch: row.lease_epoch?, session },
+            queue: row.queue?,
+            kind: row.kind?,
+            company: CompanyId(row.company_id?),
+            flow: row.flow_id?,
+            ref_id: row.ref_id,
+            step: row.step?,
+            item: row.item,
+            priority: row.priority?,
+            attempt: row.attempt?,
+            crash_count: row.crash_count?,
+            timeout: Duration::from_millis(row.timeout_ms?.max(0) as u64),
+        })
+    });
+    looked.jobs = in_order(jobs.collect());
+    Ok(looked)
 }
 
-/// Where a company's ready work goes on.
+/// Where a flow's ready work goes on.
 #[derive(Debug, Clone)]
 pub struct Tenant {
     /// In which queue.
     pub queue: String,
-    /// Whose.
-    pub company: Uuid,
+    /// Whose share it is.
+    pub flow: Uuid,
     /// After this priority
     pub priority: i16,
     /// and this job.
     pub job: i64,
 }
 
-/// Takes up to `room` jobs of some companies, from where each goes on.
+/// Takes up to `room` jobs of some flows, from where each goes on.
 pub async fn claim_on(
     pool: &PgPool,
     session: i64,
@@ -347,7 +374,7 @@ pub async fn claim_on(
         "src/store/sql/claim_on.sql",
         session,
         &tenants.iter().map(|t| t.queue.clone()).collect::<Vec<_>>(),
-        &tenants.iter().map(|t| t.company).collect::<Vec<_>>(),
+        &tenants.iter().map(|t| t.flow).collect::<Vec<_>>(),
         &tenants.iter().map(|t| t.priority).collect::<Vec<_>>(),
         &tenants.iter().map(|t| t.job).collect::<Vec<_>>(),
         room,
@@ -355,7 +382,22 @@ pub async fn claim_on(
     )
     .fetch_all(pool)
     .await?;
-    Ok(claimed_jobs!(rows, session))
+    let flow = |flow: Option<Uuid>, company: Uuid| flow.unwrap_or(company);
+    let jobs = rows.into_iter().map(|row| ClaimedJob {
+        lease: Lease { job: row.id, epoch: row.lease_epoch, session },
+        queue: row.queue,
+        kind: row.kind,
+        company: CompanyId(row.company_id),
+        flow: flow(row.flow_id, row.company_id),
+        ref_id: row.ref_id,
+        step: row.step,
+        item: row.item,
+        priority: row.priority,
+        attempt: row.attempt,
+        crash_count: row.crash_count,
+        timeout: Duration::from_millis(row.timeout_ms.max(0) as u64),
+    });
+    Ok(in_order(jobs.collect()))
 }
 
 /// What an idle worker sees when it looks.
@@ -367,6 +409,8 @@ pub struct Outlook {
     pub next_due_s: Option<f64>,
     /// A worker has been silent for longer than its lease.
     pub silence: bool,
+    /// There are webhooks: what is committed makes jobs of its own.
+    pub tells: bool,
 }
 
 /// Looks without taking.
@@ -382,12 +426,13 @@ pub async fn look(pool: &PgPool, queues: &[String]) -> Result<Outlook, StoreErro
            exists (
                select from worker_sessions
                where ended_at is null and beat_at < clock_timestamp() - lease_ms * interval '1 millisecond'
-           ) as "silence!""#,
+           ) as "silence!",
+           exists (select from webhooks where status = 'active') as "tells!""#,
         queues,
     )
     .fetch_one(pool)
     .await?;
-    Ok(Outlook { ready: row.ready, next_due_s: row.next_due_s, silence: row.silence })
+    Ok(Outlook { ready: row.ready, next_due_s: row.next_due_s, silence: row.silence, tells: row.tells })
 }
 
 /// How many due timers one statement makes ready.

@@ -20,6 +20,7 @@ pub mod beats;
 pub mod budgets;
 pub mod children;
 pub mod dead_letters;
+pub mod deliveries;
 pub mod error;
 pub mod events;
 pub mod fans;

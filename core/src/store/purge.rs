@@ -23,6 +23,8 @@ const TABLES: &[&str] = &[
     "run_deltas",
     "run_totals",
     "webhooks",
+    "flows",
+    "deliveries",
     "company_secrets",
     "artifacts",
     "run_artifacts",

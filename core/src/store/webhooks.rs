@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use super::StoreError;
 use super::jobs::millis;
+use crate::domain::flow::FIRST;
 use crate::domain::ids::{AccountId, CompanyId, WebhookId};
 
 /// How many webhooks an account may have.
@@ -30,6 +31,19 @@ pub struct NewWebhook<'a> {
     pub description: Option<&'a str>,
     /// What signs.
     pub secret: [u8; 32],
+    /// Its events about one thing go one after another.
+    pub ordered: bool,
+    /// What bounds it.
+    pub limits: Limits,
+}
+
+/// How much a webhook is sent at the most.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Limits {
+    /// So many a second.
+    pub rate: Option<f64>,
+    /// So many at once.
+    pub at_once: Option<i32>,
 }
 
 /// A webhook as people read it: without its secret.
@@ -49,6 +63,16 @@ pub struct WebhookRow {
     pub status: String,
     /// Why it is disabled.
     pub disabled_reason: Option<String>,
+    /// Its events about one thing go one after another.
+    pub ordered: bool,
+    /// So many a second at the most.
+    pub rate: Option<f64>,
+    /// So many at once at the most.
+    pub max_running: Option<i32>,
+    /// Until when nothing is sent, since nothing works.
+    pub open_until: Option<DateTime<Utc>>,
+    /// Nothing has worked since.
+    pub failing_since: Option<DateTime<Utc>>,
     /// When it was made.
     pub created_at: DateTime<Utc>,
     /// When it last changed.
@@ -65,12 +89,14 @@ pub async fn insert(tx: &mut PgConnection, new: &NewWebhook<'_>) -> Result<Optio
     )
     .fetch_one(&mut *tx)
     .await?;
-    Ok(sqlx::query_as!(
-        WebhookRow,
-        "insert into webhooks (id, account_id, company_id, url, events, description, secret)
-         select $1, $2, $3, $4, $5, $6, $7
-         where (select count(*) from webhooks where account_id = $2) < $8
-         returning id, company_id, url, events, description, status, disabled_reason, created_at, updated_at",
+    let made = sqlx::query!(
+        "with made as (
+             insert into webhooks (id, account_id, company_id, url, events, description, secret, ordered)
+             select $1, $2, $3, $4, $5, $6, $7, $9
+             where (select count(*) from webhooks where account_id = $2) < $8
+             returning id
+         )
+         select id from made",
         new.webhook.0,
         new.account.0,
         new.company.map(|company| company.0),
@@ -79,9 +105,23 @@ pub async fn insert(tx: &mut PgConnection, new: &NewWebhook<'_>) -> Result<Optio
         new.description,
         &new.secret[..],
         WEBHOOKS_MAX,
+        new.ordered,
     )
-    .fetch_optional(tx)
-    .await?)
+    .fetch_optional(&mut *tx)
+    .await?;
+    if made.is_none() {
+        return Ok(None);
+    }
+    sqlx::query!(
+        "insert into flows (queue, webhook_id, bears, rate, max_running) values ('webhooks', $1, $2, $3, $4)",
+        new.webhook.0,
+        FIRST,
+        new.limits.rate,
+        new.limits.at_once,
+    )
+    .execute(&mut *tx)
+    .await?;
+    get(tx, (new.account, None), new.webhook).await
 }
 
 /// Whose webhooks are asked for: of an account, and of one company where the
@@ -97,10 +137,12 @@ pub async fn list(
 ) -> Result<Vec<WebhookRow>, StoreError> {
     Ok(sqlx::query_as!(
         WebhookRow,
-        "select id, company_id, url, events, description, status, disabled_reason, created_at, updated_at
-         from webhooks
-         where account_id = $1 and ($2::uuid is null or company_id = $2) and ($3::uuid is null or id < $3)
-         order by id desc limit $4",
+        "select w.id, w.company_id, w.url, w.events, w.description, w.status, w.disabled_reason, w.ordered, f.rate as \"rate?\",
+             f.max_running, case when f.open_until > now() then f.open_until end as open_until, f.failing_since,
+             w.created_at, w.updated_at
+         from webhooks w left join flows f on f.queue = 'webhooks' and f.webhook_id = w.id
+         where w.account_id = $1 and ($2::uuid is null or w.company_id = $2) and ($3::uuid is null or w.id < $3)
+         order by w.id desc limit $4",
         account.0,
         bound.map(|company| company.0),
         before,
@@ -118,8 +160,11 @@ pub async fn get(
 ) -> Result<Option<WebhookRow>, StoreError> {
     Ok(sqlx::query_as!(
         WebhookRow,
-        "select id, company_id, url, events, description, status, disabled_reason, created_at, updated_at
-         from webhooks where id = $1 and account_id = $2 and ($3::uuid is null or company_id = $3)",
+        "select w.id, w.company_id, w.url, w.events, w.description, w.status, w.disabled_reason, w.ordered, f.rate as \"rate?\",
+             f.max_running, case when f.open_until > now() then f.open_until end as open_until, f.failing_since,
+             w.created_at, w.updated_at
+         from webhooks w left join flows f on f.queue = 'webhooks' and f.webhook_id = w.id
+         where w.id = $1 and w.account_id = $2 and ($3::uuid is null or w.company_id = $3)",
         webhook.0,
         account.0,
         bound.map(|company| company.0),
@@ -139,6 +184,12 @@ pub struct Change<'a> {
     pub description: Option<&'a str>,
     /// Whether it is told of events.
     pub active: Option<bool>,
+    /// Whether its events about one thing go one after another.
+    pub ordered: Option<bool>,
+    /// So many a second; `Some(None)`: no more than its answers allow.
+    pub rate: Option<Option<f64>>,
+    /// So many at once; `Some(None)`: no more than its answers allow.
+    pub at_once: Option<Option<i32>>,
 }
 
 /// Changes a webhook of an account.
@@ -148,15 +199,13 @@ pub async fn update(
     webhook: WebhookId,
     change: &Change<'_>,
 ) -> Result<Option<WebhookRow>, StoreError> {
-    Ok(sqlx::query_as!(
-        WebhookRow,
+    let done = sqlx::query!(
         "update webhooks
          set url = coalesce($4, url), events = coalesce($5, events), description = coalesce($6, description),
              status = case $7::boolean when true then 'active' when false then 'disabled' else status end,
              disabled_reason = case $7 when true then null when false then 'disabled by hand' else disabled_reason end,
-             updated_at = now()
-         where id = $1 and account_id = $2 and ($3::uuid is null or company_id = $3)
-         returning id, company_id, url, events, description, status, disabled_reason, created_at, updated_at",
+             ordered = coalesce($8, ordered), updated_at = now()
+         where id = $1 and account_id = $2 and ($3::uuid is null or company_id = $3)",
         webhook.0,
         account.0,
         bound.map(|company| company.0),
@@ -164,9 +213,28 @@ pub async fn update(
         change.events,
         change.description,
         change.active,
+        change.ordered,
     )
-    .fetch_optional(tx)
-    .await?)
+    .execute(&mut *tx)
+    .await?;
+    if done.rows_affected() == 0 {
+        return Ok(None);
+    }
+    if change.rate.is_some() || change.at_once.is_some() {
+        sqlx::query!(
+            "update flows
+             set rate = case when $2 then $3 else rate end, max_running = case when $4 then $5 else max_running end
+             where queue = 'webhooks' and flow_id = $1",
+            webhook.0,
+            change.rate.is_some(),
+            change.rate.flatten(),
+            change.at_once.is_some(),
+            change.at_once.flatten(),
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
+    get(tx, (account, bound), webhook).await
 }
 
 /// Gives a webhook another secret; the one that it had signs too for
@@ -177,21 +245,23 @@ pub async fn rotate(
     webhook: WebhookId,
     secret: [u8; 32],
 ) -> Result<Option<WebhookRow>, StoreError> {
-    Ok(sqlx::query_as!(
-        WebhookRow,
+    let done = sqlx::query!(
         "update webhooks
          set old_secret = secret, old_secret_until = now() + $5::bigint * interval '1 millisecond', secret = $4,
              updated_at = now()
-         where id = $1 and account_id = $2 and ($3::uuid is null or company_id = $3)
-         returning id, company_id, url, events, description, status, disabled_reason, created_at, updated_at",
+         where id = $1 and account_id = $2 and ($3::uuid is null or company_id = $3)",
         webhook.0,
         account.0,
         bound.map(|company| company.0),
         &secret[..],
         millis(ROTATION),
     )
-    .fetch_optional(tx)
-    .await?)
+    .execute(&mut *tx)
+    .await?;
+    if done.rows_affected() == 0 {
+        return Ok(None);
+    }
+    get(tx, (account, bound), webhook).await
 }
 
 /// Deletes a webhook of an account; false when it has none such.
@@ -205,4 +275,57 @@ pub async fn delete(tx: &mut PgConnection, (account, bound): Owner, webhook: Web
     .execute(tx)
     .await?;
     Ok(done.rows_affected() == 1)
+}
+
+/// A webhook is sent to no more; false when it is disabled already, or gone.
+pub async fn disable(tx: &mut PgConnection, webhook: WebhookId, reason: &str) -> Result<bool, StoreError> {
+    let done = sqlx::query!(
+        "update webhooks set status = 'disabled', disabled_reason = $2, updated_at = now()
+         where id = $1 and status = 'active'",
+        webhook.0,
+        reason,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Deliveries that wait for a webhook to be enabled are due, and nothing that it did before is held
+/// against it.
+pub async fn unhold(tx: &mut PgConnection, account: AccountId, webhook: WebhookId) -> Result<u64, StoreError> {
+    sqlx::query!(
+        "update flows set failures = 0, opened = 0, open_until = null, failing_since = null
+         where queue = 'webhooks' and flow_id = $1",
+        webhook.0,
+    )
+    .execute(&mut *tx)
+    .await?;
+    let done = sqlx::query!(
+        "update jobs set held_for = null, due_at = now(), state = 'ready'
+         where id = any (array(
+             select j.id from companies c
+             cross join lateral (
+                 -- One that is locked is under way, and looks for itself.
+                 select j.id from jobs j where j.company_id = c.id and j.held_for = $2 and j.state = 'scheduled'
+                 for update skip locked
+             ) j
+             where c.account_id = $1))",
+        account.0,
+        webhook.0,
+    )
+    .execute(tx)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// A company of an account: its first one.
+pub async fn a_company(tx: &mut PgConnection, account: AccountId) -> Result<Option<Uuid>, StoreError> {
+    Ok(sqlx::query_scalar!("select id from companies where account_id = $1 order by id limit 1", account.0)
+        .fetch_optional(tx)
+        .await?)
+}
+
+/// Whether a webhook is sent to, while nobody changes that; nothing when it is gone.
+pub async fn status_of(tx: &mut PgConnection, webhook: WebhookId) -> Result<Option<String>, StoreError> {
+    Ok(sqlx::query_scalar!("select status from webhooks where id = $1 for share", webhook.0).fetch_optional(tx).await?)
 }

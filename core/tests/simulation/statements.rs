@@ -248,6 +248,7 @@ fn claimed_job(id: i64, job: &Job, session: i64) -> ClaimedJob {
         queue: queue::STEPS.to_owned(),
         kind: job.kind.clone(),
         company: CompanyId(Uuid::nil()),
+        flow: Uuid::nil(),
         ref_id: Some(Uuid::from_u128(job.run as u128)),
         step: job.step,
         item: None,

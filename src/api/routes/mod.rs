@@ -9,6 +9,7 @@ pub(super) mod audit;
 pub(super) mod companies;
 pub(super) mod costs;
 pub(super) mod dead_letters;
+pub(super) mod deliveries;
 pub(super) mod fleet;
 pub(super) mod hooks;
 pub(super) mod keys;

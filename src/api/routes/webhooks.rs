@@ -1,14 +1,15 @@
-//! Webhooks: register, list, get, change, rotate the secret, delete.
+//! Webhooks: register, list, get, change, rotate the secret, delete. What they are told: [`super::deliveries`].
 
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use capx_core::domain::address::Rules;
 use capx_core::domain::event::{NAMES, pattern_problem};
+use capx_core::domain::flow::BEARS_MAX;
 use capx_core::domain::ids::{CompanyId, WebhookId};
 use capx_core::domain::webhook;
 use capx_core::engine::FieldProblem;
-use capx_core::store::webhooks::{self as store, Change, NewWebhook, Owner, WEBHOOKS_MAX, WebhookRow};
+use capx_core::store::webhooks::{self as store, Change, Limits, NewWebhook, Owner, WEBHOOKS_MAX, WebhookRow};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
@@ -55,6 +56,15 @@ struct CreateWebhookBody {
     /// For people.
     #[schema(max_length = 1_000)]
     description: Option<String>,
+    /// Events of one run, and those of a company that belong to none, one after another: each
+    /// waits until the one before it was taken, or given up.
+    ordered: Option<bool>,
+    /// So many a second at the most.
+    #[schema(minimum = 0.01, maximum = 10_000)]
+    rate_limit: Option<f64>,
+    /// So many at once at the most; without, as many as its answers allow.
+    #[schema(minimum = 1, maximum = 256)]
+    max_concurrency: Option<i32>,
 }
 
 /// Changes of a webhook; what is left out stays.
@@ -72,6 +82,14 @@ struct UpdateWebhookBody {
     description: Option<String>,
     #[schema(schema_with = status_or_null, required = false)]
     status: Option<String>,
+    /// Whether its events about one thing go one after another; of events from now on.
+    ordered: Option<bool>,
+    /// So many a second at the most; 0 takes the limit away.
+    #[schema(minimum = 0, maximum = 10_000)]
+    rate_limit: Option<f64>,
+    /// So many at once at the most; 0 takes the limit away.
+    #[schema(minimum = 0, maximum = 256)]
+    max_concurrency: Option<i32>,
 }
 
 /// A webhook.
@@ -91,6 +109,17 @@ struct Webhook {
     /// Why it is disabled.
     #[schema(required)]
     disabled_reason: Option<String>,
+    ordered: bool,
+    #[schema(required)]
+    rate_limit: Option<f64>,
+    #[schema(required)]
+    max_concurrency: Option<i32>,
+    /// Nothing has worked since then.
+    #[schema(required)]
+    failing_since: Option<Time>,
+    /// Nothing is sent until then, since nothing works; then one event is, to see.
+    #[schema(required)]
+    paused_until: Option<Time>,
     created_at: Time,
     updated_at: Time,
 }
@@ -115,6 +144,11 @@ impl From<WebhookRow> for Webhook {
             description: row.description,
             status: row.status,
             disabled_reason: row.disabled_reason,
+            ordered: row.ordered,
+            rate_limit: row.rate,
+            max_concurrency: row.max_running,
+            failing_since: row.failing_since.map(Time),
+            paused_until: row.open_until.map(Time),
             created_at: Time(row.created_at),
             updated_at: Time(row.updated_at),
         }
@@ -154,12 +188,30 @@ fn check_description(description: Option<&str>, problems: &mut Vec<FieldProblem>
     }
 }
 
+/// The fastest that a webhook may ask for, in events a second, and the slowest.
+const RATE_MAX: f64 = 10_000.0;
+const RATE_MIN: f64 = 0.01;
+
+/// Limits of a webhook; where `none` stands for none, it is allowed too.
+fn check_limits(rate: Option<f64>, at_once: Option<i32>, none: bool, problems: &mut Vec<FieldProblem>) {
+    let or = if none { "0 for none, or " } else { "" };
+    let rate = rate.filter(|rate| !(none && *rate == 0.0));
+    let at_once = at_once.filter(|at_once| !(none && *at_once == 0));
+    if rate.is_some_and(|rate| !(RATE_MIN..=RATE_MAX).contains(&rate)) {
+        problems.push(FieldProblem::new("rate_limit", format!("must be {or}from {RATE_MIN} to {RATE_MAX} a second")));
+    }
+    if at_once.is_some_and(|at_once| !(1..=BEARS_MAX).contains(&at_once)) {
+        problems.push(FieldProblem::new("max_concurrency", format!("must be {or}from 1 to {BEARS_MAX}")));
+    }
+}
+
 impl Check for CreateWebhookBody {
     fn problems(&self, rules: &Rules) -> Vec<FieldProblem> {
         let mut problems = Vec::new();
         check_url(rules, &self.url, &mut problems);
         check_events(&self.events, &mut problems);
         check_description(self.description.as_deref(), &mut problems);
+        check_limits(self.rate_limit, self.max_concurrency, false, &mut problems);
         problems
     }
 }
@@ -174,6 +226,7 @@ impl Check for UpdateWebhookBody {
             check_events(events, &mut problems);
         }
         check_description(self.description.as_deref(), &mut problems);
+        check_limits(self.rate_limit, self.max_concurrency, true, &mut problems);
         if self.status.as_ref().is_some_and(|status| !STATUSES.contains(&status.as_str())) {
             problems.push(FieldProblem::new("status", format!("must be one of {}", STATUSES.join(", "))));
         }
@@ -181,11 +234,11 @@ impl Check for UpdateWebhookBody {
     }
 }
 
-fn owner(caller: &Caller) -> Owner {
+pub(super) fn owner(caller: &Caller) -> Owner {
     (caller.account, caller.company)
 }
 
-fn id(text: &str) -> Result<WebhookId, ApiError> {
+pub(super) fn id(text: &str) -> Result<WebhookId, ApiError> {
     text.parse().map_err(|_| ApiError::NotFound("webhook"))
 }
 
@@ -217,7 +270,8 @@ async fn list(State(state): Shared, caller: Caller, Query(query): Query<ListQuer
 /// Register a webhook
 ///
 /// Its secret is shown this once. An account has at most a hundred webhooks.
-/// This version keeps webhooks and does not send to them yet.
+/// What is sent is signed by the Standard Webhooks specification, and tried again after 5 s, 5 min,
+/// 30 min, 2 h, 5 h, 10 h and 10 h unless it is answered with a 2xx within 15 s.
 #[utoipa::path(post, path = "/webhooks", tag = "Webhooks", request_body = CreateWebhookBody,
     responses((status = 201, description = "The webhook.", body = One<SecretWebhook>)))]
 async fn create(
@@ -239,6 +293,8 @@ async fn create(
         events: &body.events,
         description: body.description.as_deref(),
         secret,
+        ordered: body.ordered.unwrap_or(false),
+        limits: Limits { rate: body.rate_limit, at_once: body.max_concurrency },
     };
     let row = store::insert(command.tx(), &new).await?.ok_or_else(|| {
         ApiError::Conflict(format!("the account has {WEBHOOKS_MAX} webhooks already; delete one first"))
@@ -262,7 +318,8 @@ async fn one(State(state): Shared, caller: Caller, Path(webhook): Path<String>) 
 
 /// Update a webhook
 ///
-/// Only what is given changes.
+/// Only what is given changes. While it is disabled, what was under way is kept and nothing is
+/// added; `redeliver` with `missing` makes up for that.
 #[utoipa::path(patch, path = "/webhooks/{webhook}", tag = "Webhooks", request_body = UpdateWebhookBody,
     params(("webhook" = String, Path, description = "`wh_…`")),
     responses((status = 200, description = "The webhook.", body = One<Webhook>)))]
@@ -278,10 +335,18 @@ async fn update(
         events: body.events.as_deref(),
         description: body.description.as_deref(),
         active: body.status.map(|status| status == "active"),
+        ordered: body.ordered,
+        rate: body.rate_limit.map(|rate| Some(rate).filter(|rate| *rate > 0.0)),
+        at_once: body.max_concurrency.map(|most| Some(most).filter(|most| *most > 0)),
     };
     let mut command = caller.command(&state, digest).await?;
     let row = store::update(command.tx(), owner(&caller), id, &change).await?;
-    let row = row.ok_or(ApiError::NotFound("webhook"))?;
+    let mut row = row.ok_or(ApiError::NotFound("webhook"))?;
+    if change.active == Some(true) {
+        store::unhold(command.tx(), caller.account, id).await?;
+        (row.failing_since, row.open_until) = (None, None);
+        command.wake();
+    }
     command.finish(StatusCode::OK, Webhook::from(row)).await
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use capx_core::domain::ids::{AgentId, RunId, SignalId};
+use capx_core::domain::ids::{AgentId, RunId, SignalId, WebhookId};
 use capx_core::domain::money::Nanos;
 use capx_core::domain::outcome::{ErrorClass, Failure, Outcome};
 use capx_core::domain::plan::{CRASHES_MAX, FAN_LOOK, Gate, SUSPECT_CRASHES};
@@ -16,6 +16,7 @@ use capx_core::engine::advance::{self, Finished};
 use capx_core::engine::beats::Beat;
 use capx_core::engine::calls::Called;
 use capx_core::engine::claim::{Claimed, StepWork, Work};
+use capx_core::engine::deliveries::{self, Sending, Sent};
 use capx_core::engine::{agents, beats, calls, cancel, gates, signals, slots, tenants, triggers};
 use capx_core::failpoint;
 use capx_core::store;
@@ -26,6 +27,7 @@ use super::committer::{Attempted, PlainOutcome};
 use super::load::{Held, Slot};
 use super::{Assignment, Shared, kills, panics};
 use crate::artifacts::Artifacts;
+use crate::delivery;
 use crate::journal::Journals;
 
 /// An attempt that lives longer than this is shown as started; a shorter one
@@ -40,6 +42,10 @@ const SYSTEM_DELAY: Duration = Duration::from_secs(2);
 /// Runs an assignment to its outcome.
 pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempted {
     let Assignment { claimed: Claimed { job, work }, mut held } = assignment;
+    let work = match work {
+        Work::Delivery(sending) => return deliver(shared, job, sending, held).await,
+        work => work,
+    };
     let mut slot = match shared.load.slot(is_suspect(&job, &work)).await {
         Ok(slot) => slot,
         Err(delay) => {
@@ -69,12 +75,15 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
             let finished = Finished { job, work, outcome, booked: made.booked, took: began.elapsed() };
             return Attempted::Step(finished, held);
         }
-        Work::Noop | Work::Stale => PlainOutcome::Done,
+        // A delivery is gone already, to be sent.
+        Work::Noop | Work::Stale | Work::Delivery(_) => PlainOutcome::Done,
         Work::Unknown => {
             tracing::warn!(job.id = job.lease.job, job.kind = job.kind, "a kind of a newer version is left to others");
             PlainOutcome::Again { delay: UNKNOWN_DELAY, charged: false }
         }
         Work::Idle => PlainOutcome::Again { delay: FAN_LOOK, charged: false },
+        Work::Wait(delay) => PlainOutcome::Again { delay, charged: false },
+        Work::Disabled(webhook) => shared.watchdog.answer("a hold", Box::pin(hold(shared, &job, webhook))).await,
         Work::Killed => PlainOutcome::Again { delay: jobs::KILLED, charged: false },
         Work::Halted { stopped: false } => PlainOutcome::Again { delay: jobs::PARKED, charged: false },
         Work::Halted { stopped: true } => {
@@ -96,6 +105,40 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
     drop(slot);
     held.finish();
     Attempted::Plain(job, plain, held)
+}
+
+/// Sends an event to a webhook.
+async fn deliver(shared: &Shared, job: ClaimedJob, sending: Box<Sending>, mut held: Held) -> Attempted {
+    let given_back =
+        |job, held| Attempted::Plain(job, PlainOutcome::Again { delay: Duration::ZERO, charged: false }, held);
+    let Some(wire) = shared.load.wire().await else {
+        held.leave();
+        return given_back(job, held);
+    };
+    held.on_wire();
+    let sent = tokio::select! {
+        sent = delivery::send(&shared.hands.egress, &sending) => Some(sent),
+        // Others may send it too from now on: the webhook knows it by its id.
+        () = shared.lost.cancelled() => None,
+    };
+    failpoint::reach("delivery.sent").await;
+    drop(wire);
+    held.finish();
+    let Some(delivery::Outcome { answer, said, error, took }) = sent else { return given_back(job, held) };
+    Attempted::Delivery(Sent { job, sending, answer, took, said, error }, held)
+}
+
+async fn hold(shared: &Shared, job: &ClaimedJob, webhook: WebhookId) -> PlainOutcome {
+    let look = deliveries::DISABLED_LOOK.mul_f64(rand::random_range(0.75..1.25));
+    match store::deliveries::hold(&shared.engine.pool, job.lease, webhook, look).await {
+        Ok(true) => PlainOutcome::Nothing,
+        // It was enabled at this moment.
+        Ok(false) => PlainOutcome::Again { delay: Duration::ZERO, charged: false },
+        Err(error) => {
+            tracing::warn!(%error, webhook.id = %webhook, "a delivery waits");
+            PlainOutcome::Again { delay: SYSTEM_DELAY, charged: false }
+        }
+    }
 }
 
 /// The playbook whose run is to do a step, where there is none yet.

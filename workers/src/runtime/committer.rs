@@ -3,11 +3,14 @@
 //! handlers do not wait for each other.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use capx_core::domain::delivery::Answer;
 use capx_core::domain::outcome::Outcome;
 use capx_core::domain::storable;
 use capx_core::engine::advance::{self, Finished, Pending};
+use capx_core::engine::deliveries::{self, Sent};
 use capx_core::failpoint;
 use capx_core::store::beats::{self, Idle};
 use capx_core::store::jobs::{self, ClaimedJob, Settle};
@@ -29,6 +32,8 @@ const LANES: usize = 2;
 pub(super) enum Attempted {
     /// At a step.
     Step(Finished, Held),
+    /// At a delivery.
+    Delivery(Sent, Held),
     /// Of another kind: done, or to be tried again.
     Plain(ClaimedJob, PlainOutcome, Held),
 }
@@ -74,15 +79,24 @@ async fn lane(
         let mut steps = Vec::new();
         let mut helds = Vec::new();
         let mut plain = Vec::new();
+        let (mut sent, mut sent_helds) = (Vec::new(), Vec::new());
         for attempted in batch.drain(..) {
             match attempted {
                 Attempted::Step(finished, held) => {
                     steps.push(finished);
                     helds.push(held);
                 }
+                Attempted::Delivery(one, held) => {
+                    sent.push(one);
+                    sent_helds.push(held);
+                }
                 Attempted::Plain(job, outcome, held) => plain.push((job, outcome, held)),
             }
         }
+        if !sent.is_empty() {
+            deliver(&shared, &sent).await;
+        }
+        drop(sent_helds);
         let idle: Vec<Idle> = plain
             .iter()
             .filter_map(|(_, outcome, _)| match outcome {
@@ -154,10 +168,53 @@ async fn commit(
             }
         }
     };
+    if shared.tells.load(Relaxed) {
+        shared.nudge.notify_one();
+    }
     metrics::histogram!("capx_commit_seconds").record(began.elapsed().as_secs_f64());
     metrics::counter!("capx_steps_committed_total").increment(committed.len() as u64);
     for (committed, held) in committed.into_iter().zip(helds) {
         after_commit(shared, committed, held, assign);
+    }
+}
+
+/// Writes what came of deliveries.
+async fn deliver(shared: &Shared, sent: &[Sent]) {
+    let mut failures = 0;
+    loop {
+        match shared.watchdog.answer("deliveries", deliveries::commit(&shared.engine, sent)).await {
+            Ok(held) => {
+                shared.counters.committed.fetch_add(held.len() as u64, Relaxed);
+                if failures == 0 {
+                    shared.counters.lost.fetch_add((sent.len() - held.len()) as u64, Relaxed);
+                }
+                observe(sent);
+                // Their webhooks have room again, and one that failed is due at a time of its own.
+                shared.nudge.notify_one();
+                shared.timer.notify_one();
+                return;
+            }
+            Err(error) => {
+                failures += 1;
+                tracing::warn!(%error, failures, deliveries = sent.len(), "deliveries wait for the database");
+                if !pause(failures, &shared.lost).await {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn observe(sent: &[Sent]) {
+    for sent in sent {
+        let result = match sent.answer {
+            Answer::Status(200..=299, _) => "succeeded",
+            Answer::Status(..) => "refused",
+            Answer::None => "unanswered",
+            Answer::Refused => "forbidden",
+        };
+        metrics::counter!("capx_deliveries_total", "result" => result).increment(1);
+        metrics::histogram!("capx_delivery_seconds").record(sent.took.as_secs_f64());
     }
 }
 
@@ -203,7 +260,6 @@ async fn settle(shared: &Shared, plain: Vec<(ClaimedJob, PlainOutcome, Held)>) {
         match shared.watchdog.answer("a settlement", jobs::settle(&shared.engine.pool, &items)).await {
             Ok(settled) => {
                 failpoint::reach("settle.after").await;
-                use std::sync::atomic::Ordering::Relaxed;
                 shared.counters.committed.fetch_add(settled.len() as u64, Relaxed);
                 // What an earlier, unanswered try settled is not lost.
                 if failures == 0 {

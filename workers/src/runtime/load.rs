@@ -19,6 +19,9 @@ const AHEAD: Duration = Duration::from_millis(15);
 const AHEAD_MAX: usize = 768;
 /// Outcomes that may wait for their commit before claims pause.
 const UNCOMMITTED_MAX: usize = 1_536;
+/// Events on their way to webhooks at once. They wait for others and for nothing here, so they take
+/// no slots: one that does not answer holds up no step.
+const WIRES: usize = 512;
 /// A claimed job that has got no slot by then is given back.
 pub(super) const UNSTARTED_MAX: Duration = Duration::from_millis(500);
 /// A suspect that finds another one at work comes back after about this long.
@@ -35,6 +38,7 @@ pub(crate) struct Load {
     /// The one place for a suspect: who kills the worker next must not take
     /// others with it that one more death would put into quarantine.
     suspects: Arc<Semaphore>,
+    wires: Arc<Semaphore>,
     /// Claimed, and its handler has not ended.
     unfinished: AtomicUsize,
     /// Ended, and not yet written.
@@ -51,7 +55,16 @@ pub(crate) struct Load {
 pub(crate) struct Held {
     load: Arc<Load>,
     lease: Lease,
-    finished: bool,
+    phase: Phase,
+}
+
+/// How far a job in hand has got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Unfinished,
+    /// It waits for somebody else's answer, and takes no room.
+    OnWire,
+    Uncommitted,
 }
 
 impl Load {
@@ -60,6 +73,7 @@ impl Load {
             slots,
             free: Arc::new(Semaphore::new(slots)),
             suspects: Arc::new(Semaphore::new(1)),
+            wires: Arc::new(Semaphore::new(WIRES)),
             unfinished: AtomicUsize::new(0),
             uncommitted: AtomicUsize::new(0),
             leases: Mutex::new(HashSet::new()),
@@ -77,7 +91,7 @@ impl Load {
             return None;
         }
         self.unfinished.fetch_add(1, Relaxed);
-        Some(Held { load: Arc::clone(self), lease, finished: false })
+        Some(Held { load: Arc::clone(self), lease, phase: Phase::Unfinished })
     }
 
     /// The jobs in hand.
@@ -108,6 +122,12 @@ impl Load {
             // Bounded, since the claimer may have taken the one notice.
             let _ = tokio::time::timeout(Duration::from_millis(20), self.changed.notified()).await;
         }
+    }
+
+    /// Leave to send an event; none when there is none in time.
+    pub(super) async fn wire(&self) -> Option<OwnedSemaphorePermit> {
+        let wire = Arc::clone(&self.wires).acquire_owned();
+        tokio::time::timeout(UNSTARTED_MAX, wire).await.ok()?.ok()
     }
 
     /// A slot for a handler, or how long the job should stay away when none
@@ -156,20 +176,40 @@ impl Held {
     /// It waits for its commit, without having been worked on: that says
     /// nothing about how much this worker gets done.
     pub(super) fn leave(&mut self) {
-        if !self.finished {
-            self.finished = true;
-            self.load.uncommitted.fetch_add(1, Relaxed);
-            self.load.unfinished.fetch_sub(1, Relaxed);
-            self.load.changed.notify_one();
-        }
+        self.enter(Phase::Uncommitted);
+    }
+
+    /// It waits for somebody else's answer.
+    pub(super) fn on_wire(&mut self) {
+        self.enter(Phase::OnWire);
     }
 
     /// It goes on with another handler.
     pub(super) fn resume(&mut self) {
-        if self.finished {
-            self.finished = false;
-            self.load.unfinished.fetch_add(1, Relaxed);
-            self.load.uncommitted.fetch_sub(1, Relaxed);
+        self.enter(Phase::Unfinished);
+    }
+
+    fn enter(&mut self, phase: Phase) {
+        if self.phase == phase {
+            return;
+        }
+        if let Some(counter) = self.load.counter(phase) {
+            counter.fetch_add(1, Relaxed);
+        }
+        if let Some(counter) = self.load.counter(self.phase) {
+            counter.fetch_sub(1, Relaxed);
+        }
+        self.phase = phase;
+        self.load.changed.notify_one();
+    }
+}
+
+impl Load {
+    fn counter(&self, phase: Phase) -> Option<&AtomicUsize> {
+        match phase {
+            Phase::Unfinished => Some(&self.unfinished),
+            Phase::OnWire => None,
+            Phase::Uncommitted => Some(&self.uncommitted),
         }
     }
 }
@@ -177,8 +217,9 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         self.load.lock().remove(&self.lease);
-        let counter = if self.finished { &self.load.uncommitted } else { &self.load.unfinished };
-        counter.fetch_sub(1, Relaxed);
+        if let Some(counter) = self.load.counter(self.phase) {
+            counter.fetch_sub(1, Relaxed);
+        }
         self.load.changed.notify_one();
     }
 }

@@ -134,6 +134,8 @@ pub(crate) struct Shared {
     pub timer: Arc<Notify>,
     /// Somebody's lease has run out.
     pub silence: Arc<Notify>,
+    /// There are webhooks, to be told of what is committed.
+    pub tells: AtomicBool,
     /// When the database was last out of reach, if ever.
     pub out_of_reach: Arc<Mutex<Option<Instant>>>,
     /// Claim no more, continue no more.
@@ -281,6 +283,7 @@ impl Worker {
             nudge,
             timer: Arc::new(Notify::new()),
             silence: Arc::new(Notify::new()),
+            tells: AtomicBool::new(false),
             out_of_reach: Arc::clone(&self.out_of_reach),
             stopping: CancellationToken::new(),
             lost: CancellationToken::new(),

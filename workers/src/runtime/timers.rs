@@ -1,6 +1,7 @@
 //! What every worker does for all: looks at an idle queue, makes due timers
 //! ready, declares silent sessions dead and takes back what they held.
 
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -57,6 +58,7 @@ async fn look(shared: Arc<Shared>, over: CancellationToken) {
 
 async fn step(shared: &Shared) -> Result<Option<Duration>, capx_core::store::StoreError> {
     let outlook = jobs::look(&shared.engine.pool, &shared.config.queues).await?;
+    shared.tells.store(outlook.tells, Relaxed);
     if outlook.silence {
         shared.silence.notify_one();
     }

@@ -1,0 +1,14 @@
+drop trigger events_tell_webhooks on events;
+drop function tell_webhooks();
+drop function webhook_takes(text[], text);
+drop function delivery_id(uuid, uuid);
+delete from jobs where kind = 'delivery';
+delete from dead_letters where kind = 'delivery';
+drop index dead_letters_fingerprint;
+alter table dead_letters drop column fingerprint, drop column webhook_id;
+drop table delivery_order, delivery_attempts, deliveries, flows;
+alter table webhooks drop column ordered;
+drop index jobs_sending;
+drop index jobs_ready;
+create index jobs_ready on jobs (queue, company_id, priority, id) where state = 'ready';
+alter table jobs drop column flow_id, drop column webhook_id;
