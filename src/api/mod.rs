@@ -118,6 +118,7 @@ pub fn document(state: &ApiState) -> serde_json::Value {
     let mut document = serde_json::to_value(v1(state).finish().1).unwrap_or_default();
     openapi::optional_bodies(&mut document);
     openapi::plain_texts(&mut document);
+    openapi::webhooks(&mut document);
     // Extensions have no order of their own.
     document.sort_all_objects();
     document
@@ -130,6 +131,7 @@ fn v1(state: &ApiState) -> openapi::Routes {
     let routes = routes::tasks::routes(routes);
     let routes = routes::activity::routes(routes);
     let routes = routes::costs::routes(routes);
+    let routes = routes::exports::routes(routes);
     let routes = routes::keys::routes(routes);
     let routes = routes::playbooks::routes(routes);
     let routes = routes::runs::routes(routes);
@@ -145,6 +147,10 @@ fn v1(state: &ApiState) -> openapi::Routes {
     let routes = routes::hooks::routes(routes);
     let routes = routes::fleet::routes(routes);
     let routes = routes::dead_letters::routes(routes);
+    let routes = routes::redrives::routes(routes);
+    let routes = routes::retention::routes(routes);
+    let routes = routes::flow_limits::routes(routes);
+    let routes = routes::pauses::routes(routes);
     routes::approvals::routes(routes)
 }
 

@@ -6,8 +6,11 @@ use std::sync::{Arc, LazyLock};
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use capx_core::domain::delivery::TEST;
+use capx_core::domain::event::{NAMES, shape};
 use capx_core::domain::playbook;
 use serde::Serialize;
+use serde_json::json;
 use utoipa::openapi::extensions::ExtensionsBuilder;
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::{Operation, ParameterBuilder, ParameterIn};
@@ -208,6 +211,38 @@ pub(super) fn optional_bodies(document: &mut serde_json::Value) {
             body["required"] = false.into();
         }
     }
+}
+
+/// What webhooks are sent, a schema for each type of event.
+pub(super) fn webhooks(document: &mut serde_json::Value) {
+    let header = |name: &str, description: &str| json!({"name": name, "in": "header", "required": true, "description": description, "schema": {"type": "string"}});
+    let headers = json!([
+        header("webhook-id", "The event's id: the same on every try, and for every webhook."),
+        header("webhook-timestamp", "When this try was made, in seconds since 1970."),
+        header(
+            "webhook-signature",
+            "`v1,` and base64 of HMAC-SHA256 over `id.timestamp.body`; several, parted by spaces, while secrets rotate."
+        ),
+    ]);
+    let names = NAMES.iter().copied().chain([TEST]);
+    let told = names.filter_map(|name| {
+        let body = shape::body(name)?;
+        let operation = json!({
+            "operationId": format!("on_{}", name.replace('.', "_")),
+            "tags": ["Webhooks"],
+            "summary": shape::meaning(name),
+            "x-event-version": shape::VERSION,
+            "parameters": headers,
+            "requestBody": {"required": true, "content": {"application/json": {"schema": body}}},
+            "responses": {
+                "2XX": {"description": "Taken: anything within 15 seconds."},
+                "410": {"description": "The webhook wants no more, and is disabled."},
+                "default": {"description": "Not taken: it is sent again after 5 s, 5 min, 30 min, 2 h, 5 h, 10 h and 10 h, or after `Retry-After`."},
+            },
+        });
+        Some((name.to_owned(), json!({"post": operation})))
+    });
+    document["webhooks"] = serde_json::Value::Object(told.collect());
 }
 
 /// What every query is asked is said of each filter that is any text at all: no NUL, no

@@ -253,7 +253,7 @@ async fn isolation(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     happen(bench, "step.completed", bench.amount(DUE_TO_THE_DEAD)).await?;
     bench.engine.waker.wake();
     // What so many rows cost to write is over; that it is dead is not known yet.
-    sqlx::raw_sql("vacuum analyze jobs").execute(&bench.pool).await?;
+    sqlx::raw_sql("vacuum analyze").execute(&bench.pool).await?;
     sqlx::raw_sql("checkpoint").execute(&bench.pool).await?;
     let beside = calm(bench, &healthy).await?;
     let later = calm(bench, &healthy).await?;

@@ -414,7 +414,7 @@ async fn a_resumption_waits_for_the_period_that_the_agent_is_paused_for_now() {
         .execute(&db.pool)
         .await
         .unwrap();
-    capx_core::engine::upkeep::round(&db.engine).await.unwrap();
+    capx_core::engine::upkeep::all(&db.engine).await.unwrap();
     db.until(company, run, RunStatus::Completed).await;
 }
 

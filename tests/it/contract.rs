@@ -62,6 +62,16 @@ pub fn check(method: &str, path: &str, status: u16, answer: &Value) {
     }
 }
 
+/// Fails when an event carries what the document does not say, or lacks what it says.
+pub fn check_event(name: &str, data: &Value) {
+    let mut schema = capx_core::domain::event::shape::data(name).unwrap_or_else(|| panic!("{name} has no shape"));
+    schema["additionalProperties"] = json!(false);
+    let validator = jsonschema::draft202012::new(&schema).unwrap();
+    let faults: Vec<String> =
+        validator.iter_errors(data).map(|fault| format!("{}: {fault}", fault.instance_path())).collect();
+    assert!(faults.is_empty(), "{name} is other than documented: {faults:#?}\n{data}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_document_is_as_it_was_reviewed() {
     let db = Db::new().await;

@@ -47,6 +47,7 @@ fn verified(call: &Call, secret: &[u8]) -> bool {
 
 /// So many events of a company that belong to no run.
 async fn happen(db: &Db, company: CompanyId, count: usize) {
+    db.invents_events();
     let events: Vec<Event> = (0..count).map(|n| Event::new("task.updated", json!({"n": n}))).collect();
     events::append(&db.pool, company, &events).await.unwrap();
 }
@@ -154,6 +155,47 @@ async fn a_test_is_sent_and_secrets_rotate_with_overlap() {
     eventually("a third", || async { receiver.count() == 3 }).await;
     let call = &receiver.calls()[2];
     assert!(!verified(call, &first) && verified(call, &second), "the overlap is over");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs the libraries of PyPI and npm: .ci/signatures runs it"]
+async fn two_independent_libraries_verify_what_is_sent() {
+    let db = Db::new().await;
+    let _worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let receiver = Receiver::start().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let (id, first) = hook(&db, &api, &format!("{}/x", receiver.url), &["task.*"], json!({})).await;
+    let first = format!("whsec_{}", STANDARD.encode(first));
+    happen(&db, company, 2).await;
+    eventually("the first two", || async { receiver.count() == 2 }).await;
+    let (_, rotated) = api.post(&format!("/v1/webhooks/{id}/rotate-secret"), json!({})).await;
+    let second = rotated["data"]["secret"].as_str().unwrap().to_owned();
+    let text = Event::new("task.updated", json!({"title": "Grüße, “quoted” \u{1f600}\\ \"x\""}));
+    events::append(&db.pool, company, &[text]).await.unwrap();
+    eventually("one in the overlap", || async { receiver.count() == 3 }).await;
+    let lines: Vec<String> = receiver
+        .calls()
+        .iter()
+        .enumerate()
+        .map(|(n, call)| {
+            let secrets = if n < 2 { vec![&first] } else { vec![&first, &second] };
+            let body = String::from_utf8(call.body.clone()).unwrap();
+            json!({"headers": call.headers, "body": body, "secrets": secrets}).to_string()
+        })
+        .collect();
+    let libraries = std::env::var("CAPX_SIGNATURES").expect("CAPX_SIGNATURES");
+    let file = format!("{libraries}/calls");
+    std::fs::write(&file, lines.join("\n")).unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/.ci/signatures.py");
+    for (program, script) in [
+        (format!("{libraries}/venv/bin/python"), script.to_owned()),
+        ("node".to_owned(), format!("{libraries}/signatures.mjs")),
+    ] {
+        let done = std::process::Command::new(&program).args([&script, &file]).output().unwrap();
+        let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+        assert!(done.status.success() && out.trim() == "3", "{program}: {out}{err}");
+    }
 }
 
 /// The schedule takes longer than a day: the clock of the jobs is moved instead.

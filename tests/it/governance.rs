@@ -376,7 +376,7 @@ async fn passes(db: &Db, percent: i32) {
         );
         sqlx::query(sqlx::AssertSqlSafe(sql)).execute(&db.pool).await.unwrap();
     }
-    capx_core::engine::upkeep::round(&db.engine).await.unwrap();
+    capx_core::engine::upkeep::all(&db.engine).await.unwrap();
 }
 
 async fn told(db: &Db, event: &str) -> i64 {
@@ -410,7 +410,7 @@ async fn people_are_reminded_of_what_waits_for_them_and_then_anybody_may_decide(
     sqlx::query("update task_asks set expires_at = clock_timestamp()").execute(&db.pool).await.unwrap();
     sqlx::query("update jobs set due_at = now() where kind = 'gate_timeout'").execute(&db.pool).await.unwrap();
     db.engine.waker.wake();
-    capx_core::engine::upkeep::round(&db.engine).await.unwrap();
+    capx_core::engine::upkeep::all(&db.engine).await.unwrap();
     pending(&api, company, 0).await;
     let (_, shown) = api.get(&format!("/v1/companies/{company}/tasks/{}", task["data"]["id"].as_str().unwrap())).await;
     assert_eq!(shown["data"]["status"], "rejected", "{shown}");
@@ -469,7 +469,7 @@ async fn a_word_about_a_task_is_that_of_its_reviewers_about_what_they_have_seen(
     let uuid: capx_core::domain::ids::TaskId = late.parse().unwrap();
     sqlx::query(of_late).bind(uuid.0).execute(&db.pool).await.unwrap();
     assert_eq!(api.post(&format!("/v1/approvals/{late}/approve"), json!({})).await.0, 409);
-    capx_core::engine::upkeep::round(&db.engine).await.unwrap();
+    capx_core::engine::upkeep::all(&db.engine).await.unwrap();
     let (status, done) = approve(&api, &seen, json!({"digest": seen["digest"], "note": "fine"})).await;
     assert_eq!((status, &done["data"]["status"]), (200, &json!("approved")), "{done}");
     assert!(done["data"]["decided_by"].is_string(), "{done}");
@@ -612,7 +612,7 @@ async fn nobody_is_asked_any_more_about_a_run_that_is_over() {
     let run =
         format!("/v1/companies/{company}/playbooks/{id}/runs/{}/cancel", started["data"]["run_id"].as_str().unwrap());
     assert_eq!(api.post(&run, json!({})).await.0, 200);
-    capx_core::engine::upkeep::round(&db.engine).await.unwrap();
+    capx_core::engine::upkeep::all(&db.engine).await.unwrap();
     pending(&api, company, 0).await;
     // Their jobs end with their time.
     sqlx::query("update jobs set due_at = now() where kind = 'gate_timeout'").execute(&db.pool).await.unwrap();

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use capx::api::{ApiState, Limits};
@@ -91,6 +91,31 @@ pub struct Db {
     pub files: PathBuf,
     /// The file of the keys that seal its secrets.
     pub keys: PathBuf,
+    /// It holds events that never happened, and that look like it.
+    invents: AtomicBool,
+}
+
+impl Drop for Db {
+    /// Whatever a test was about: what has happened was told as the document says.
+    fn drop(&mut self) {
+        if std::thread::panicking() || self.invents.load(Ordering::Relaxed) {
+            return;
+        }
+        let url = self.url.clone();
+        let checked = std::thread::spawn(move || {
+            tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+                use sqlx::Connection;
+                let mut connection = sqlx::PgConnection::connect(&url).await.unwrap();
+                let told: Vec<(String, Value)> =
+                    sqlx::query_as("select distinct on (event, data) event, data from events limit 5000")
+                        .fetch_all(&mut connection)
+                        .await
+                        .unwrap_or_default();
+                told.iter().for_each(|(name, data)| contract::check_event(name, data));
+            });
+        });
+        assert!(checked.join().is_ok(), "an event is other than documented");
+    }
 }
 
 impl Db {
@@ -122,7 +147,8 @@ impl Db {
         std::fs::write(&keys, seal::new_key().unwrap()).unwrap();
         let engine = Engine::new(store::pool(&url, PoolKind::Queue, 8).unwrap()).with_waker(Waker::start(&url));
         let engine = engine.with_keyring(Keyring::of_file(keys.clone()).unwrap());
-        Self { files: scratch().join(format!("files-{name}")), url, pool, engine, account, keys }
+        let invents = AtomicBool::new(false);
+        Self { files: scratch().join(format!("files-{name}")), url, pool, engine, account, keys, invents }
     }
 
     /// The same database by way of a proxy: for what is built from its
@@ -134,7 +160,13 @@ impl Db {
         let (user, _) = direct.rsplit_once('@').unwrap();
         let url = format!("{user}@127.0.0.1:{}/{database}", proxy.port);
         let (pool, engine, files) = (self.pool.clone(), self.engine.clone(), self.files.clone());
-        (Self { url, pool, engine, account: self.account, files, keys: self.keys.clone() }, proxy)
+        let invents = AtomicBool::new(true);
+        (Self { url, pool, engine, account: self.account, files, keys: self.keys.clone(), invents }, proxy)
+    }
+
+    /// This test writes events that look like none.
+    pub fn invents_events(&self) {
+        self.invents.store(true, Ordering::Relaxed);
     }
 
     /// A company with agents of some roles, by an adapter.

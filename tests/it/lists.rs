@@ -81,6 +81,7 @@ async fn grow(db: &Db, company: CompanyId, playbook: uuid::Uuid, agent: uuid::Uu
 #[tokio::test(flavor = "multi_thread")]
 async fn no_list_walks_what_it_does_not_show() {
     let db = Db::new().await;
+    db.invents_events();
     let api = db.api().await;
     let company = db.company(&["writer"], "claude", json!({})).await;
     let playbook = db.playbook(company, "name: p\nsteps: [{id: a, action: transform}]\n").await;

@@ -353,6 +353,7 @@ fn scans_jobs(plan: &Value) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_statement_of_a_worker_walks_a_table() {
     let db = Db::new().await;
+    db.invents_events();
     let company = db.company(&["a"], "claude", serde_json::json!({})).await;
     let yaml = "name: p\nsteps:\n  - {id: a, action: transform, params: {v: 1}}\n  - {id: b, action: transform, params: {v: '${steps.a.output}'}}\n  - {id: c, action: transform, approval: {timeout: 50ms, on_timeout: approve}}\n  - {id: n, action: transform, params: {n: '${(steps.n.n ?? 0) + 1}'}, on_failure: continue}\n  - {goto: n, if: steps.n.n < 2, max_retries: 3}\n  - {sleep: 5ms}\n  - {id: e, for_each: [1, 2, 3], max_parallel: 2, action: transform, params: {n: '${item}'}}\n  - {id: w, wait_for: {event: go, match: {go: true}}}\n";
     let playbook = db.playbook(company, yaml).await;

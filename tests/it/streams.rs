@@ -96,6 +96,7 @@ fn setting(name: &str, default: usize) -> usize {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_event_is_skipped_or_repeated_across_reconnects() {
     let db = Db::new().await;
+    db.invents_events();
     let apis = Arc::new([db.api().await, db.api().await]);
     let company = db.company(&["writer"], "claude", json!({})).await;
     let (writers, readers) = (50, setting("CAPX_STREAM_READERS", 24));

@@ -331,7 +331,10 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
     let (_, letters) = api.get("/v1/dead-letters").await;
     let of_webhook = format!("/v1/webhooks/{}", webhook["data"]["id"].as_str().unwrap());
     let (_, delivery) = api.post(&format!("{of_webhook}/test"), json!({})).await;
+    let never = json!({"rate": 1, "fingerprint": "none"});
+    let (_, redrive) = api.post("/v1/dead-letters/redrives", never).await;
     let ids = [
+        ("{redrive}", redrive["data"]["id"].as_str().unwrap()),
         ("{webhook}", webhook["data"]["id"].as_str().unwrap()),
         ("{delivery}", delivery["data"]["id"].as_str().unwrap()),
         ("{letter}", letters["data"][0]["id"].as_str().unwrap()),
@@ -376,6 +379,9 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "select count(*) from memories",
             "select count(*) from agents where paused_by is null",
             "select count(*) from deliveries where event = 'webhook.test'",
+            "select count(*) from redrives where status <> 'cancelled'",
+            "select count(*) from flows where company_id is not null",
+            "select count(*) from retention",
         ] {
             counts.push(db.count(sql).await);
         }
@@ -393,6 +399,8 @@ async fn no_operation_shows_or_changes_what_is_anothers() {
             "RejectBody" => json!({"feedback": "no"}),
             "EventBody" => json!({"name": "x"}),
             "RedeliverBody" => json!({"since": "2026-01-01T00:00:00Z", "status": "all"}),
+            "RedriveBody" => json!({"rate": 1}),
+            "LimitBody" => json!({"company_id": co, "max_concurrency": 1}),
             "RememberBody" => json!({"key": "k", "value": 1}),
             "SetSecretBody" => json!({"name": "X", "value": "long enough"}),
             "CreateWebhookBody" => json!({"url": "https://example.com/", "events": ["*"]}),

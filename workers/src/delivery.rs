@@ -28,6 +28,9 @@ pub struct Outcome {
 pub async fn send(egress: &Egress, sending: &Sending) -> Outcome {
     let began = Instant::now();
     let outcome = |answer, said, error| Outcome { answer, said, error, took: began.elapsed() };
+    if sending.is_gone {
+        return outcome(Answer::Refused, None, Some("the event is no longer kept".to_owned()));
+    }
     let opened = match egress.permits_webhook(&sending.url) {
         Ok(()) => egress.open(call(sending)).await.map_err(|unanswered| unanswered.failure),
         Err(refused) => Err(refused),

@@ -6,6 +6,8 @@ use serde_json::Value;
 use super::ids::EventId;
 use super::playbook::problem::did_you_mean;
 
+pub mod shape;
+
 /// One thing that happened, before it is stored.
 #[derive(Debug, Clone)]
 pub struct Event {

@@ -133,6 +133,8 @@ typed_id!(/// An event on its way to a webhook.
     DeliveryId, "dlv");
 typed_id!(/// A named event that a client has sent.
     SignalId, "sig");
+typed_id!(/// Dead letters that are tried again, so many a second.
+    RedriveId, "rdr");
 typed_id!(/// A message among agents.
     MessageId, "msg");
 typed_id!(/// One request to the API.

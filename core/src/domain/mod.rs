@@ -23,6 +23,7 @@ pub mod money;
 pub mod outcome;
 pub mod plan;
 pub mod playbook;
+pub mod retention;
 pub mod run;
 pub mod schedule;
 pub mod secret;

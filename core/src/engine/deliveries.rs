@@ -48,6 +48,8 @@ pub struct Sending {
     pub now_s: i64,
     /// Whether one more success changes nothing of what is known of the webhook.
     at_its_best: bool,
+    /// The event is no longer kept: there is nothing to send.
+    pub is_gone: bool,
     /// Whether others wait for this one.
     is_ordered: bool,
 }
@@ -109,6 +111,7 @@ fn judge(row: SendRow, job: &ClaimedJob, retries: &mut HashMap<Uuid, usize>) -> 
             None => return Look::Wait(WAIT.mul_f64(rand::random_range(1.0..3.0))),
         }
     }
+    let is_gone = row.data.is_none();
     let told = Told {
         event: EventId(row.event_id),
         name: row.event,
@@ -124,6 +127,7 @@ fn judge(row: SendRow, job: &ClaimedJob, retries: &mut HashMap<Uuid, usize>) -> 
         told,
         secrets: std::iter::once(row.secret).chain(row.old_secret).collect(),
         now_s: row.now_s,
+        is_gone,
         is_ordered: row.is_ordered,
         at_its_best: row.flow.failing_s.is_none() && flow.is_at_its_best(),
     }))

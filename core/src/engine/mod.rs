@@ -32,6 +32,7 @@ mod load;
 mod nodes;
 pub mod plans;
 pub mod playbooks;
+pub mod redrives;
 pub mod retry;
 pub mod secrets;
 pub mod signals;

@@ -1,23 +1,123 @@
-//! What any worker does for all from time to time, besides the sweep: sums are
-//! folded, marks are set, what is old goes, what was parked in vain goes on.
+//! What workers do for all from time to time, besides the sweep: sums are folded, marks are set, what
+//! is old goes, what was parked in vain goes on. Each part is a row that one worker claims; one that
+//! does not work holds up no other, and says so.
 
-use super::{Engine, EngineError, agents, asks, gates, spending, triggers};
-use crate::store::{events, hooks, idempotency, jobs, signals, usage};
+use std::collections::HashMap;
+use std::time::Duration;
 
-/// One round. Each part is one guarded statement, so that workers who do it at
-/// once share the work.
-pub async fn round(engine: &Engine) -> Result<(), EngineError> {
-    while usage::fold_runs(&engine.pool).await? == usage::FOLD_MAX as u64 {}
-    while usage::fold_costs(&engine.pool).await? == usage::FOLD_MAX as u64 {}
-    events::mark(&engine.pool).await?;
-    triggers::catch_up(engine).await?;
-    gates::remind(engine).await?;
-    asks::look(engine).await?;
-    spending::settle_unheard(engine).await?;
-    agents::periods_over(engine).await?;
-    while signals::prune(&engine.pool).await? == signals::PRUNE_MAX as u64 {}
-    while hooks::prune(&engine.pool).await? == hooks::PRUNE_MAX as u64 {}
-    while idempotency::prune(&engine.pool).await? == idempotency::PRUNE_MAX as u64 {}
+use uuid::Uuid;
+
+use super::{Engine, EngineError, agents, asks, gates, redrives, spending, triggers};
+use crate::domain::retention::{Kept, days};
+use crate::store::upkeep::{self as store, Claimed};
+use crate::store::{deliveries, events, fleet, hooks, idempotency, jobs, sessions, signals, usage};
+
+/// The parts, and how often each is due. All of them may be done twice, or by two at once.
+const PARTS: &[(&str, Duration)] = &[
+    ("sums", Duration::from_secs(20)),
+    ("marks", Duration::from_secs(60)),
+    ("triggers", Duration::from_secs(20)),
+    ("reminders", Duration::from_secs(20)),
+    ("task_reminders", Duration::from_secs(20)),
+    ("unheard_calls", Duration::from_secs(20)),
+    ("budget_periods", Duration::from_secs(20)),
+    ("parked", Duration::from_secs(20)),
+    ("priorities", Duration::from_secs(10)),
+    ("redrives", Duration::from_secs(1)),
+    ("prune", Duration::from_secs(60)),
+    ("runs", Duration::from_secs(300)),
+    ("activity", Duration::from_secs(300)),
+    ("deliveries", Duration::from_secs(300)),
+];
+/// The parts that are looked for more often than a sweep comes.
+const SOON: &[&str] = &["redrives"];
+/// Statements of one claim of a part that lets something go; what is left comes at once, in another.
+const STATEMENTS_MAX: usize = 20;
+
+/// What a part came to: where it goes on, and whether there is more to do at once.
+#[derive(Debug, Default)]
+struct Went {
+    place: Option<Uuid>,
+    soon: bool,
+}
+
+/// Does the parts that are due, each once; says how many did not work.
+pub async fn round(engine: &Engine) -> Result<usize, EngineError> {
+    store::know(&engine.pool, PARTS).await?;
+    claimed(engine, PARTS).await
+}
+
+/// The same of those that do not wait for a round.
+pub async fn soon(engine: &Engine) -> Result<usize, EngineError> {
+    let parts: Vec<(&str, Duration)> = PARTS.iter().copied().filter(|(part, _)| SOON.contains(part)).collect();
+    claimed(engine, &parts).await
+}
+
+async fn claimed(engine: &Engine, parts: &[(&str, Duration)]) -> Result<usize, EngineError> {
+    let mut failed = 0;
+    for _ in 0..2 * parts.len() {
+        let Some(claimed) = store::claim(&engine.pool, parts).await? else { break };
+        let (went, error) = match part(engine, &claimed).await {
+            Ok(went) => (went, None),
+            Err(error) => {
+                failed += 1;
+                tracing::warn!(%error, part = claimed.part, "a part of the upkeep did not work");
+                (Went { place: claimed.place, soon: false }, Some(error.to_string()))
+            }
+        };
+        store::done(&engine.pool, &claimed, went.place, went.soon, error.as_deref()).await?;
+    }
+    Ok(failed)
+}
+
+/// Does every part now, due or not: for tests, and for whoever wants it done.
+///
+/// # Errors
+/// The first that came; the other parts were done all the same.
+pub async fn all(engine: &Engine) -> Result<(), EngineError> {
+    let mut first = Ok(());
+    for (name, _) in PARTS {
+        let claimed = Claimed { part: (*name).to_owned(), epoch: 0, place: None };
+        if let Err(error) = part(engine, &claimed).await
+            && first.is_ok()
+        {
+            first = Err(error);
+        }
+    }
+    first
+}
+
+async fn part(engine: &Engine, claimed: &Claimed) -> Result<Went, EngineError> {
+    match claimed.part.as_str() {
+        "sums" => {
+            while usage::fold_runs(&engine.pool).await? == usage::FOLD_MAX as u64 {}
+            while usage::fold_costs(&engine.pool).await? == usage::FOLD_MAX as u64 {}
+        }
+        "marks" => events::mark(&engine.pool).await?,
+        "triggers" => triggers::catch_up(engine).await?,
+        "reminders" => gates::remind(engine).await?,
+        "task_reminders" => asks::look(engine).await?,
+        "unheard_calls" => spending::settle_unheard(engine).await?,
+        "budget_periods" => agents::periods_over(engine).await?,
+        "parked" => parked(engine).await?,
+        "priorities" => _ = fleet::age(&engine.pool).await?,
+        "redrives" => redrives::step(engine).await?,
+        "prune" => {
+            while signals::prune(&engine.pool).await? == signals::PRUNE_MAX as u64 {}
+            while hooks::prune(&engine.pool).await? == hooks::PRUNE_MAX as u64 {}
+            while idempotency::prune(&engine.pool).await? == idempotency::PRUNE_MAX as u64 {}
+            sessions::prune(&engine.pool).await?;
+        }
+        "runs" => return old_runs(engine, claimed.place).await,
+        "activity" => return old_activity(engine, claimed.place).await,
+        "deliveries" => old_deliveries(engine).await?,
+        _ => {}
+    }
+    Ok(Went::default())
+}
+
+/// Work of companies that are not paused, and that was parked all the same.
+async fn parked(engine: &Engine) -> Result<(), EngineError> {
     for company in jobs::parked_in_vain(&engine.pool).await? {
         loop {
             let unparked = jobs::unpark(&engine.pool, company).await?;
@@ -27,6 +127,64 @@ pub async fn round(engine: &Engine) -> Result<(), EngineError> {
             if unparked < jobs::UNPARK_MAX as u64 {
                 break;
             }
+        }
+    }
+    Ok(())
+}
+
+/// How long each thing is kept.
+pub async fn retention(connection: &mut sqlx::PgConnection) -> Result<HashMap<Kept, i32>, EngineError> {
+    let set: HashMap<String, i32> = store::retention(connection).await?.into_iter().collect();
+    let of = |kept: Kept| set.get(kept.as_str()).copied().unwrap_or_else(|| kept.default_days()).max(kept.least_days());
+    Ok(Kept::ALL.into_iter().map(|kept| (kept, of(kept))).collect())
+}
+
+async fn kept(engine: &Engine) -> Result<impl Fn(Kept) -> Duration, EngineError> {
+    let mut connection = engine.pool.acquire().await?;
+    let set = retention(&mut connection).await?;
+    Ok(move |kept: Kept| days(set.get(&kept).copied().unwrap_or_else(|| kept.default_days())))
+}
+
+/// Runs that were over long ago go, from where the last turn has got to; from the first one again
+/// once there are no more.
+async fn old_runs(engine: &Engine, from: Option<Uuid>) -> Result<Went, EngineError> {
+    let keep = kept(engine).await?;
+    let mut place = from;
+    for _ in 0..STATEMENTS_MAX {
+        let went = store::forget_runs(&engine.pool, place, keep(Kept::Runs), keep(Kept::FailedRuns)).await?;
+        place = went.place;
+        if place.is_none() {
+            return Ok(Went::default());
+        }
+    }
+    Ok(Went { place, soon: true })
+}
+
+/// Events that belong to no run and happened long ago go, company by company.
+async fn old_activity(engine: &Engine, from: Option<Uuid>) -> Result<Went, EngineError> {
+    let keep = kept(engine).await?(Kept::Activity);
+    let mut place = from;
+    for _ in 0..STATEMENTS_MAX {
+        let Some(company) = store::next_company(&engine.pool, place).await? else {
+            // A time is looked up among marks that are older than what is kept.
+            store::forget_marks(&engine.pool, keep + days(400)).await?;
+            return Ok(Went::default());
+        };
+        if store::forget_events(&engine.pool, company, keep).await? < store::EVENTS_MAX as u64 {
+            place = Some(company);
+        }
+    }
+    Ok(Went { place, soon: true })
+}
+
+/// Deliveries that were over long ago go, and all of webhooks that are gone.
+async fn old_deliveries(engine: &Engine) -> Result<(), EngineError> {
+    let keep = kept(engine).await?;
+    for webhook in deliveries::webhooks(&engine.pool).await? {
+        let forget = || deliveries::prune(&engine.pool, webhook, keep(Kept::Deliveries), keep(Kept::FailedDeliveries));
+        let mut turns = 0;
+        while forget().await? == deliveries::PRUNE_MAX as u64 && turns < STATEMENTS_MAX {
+            turns += 1;
         }
     }
     Ok(())

@@ -50,6 +50,8 @@ pub struct LetterFilter<'a> {
     pub fingerprint: Option<&'a str>,
     /// Beyond this one: older in a list, newer for a retry of many.
     pub beyond: Option<Uuid>,
+    /// Older than this.
+    pub before: Option<Uuid>,
 }
 
 /// A page of the dead letters of the companies that an account sees, newest
@@ -200,7 +202,7 @@ pub async fn pick(
            cross join lateral (
                select * from dead_letters l
                where l.company_id = c.id and ($3::text is null or l.reason = $3) and ($4::uuid is null or l.id > $4)
-                   and ($6::text is null or l.fingerprint = $6)
+                   and ($6::text is null or l.fingerprint = $6) and ($7::uuid is null or l.id < $7)
                    and l.kind in ('step', 'delivery') and l.ref_id is not null
                order by l.id limit $5
            ) l
@@ -212,6 +214,7 @@ pub async fn pick(
         filter.beyond,
         limit,
         filter.fingerprint,
+        filter.before,
     )
     .fetch_all(tx)
     .await?;

@@ -596,25 +596,21 @@ pub fn takes(patterns: &[String], event: &str) -> bool {
     patterns.iter().any(|pattern| matches(pattern, event))
 }
 
-/// For so long deliveries are kept once they are over, in days; those that failed as long as failed
-/// runs (contract, "Defaults").
-pub const KEEP_DAYS: i64 = 30;
-/// The same of those that failed.
-pub const KEEP_FAILED_DAYS: i64 = 90;
 /// How many one statement forgets.
 pub const PRUNE_MAX: i64 = 5_000;
 
 /// Forgets deliveries of one webhook that were over long ago, with their tries; all of them where the
 /// webhook is gone. Says how many. What is pending stays.
-pub async fn prune(pool: &PgPool, webhook: Uuid, older_ms: i64, failed_ms: i64) -> Result<u64, StoreError> {
+pub async fn prune(pool: &PgPool, webhook: Uuid, keep: Duration, keep_failed: Duration) -> Result<u64, StoreError> {
     let done = sqlx::query!(
         "with old as (
-             select d.id from (
-                 select * from deliveries where webhook_id = $1 order by id limit $4
-             ) d
-             where not exists (select from webhooks w where w.id = $1)
-                 or (d.status = 'succeeded' and d.ended_at < now() - $2::bigint * interval '1 millisecond')
-                 or (d.status = 'failed' and d.ended_at < now() - $3::bigint * interval '1 millisecond')
+             select d.id from deliveries d
+             where d.webhook_id = $1 and (
+                 (d.id < $5 and d.status = 'succeeded' and d.ended_at < now() - $2::bigint * interval '1 millisecond')
+                 or (d.id < $5 and d.status = 'failed' and d.ended_at < now() - $3::bigint * interval '1 millisecond')
+                 or not exists (select from webhooks w where w.id = $1)
+             )
+             order by d.id limit $4
          ),
          tries as (
              delete from delivery_attempts a where a.webhook_id = $1 and a.delivery_id = any (array(select id from old))
@@ -624,9 +620,11 @@ pub async fn prune(pool: &PgPool, webhook: Uuid, older_ms: i64, failed_ms: i64) 
          )
          delete from deliveries d where d.webhook_id = $1 and d.id = any (array(select id from old))",
         webhook,
-        older_ms,
-        failed_ms,
+        millis(keep),
+        millis(keep_failed),
         PRUNE_MAX,
+        // What is younger is not looked at.
+        least_id(Utc::now() - keep.min(keep_failed)),
     )
     .execute(pool)
     .await?;
@@ -650,9 +648,4 @@ pub async fn webhooks(pool: &PgPool) -> Result<Vec<Uuid>, StoreError> {
     )
     .fetch_all(pool)
     .await?)
-}
-
-/// Days as statements take them.
-pub fn days(days: i64) -> i64 {
-    millis(Duration::from_secs(u64::try_from(days).unwrap_or(0) * 24 * 3600))
 }

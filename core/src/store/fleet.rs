@@ -30,6 +30,8 @@ pub struct WorkerRow {
     pub beat_at: DateTime<Utc>,
     /// Jobs that it holds.
     pub jobs: i64,
+    /// The same by kind.
+    pub kinds: serde_json::Value,
 }
 
 /// The live workers of the fleet, newest first.
@@ -37,8 +39,15 @@ pub async fn workers(pool: &PgPool, before: Option<i64>, limit: i64) -> Result<V
     Ok(sqlx::query_as!(
         WorkerRow,
         r#"select s.id, s.worker, s.version, s.queues, s.slots, s.state, s.lease_ms, s.started_at, s.beat_at,
-               (select count(*) from jobs j where j.session_id = s.id and j.state = 'running') as "jobs!"
+               held.jobs as "jobs!", held.kinds as "kinds!"
            from worker_sessions s
+           cross join lateral (
+               select coalesce(sum(k.jobs), 0)::bigint as jobs, coalesce(jsonb_object_agg(k.kind, k.jobs), '{}') as kinds
+               from (
+                   select j.kind, count(*) as jobs from jobs j
+                   where j.session_id = s.id and j.state = 'running' group by j.kind
+               ) k
+           ) held
            where s.ended_at is null and ($1::bigint is null or s.id < $1)
            order by s.id desc limit $2"#,
         before,
@@ -62,6 +71,10 @@ pub struct QueueRow {
     pub oldest_at: Option<DateTime<Utc>>,
     /// How long that is, in seconds.
     pub oldest_s: Option<f64>,
+    /// Jobs that were done in the last five whole minutes.
+    pub done_5m: i64,
+    /// The same in the last hour.
+    pub done_1h: i64,
     /// Who paused it.
     pub paused_by: Option<String>,
     /// Why.
@@ -102,6 +115,12 @@ pub async fn queues(pool: &PgPool) -> Result<Vec<QueueRow>, StoreError> {
                    select from jobs j where j.state = 'ready' and j.queue = n.queue limit $1
                ) counted) as "ready!",
                coalesce((select r.jobs from running r where r.queue = n.queue), 0) as "running!",
+               coalesce((select sum(k.done) from queue_counts k where k.queue = n.queue
+                   and k.minute >= date_trunc('minute', now()) - interval '5 minutes'
+                   and k.minute < date_trunc('minute', now())), 0)::bigint as "done_5m!",
+               coalesce((select sum(k.done) from queue_counts k where k.queue = n.queue
+                   and k.minute >= date_trunc('minute', now()) - interval '60 minutes'
+                   and k.minute < date_trunc('minute', now())), 0)::bigint as "done_1h!",
                o.due_at as "oldest_at?",
                case when o.due_at is not null then greatest(extract(epoch from clock_timestamp() - o.due_at), 0) end::float8 as oldest_s,
                p.paused_by as "paused_by?", p.reason, p.since as "paused_at?"
@@ -186,6 +205,57 @@ pub async fn pause_of(tx: &mut PgConnection, queue: &str) -> Result<Option<Pause
         .await?)
 }
 
+/// A job that has been ready for so long is taken a step earlier, and again after as long: whatever is
+/// more urgent comes meanwhile, everything has its turn.
+pub const AGE: std::time::Duration = std::time::Duration::from_secs(60);
+/// How many jobs one statement ages.
+pub const AGE_MAX: i64 = 5_000;
+
+/// Ages what is ready and has waited for long: what is less urgent than the rest, and the rest where
+/// there is something more urgent. Says how many.
+pub async fn age(pool: &PgPool) -> Result<u64, StoreError> {
+    let done = sqlx::query!(
+        "with low as (
+             select j.id from jobs j
+             where j.state = 'ready' and j.priority > 0 and j.due_at < now() - $1::bigint * interval '1 millisecond'
+             order by j.due_at limit $2
+         ),
+         passed as (
+             select j.id
+             from (select distinct queue, flow_id from jobs where state = 'ready' and priority < 0 limit $2) f
+             cross join lateral (
+                 select j.id from jobs j
+                 where j.state = 'ready' and j.queue = f.queue and j.flow_id = f.flow_id and j.priority = 0
+                     and j.due_at < now() - $1::bigint * interval '1 millisecond'
+                 order by j.id limit 100
+             ) j
+         )
+         update jobs set priority = priority - 1
+         where id = any (array(select id from low union select id from passed limit $2)) and state = 'ready'",
+        super::jobs::millis(AGE),
+        AGE_MAX,
+    )
+    .execute(pool)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Adds what went through queues in this minute, by queue: what was done, and what is to come again.
+pub async fn count(pool: &PgPool, counts: &[(String, i64, i64)]) -> Result<(), StoreError> {
+    sqlx::query!(
+        "insert into queue_counts as q (queue, minute, done, again)
+         select c.queue, date_trunc('minute', now()), c.done, c.again
+         from unnest($1::text[], $2::bigint[], $3::bigint[]) as c (queue, done, again)
+         on conflict (queue, minute) do update set done = q.done + excluded.done, again = q.again + excluded.again",
+        &counts.iter().map(|(queue, ..)| queue.clone()).collect::<Vec<_>>(),
+        &counts.iter().map(|(_, done, _)| *done).collect::<Vec<_>>(),
+        &counts.iter().map(|(_, _, again)| *again).collect::<Vec<_>>(),
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
 /// A job.
 #[derive(Debug, Clone)]
 pub struct JobRow {
@@ -230,6 +300,8 @@ pub struct JobFilter<'a> {
     pub state: Option<&'a str>,
     /// Of one kind.
     pub kind: Option<&'a str>,
+    /// In the hands of this worker.
+    pub session: Option<i64>,
     /// Older than this one.
     pub before: Option<i64>,
 }
@@ -251,6 +323,7 @@ pub async fn jobs(pool: &PgPool, filter: JobFilter<'_>, limit: i64) -> Result<(V
            from (select * from jobs where $5::bigint is null or id < $5 order by id desc limit $6) j
            where ($1::uuid is null or j.company_id = $1) and ($2::text is null or j.queue = $2)
                and ($3::text is null or j.state = $3) and ($4::text is null or j.kind = $4)
+               and ($8::bigint is null or j.session_id = $8)
            order by j.id desc limit $7"#,
         filter.company,
         filter.queue,
@@ -259,6 +332,7 @@ pub async fn jobs(pool: &PgPool, filter: JobFilter<'_>, limit: i64) -> Result<(V
         filter.before,
         LOOKED_AT_MAX,
         limit,
+        filter.session,
     )
     .fetch_all(&mut *tx)
     .await?;

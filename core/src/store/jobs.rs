@@ -411,6 +411,8 @@ pub struct Outlook {
     pub silence: bool,
     /// There are webhooks: what is committed makes jobs of its own.
     pub tells: bool,
+    /// Dead letters are tried again, so many a second.
+    pub redrives: bool,
 }
 
 /// Looks without taking.
@@ -427,12 +429,19 @@ pub async fn look(pool: &PgPool, queues: &[String]) -> Result<Outlook, StoreErro
                select from worker_sessions
                where ended_at is null and beat_at < clock_timestamp() - lease_ms * interval '1 millisecond'
            ) as "silence!",
-           exists (select from webhooks where status = 'active') as "tells!""#,
+           exists (select from webhooks where status = 'active') as "tells!",
+           exists (select from redrives where status = 'running') as "redrives!""#,
         queues,
     )
     .fetch_one(pool)
     .await?;
-    Ok(Outlook { ready: row.ready, next_due_s: row.next_due_s, silence: row.silence, tells: row.tells })
+    Ok(Outlook {
+        ready: row.ready,
+        next_due_s: row.next_due_s,
+        silence: row.silence,
+        tells: row.tells,
+        redrives: row.redrives,
+    })
 }
 
 /// How many due timers one statement makes ready.

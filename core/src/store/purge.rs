@@ -24,6 +24,7 @@ const TABLES: &[&str] = &[
     "run_totals",
     "webhooks",
     "flows",
+    "pauses",
     "deliveries",
     "company_secrets",
     "artifacts",

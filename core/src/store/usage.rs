@@ -10,7 +10,7 @@ use super::agents::AgentRow;
 use super::budgets;
 use super::playbooks::PlaybookRow;
 use crate::domain::budget::days;
-use crate::domain::ids::{AgentId, CompanyId};
+use crate::domain::ids::{AccountId, AgentId, CompanyId};
 use crate::domain::money::Nanos;
 
 /// What some agents of a company have spent in all.
@@ -301,4 +301,84 @@ pub async fn open(
     .fetch_one(tx)
     .await?;
     Ok(Open { reserved: Nanos(row.reserved), unheard: Nanos(row.unheard) })
+}
+
+/// Where an entry of the ledger stands, among those of all companies.
+pub type LedgerPlace = (Uuid, DateTime<Utc>, i64);
+
+/// An entry of the ledger.
+#[derive(Debug, Clone)]
+pub struct LedgerRow {
+    /// Whose.
+    pub company_id: Uuid,
+    /// Which.
+    pub id: i64,
+    /// When.
+    pub at: DateTime<Utc>,
+    /// On what.
+    pub category: String,
+    /// So much, in nano-dollars.
+    pub nanos: i64,
+    /// By which agent.
+    pub agent_id: Option<Uuid>,
+    /// In which run.
+    pub run_id: Option<Uuid>,
+    /// At which step.
+    pub step: Option<i32>,
+    /// Of which model.
+    pub model: Option<String>,
+    /// Nobody has heard what it cost.
+    pub unheard: bool,
+}
+
+impl LedgerRow {
+    /// Where it stands.
+    pub fn place(&self) -> LedgerPlace {
+        (self.company_id, self.at, self.id)
+    }
+}
+
+/// What picks entries of the ledger.
+#[derive(Debug, Clone, Copy)]
+pub struct LedgerFilter {
+    /// Of this account's companies.
+    pub account: AccountId,
+    /// Of one of them alone.
+    pub company: Option<CompanyId>,
+    /// At this time or later.
+    pub since: Option<DateTime<Utc>>,
+    /// Before this time.
+    pub before: Option<DateTime<Utc>>,
+    /// Behind this one.
+    pub after: Option<LedgerPlace>,
+}
+
+/// A page of the ledger: company by company, oldest first.
+pub async fn ledger(tx: &mut PgConnection, filter: LedgerFilter, limit: i64) -> Result<Vec<LedgerRow>, StoreError> {
+    let (company, at, id) =
+        filter.after.map_or((None, None, None), |(company, at, id)| (Some(company), Some(at), Some(id)));
+    Ok(sqlx::query_as!(
+        LedgerRow,
+        r#"select l.company_id as "company_id!", l.id as "id!", l.at as "at!", l.category as "category!",
+               l.nanos as "nanos!", l.agent_id, l.run_id, l.step, l.model, l.unheard as "unheard!"
+           from companies c
+           cross join lateral (
+               select * from ledger l
+               where l.company_id = c.id and ($3::timestamptz is null or l.at >= $3) and ($4::timestamptz is null or l.at < $4)
+                   and ($5::uuid is null or c.id > $5 or (l.at, l.id) > ($6, $7))
+               order by l.at, l.id limit $8
+           ) l
+           where c.account_id = $1 and ($2::uuid is null or c.id = $2) and ($5::uuid is null or c.id >= $5)
+           order by l.company_id, l.at, l.id limit $8"#,
+        filter.account.0,
+        filter.company.map(|company| company.0),
+        filter.since,
+        filter.before,
+        company,
+        at,
+        id,
+        limit,
+    )
+    .fetch_all(tx)
+    .await?)
 }

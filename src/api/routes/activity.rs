@@ -99,6 +99,24 @@ impl Activity {
         self.r#type
     }
 
+    /// As cells of a table, the columns as [`super::exports`] names them.
+    pub fn cells(&self) -> Vec<String> {
+        vec![
+            self.id.to_string(),
+            self.timestamp.0.to_rfc3339_opts(chrono::SecondsFormat::Micros, true),
+            self.company_id.to_string(),
+            self.r#type.to_owned(),
+            self.event.clone(),
+            self.actor.r#type.to_owned(),
+            self.actor.id.map(|id| id.to_string()).unwrap_or_default(),
+            self.actor.role.clone().unwrap_or_default(),
+            self.resource.r#type.to_owned(),
+            self.resource.id.clone(),
+            self.summary.clone(),
+            self.data.to_string(),
+        ]
+    }
+
     /// An event as answers show it.
     pub fn new(row: FeedRow, roles: &HashMap<AgentId, String>) -> Self {
         let agent = agent_of(&row);
@@ -217,11 +235,22 @@ async fn read(tx: &mut PgConnection, feed: Feed<'_>) -> Result<Page<Activity>, A
         after: read_place(query.cursor.as_deref())?,
     };
     let rows = events::feed(&mut *tx, filter, feed.newest_first, limit + 1).await?;
+    let roles = roles(tx, &rows).await?;
+    Ok(page(rows, limit, |row| place_cursor(row.place), |row| Activity::new(row, &roles)))
+}
+
+/// The roles of the agents that events are about.
+async fn roles(tx: &mut PgConnection, rows: &[FeedRow]) -> Result<HashMap<AgentId, String>, ApiError> {
     let mut about: Vec<_> = rows.iter().filter_map(|row| Some((row.company, agent_of(row)?))).collect();
     about.sort_unstable();
     about.dedup();
-    let roles: HashMap<AgentId, String> = stored_agents::roles(tx, &about).await?.into_iter().collect();
-    Ok(page(rows, limit, |row| place_cursor(row.place), |row| Activity::new(row, &roles)))
+    Ok(stored_agents::roles(tx, &about).await?.into_iter().collect())
+}
+
+/// Events as answers show them.
+pub(super) async fn shown(tx: &mut PgConnection, rows: Vec<FeedRow>) -> Result<Vec<Activity>, ApiError> {
+    let roles = roles(tx, &rows).await?;
+    Ok(rows.into_iter().map(|row| Activity::new(row, &roles)).collect())
 }
 
 /// A company's activity

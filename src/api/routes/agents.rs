@@ -11,6 +11,7 @@ use capx_core::engine::FieldProblem;
 use capx_core::engine::agents as engine;
 use capx_core::engine::tenants::add_agent;
 use capx_core::store::agents::{self, AgentRow, NewAgent};
+use capx_core::store::pauses;
 use capx_core::store::usage;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -19,6 +20,7 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use super::companies::Deleted;
+use super::pauses::PauseBody;
 use super::{Routes, agent_config};
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Check, Nothing, Path, Query, limit, one_of};
@@ -525,16 +527,20 @@ async fn change(
     state: &crate::api::ApiState,
     caller: &Caller,
     (company, agent): (String, String),
-    digest: [u8; 32],
+    (digest, reason): ([u8; 32], Option<&str>),
     (change, audited, status): (engine::Change, &'static str, &'static str),
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
     let row = find_live(command.tx(), company, &agent).await?;
     let at = engine::change(command.tx(), company, row.agent, change).await?;
-    command.audit(company, audited, json!({"agent_id": row.agent})).await?;
+    command.audit(company, audited, json!({"agent_id": row.agent, "reason": reason})).await?;
+    let paused = ("agent", row.agent.0);
     if change == engine::Change::Resume {
+        pauses::clear(command.tx(), company, paused).await?;
         command.wake();
+    } else {
+        pauses::set(command.tx(), company, paused, &caller.key.to_string(), reason).await?;
     }
     let shown = AgentStatus { id: row.agent, role: row.role, status, updated_at: Time(at) };
     command.finish(StatusCode::OK, shown).await
@@ -543,16 +549,17 @@ async fn change(
 /// Pause an agent
 ///
 /// It finishes its current cycle and keeps its state.
-#[utoipa::path(post, path = "/companies/{company}/agents/{agent}/pause", tag = "Agents",
+#[utoipa::path(post, path = "/companies/{company}/agents/{agent}/pause", tag = "Agents", request_body = PauseBody,
     params(("company" = String, Path, description = "`co_…`"), ("agent" = String, Path, description = "`ag_…` or a role")),
     responses((status = 200, description = "It is paused.", body = One<AgentStatus>)))]
 async fn pause(
     State(state): Shared,
     caller: Caller,
     Path(path): Path<(String, String)>,
-    Body { digest, .. }: Body<Nothing>,
+    Body { body, digest }: Body<PauseBody>,
 ) -> Result<Response, ApiError> {
-    change(&state, &caller, path, digest, (engine::Change::Pause, "agent.paused", "paused")).await
+    change(&state, &caller, path, (digest, body.reason.as_deref()), (engine::Change::Pause, "agent.paused", "paused"))
+        .await
 }
 
 /// Kill switch of an agent
@@ -567,7 +574,7 @@ async fn kill(
     Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    change(&state, &caller, path, digest, (engine::Change::Kill, "agent.killed", "paused")).await
+    change(&state, &caller, path, (digest, None), (engine::Change::Kill, "agent.killed", "paused")).await
 }
 
 /// Resume an agent
@@ -582,7 +589,7 @@ async fn resume(
     Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    change(&state, &caller, path, digest, (engine::Change::Resume, "agent.resumed", "active")).await
+    change(&state, &caller, path, (digest, None), (engine::Change::Resume, "agent.resumed", "active")).await
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use capx_core::engine::FieldProblem;
 use capx_core::engine::agents::reconsider;
 use capx_core::engine::lifecycle::{self, Change};
 use capx_core::engine::tenants::{CreateCompany, create_company_in};
+use capx_core::store::pauses;
 use capx_core::store::tenants::{self, CompanyRow};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -19,6 +20,7 @@ use utoipa_axum::routes;
 
 use super::Routes;
 use super::agents::{AgentBody, AgentItem};
+use super::pauses::PauseBody;
 use super::templates;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Check, Nothing, Path, Query, limit, one_of};
@@ -474,18 +476,19 @@ async fn delete(
 /// Pause a company
 ///
 /// Agents finish their current cycle; runs in flight wait; nothing new begins.
-#[utoipa::path(post, path = "/companies/{company}/pause", tag = "Companies", params(("company" = String, Path, description = "`co_…`")),
+#[utoipa::path(post, path = "/companies/{company}/pause", tag = "Companies", request_body = PauseBody, params(("company" = String, Path, description = "`co_…`")),
     responses((status = 200, description = "It is paused.", body = One<Paused>)))]
 async fn pause(
     State(state): Shared,
     caller: Caller,
     Path(company): Path<String>,
-    Body { digest, .. }: Body<Nothing>,
+    Body { body, digest }: Body<PauseBody>,
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(&state, digest).await?;
     let id = caller.company_id(command.tx(), &company).await?;
     let at = lifecycle::change(command.tx(), id, Change::Pause).await?;
-    command.audit(id, "company.paused", json!({})).await?;
+    pauses::set(command.tx(), id, ("company", id.0), &caller.key.to_string(), body.reason.as_deref()).await?;
+    command.audit(id, "company.paused", json!({"reason": body.reason})).await?;
     command.finish(StatusCode::OK, Paused { id, status: "paused", paused_at: Time(at) }).await
 }
 
@@ -503,6 +506,7 @@ async fn resume(
     let mut command = caller.command(&state, digest).await?;
     let id = caller.company_id(command.tx(), &company).await?;
     let at = lifecycle::change(command.tx(), id, Change::Resume).await?;
+    pauses::clear(command.tx(), id, ("company", id.0)).await?;
     command.audit(id, "company.resumed", json!({})).await?;
     command.wake();
     command.finish(StatusCode::OK, Resumed { id, status: "running", resumed_at: Time(at) }).await

@@ -18,13 +18,13 @@ use crate::api::reply::{All, Many, One, Time, cursor, id_cursor, page};
 use crate::api::{ApiError, Shared, openapi};
 
 /// Why work gave up.
-const REASONS: &[&str] = &["exhausted", "invalid", "quarantined"];
+pub(super) const REASONS: &[&str] = &["exhausted", "invalid", "quarantined"];
 
 fn reasons() -> utoipa::openapi::schema::Object {
     openapi::names(REASONS)
 }
 
-fn reason_or_null() -> utoipa::openapi::schema::Object {
+pub(super) fn reason_or_null() -> utoipa::openapi::schema::Object {
     openapi::names_or_null(REASONS, "Those that gave up for this.")
 }
 
@@ -128,7 +128,7 @@ async fn list(State(state): Shared, caller: Caller, Query(query): Query<LettersQ
         Some(id) => Some(caller.company_id(&mut tx, id).await?),
         None => caller.company,
     };
-    let filter = LetterFilter { company, reason, fingerprint: query.fingerprint.as_deref(), beyond };
+    let filter = LetterFilter { company, reason, fingerprint: query.fingerprint.as_deref(), beyond, before: None };
     let rows = dead_letters::letters(&mut tx, caller.account, filter, limit + 1).await?;
     caller.list(page(rows, limit, |row| id_cursor(row.id), DeadLetter::from))
 }
@@ -298,7 +298,7 @@ async fn retry_many(
         Some(id) => Some(caller.company_id(command.tx(), id).await?),
         None => caller.company,
     };
-    let filter = LetterFilter { company, reason, fingerprint: body.fingerprint.as_deref(), beyond };
+    let filter = LetterFilter { company, reason, fingerprint: body.fingerprint.as_deref(), beyond, before: None };
     let by = caller.key.to_string();
     let done = engine::retry_many(&state.engine, command.tx(), caller.account, filter, limit, &by).await?;
     command.wake();

@@ -39,7 +39,7 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
 }
 
 /// Only the account that runs the server sees what all its tenants share.
-async fn operator(caller: &Caller, tx: &mut PgConnection) -> Result<(), ApiError> {
+pub(super) async fn operator(caller: &Caller, tx: &mut PgConnection) -> Result<(), ApiError> {
     if caller.company.is_some() || !tenants::is_operator(tx, caller.account).await? {
         return Err(ApiError::NotOperator);
     }
@@ -47,7 +47,11 @@ async fn operator(caller: &Caller, tx: &mut PgConnection) -> Result<(), ApiError
 }
 
 /// Begins a change of the server itself.
-async fn operation<'a>(caller: &'a Caller, state: &'a ApiState, digest: [u8; 32]) -> Result<Command<'a>, ApiError> {
+pub(super) async fn operation<'a>(
+    caller: &'a Caller,
+    state: &'a ApiState,
+    digest: [u8; 32],
+) -> Result<Command<'a>, ApiError> {
     let mut command = caller.command(state, digest).await?;
     operator(caller, command.tx()).await?;
     tenancy::serve_all(command.tx()).await?;
@@ -67,6 +71,9 @@ struct Worker {
     slots: i32,
     /// Jobs that it holds now.
     jobs: i64,
+    /// The same by kind, e.g. `{"step": 3}`; `GET /jobs?worker_id=` lists them.
+    #[schema(value_type = Object)]
+    running: serde_json::Value,
     /// `active` or `draining`.
     status: String,
     /// Seconds that it lives without a beat.
@@ -84,6 +91,7 @@ impl From<WorkerRow> for Worker {
             queues: row.queues,
             slots: row.slots,
             jobs: row.jobs,
+            running: row.kinds,
             status: row.state,
             lease: row.lease_ms as f64 / 1e3,
             started_at: Time(row.started_at),
@@ -177,6 +185,10 @@ struct Queue {
     /// How long that is, in seconds.
     #[schema(required)]
     oldest_age: Option<f64>,
+    /// Jobs that were done a second, over the last five whole minutes.
+    rate_5m: f64,
+    /// The same over the last hour.
+    rate_1h: f64,
     /// Nothing is taken out of it.
     paused: bool,
     /// The key that paused it.
@@ -197,6 +209,8 @@ impl From<QueueRow> for Queue {
             running: row.running,
             oldest_at: row.oldest_at.map(Time),
             oldest_age: row.oldest_s.map(|age| (age * 1e3).round() / 1e3),
+            rate_5m: (row.done_5m as f64 / 300.0 * 1e3).round() / 1e3,
+            rate_1h: (row.done_1h as f64 / 3_600.0 * 1e3).round() / 1e3,
             paused: row.paused_at.is_some(),
             paused_by: row.paused_by,
             reason: row.reason,
@@ -298,7 +312,7 @@ async fn resume(
 }
 
 /// A slip in a name must not pause nothing.
-async fn known(tx: &mut PgConnection, queue: &str) -> Result<(), ApiError> {
+pub(super) async fn known(tx: &mut PgConnection, queue: &str) -> Result<(), ApiError> {
     // No name that the database can hold has one.
     let storable = !queue.contains('\0');
     if storable && fleet::is_queue(tx, queue).await? { Ok(()) } else { Err(ApiError::NotFound("queue")) }
@@ -374,6 +388,9 @@ struct JobsQuery {
     status: Option<String>,
     /// E.g. `step`.
     kind: Option<String>,
+    /// In the hands of this worker.
+    #[param(pattern = "^[1-9][0-9]{0,17}$")]
+    worker_id: Option<String>,
     /// Results of a page.
     #[param(minimum = 1, maximum = 200, default = 50)]
     limit: Option<i64>,
@@ -401,6 +418,11 @@ async fn jobs(State(state): Shared, caller: Caller, Query(query): Query<JobsQuer
         queue: query.queue.as_deref(),
         state: query.status.as_deref(),
         kind: query.kind.as_deref(),
+        session: query
+            .worker_id
+            .as_deref()
+            .map(|id| id.parse().map_err(|_| ApiError::NotFound("worker")))
+            .transpose()?,
         before,
     };
     let (rows, next) = fleet::jobs(&state.engine.pool, filter, limit).await?;

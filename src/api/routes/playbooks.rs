@@ -10,6 +10,7 @@ use capx_core::domain::webhook;
 use capx_core::engine::FieldProblem;
 use capx_core::engine::playbooks as engine;
 use capx_core::engine::playbooks::CreatePlaybook;
+use capx_core::store::pauses;
 use capx_core::store::playbooks::{self, Filter, PlaybookRow};
 use capx_core::store::{hooks, triggers, usage};
 use chrono::{DateTime, Utc};
@@ -21,6 +22,7 @@ use utoipa_axum::routes;
 
 use super::Routes;
 use super::companies::Deleted;
+use super::pauses::PauseBody;
 use crate::api::auth::{Caller, Scope};
 use crate::api::body::{Body, Check, Nothing, Path, Query, Several, limit, one_of};
 use crate::api::command::Command;
@@ -576,14 +578,19 @@ async fn set_status(
     state: &crate::api::ApiState,
     caller: &Caller,
     (company, playbook): (String, String),
-    digest: [u8; 32],
+    (digest, reason): ([u8; 32], Option<&str>),
     (status, killed): (&'static str, bool),
 ) -> Result<Response, ApiError> {
     let mut command = caller.command(state, digest).await?;
     let company = caller.company_id(command.tx(), &company).await?;
     let id = find(command.tx(), company, &playbook).await?.playbook;
     let at = engine::set_status(command.tx(), company, id, status, killed).await?;
-    let told = json!({"playbook_id": id, "status": status, "killed": killed});
+    let paused = ("playbook", id.0);
+    match status {
+        "paused" => pauses::set(command.tx(), company, paused, &caller.key.to_string(), reason).await?,
+        _ => pauses::clear(command.tx(), company, paused).await?,
+    }
+    let told = json!({"playbook_id": id, "status": status, "killed": killed, "reason": reason});
     command.audit(company, "playbook.status_changed", told).await?;
     command.wake();
     command.finish(StatusCode::OK, PlaybookStatus { id, status, updated_at: Time(at) }).await
@@ -592,16 +599,16 @@ async fn set_status(
 /// Pause a playbook
 ///
 /// Nothing starts a run of it until it is resumed; runs in flight go on.
-#[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/pause", tag = "Playbooks",
+#[utoipa::path(post, path = "/companies/{company}/playbooks/{playbook}/pause", tag = "Playbooks", request_body = PauseBody,
     params(("company" = String, Path, description = "`co_…`"), ("playbook" = String, Path, description = "`pb_…`")),
     responses((status = 200, description = "It is paused.", body = One<PlaybookStatus>)))]
 async fn pause(
     State(state): Shared,
     caller: Caller,
     Path(path): Path<(String, String)>,
-    Body { digest, .. }: Body<Nothing>,
+    Body { body, digest }: Body<PauseBody>,
 ) -> Result<Response, ApiError> {
-    set_status(&state, &caller, path, digest, ("paused", false)).await
+    set_status(&state, &caller, path, (digest, body.reason.as_deref()), ("paused", false)).await
 }
 
 /// Kill switch of a playbook
@@ -617,7 +624,7 @@ async fn kill(
     Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    set_status(&state, &caller, path, digest, ("paused", true)).await
+    set_status(&state, &caller, path, (digest, None), ("paused", true)).await
 }
 
 /// Resume a playbook
@@ -632,7 +639,7 @@ async fn resume(
     Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    set_status(&state, &caller, path, digest, ("active", false)).await
+    set_status(&state, &caller, path, (digest, None), ("active", false)).await
 }
 
 /// Archive a playbook
@@ -647,7 +654,7 @@ async fn archive(
     Path(path): Path<(String, String)>,
     Body { digest, .. }: Body<Nothing>,
 ) -> Result<Response, ApiError> {
-    set_status(&state, &caller, path, digest, ("archived", false)).await
+    set_status(&state, &caller, path, (digest, None), ("archived", false)).await
 }
 
 /// A version in a list.

@@ -150,6 +150,13 @@ async fn commit(
 ) {
     let began = Instant::now();
     let stay = !shared.stopping.is_cancelled();
+    for finished in &finished {
+        match finished.outcome {
+            Outcome::Done { .. } => shared.done.add(&finished.job.queue, false),
+            Outcome::Failed { .. } => shared.done.add(&finished.job.queue, true),
+            _ => {}
+        }
+    }
     let mut result = shared.watchdog.answer("a commit", advance::commit(&shared.engine, finished, stay)).await;
     let mut failures = 0;
     let committed = loop {
@@ -189,6 +196,7 @@ async fn deliver(shared: &Shared, sent: &[Sent]) {
                     shared.counters.lost.fetch_add((sent.len() - held.len()) as u64, Relaxed);
                 }
                 observe(sent);
+                sent.iter().for_each(|sent| shared.done.add(&sent.job.queue, sent.error.is_some()));
                 // Their webhooks have room again, and one that failed is due at a time of its own.
                 shared.nudge.notify_one();
                 shared.timer.notify_one();
@@ -224,6 +232,7 @@ async fn beat(shared: &Shared, idle: &[Idle]) {
     loop {
         match shared.watchdog.answer("beats", beats::idle(&shared.engine.pool, idle)).await {
             Ok(beaten) => {
+                beaten.iter().for_each(|_| shared.done.add(capx_core::store::jobs::queue::SYSTEM, false));
                 metrics::counter!("capx_idle_beats_total").increment(beaten.len() as u64);
                 shared.timer.notify_one();
                 return;
@@ -260,6 +269,13 @@ async fn settle(shared: &Shared, plain: Vec<(ClaimedJob, PlainOutcome, Held)>) {
         match shared.watchdog.answer("a settlement", jobs::settle(&shared.engine.pool, &items)).await {
             Ok(settled) => {
                 failpoint::reach("settle.after").await;
+                for (job, outcome, _) in &plain {
+                    match outcome {
+                        PlainOutcome::Done => shared.done.add(&job.queue, false),
+                        PlainOutcome::Again { charged: true, .. } => shared.done.add(&job.queue, true),
+                        _ => {}
+                    }
+                }
                 shared.counters.committed.fetch_add(settled.len() as u64, Relaxed);
                 // What an earlier, unanswered try settled is not lost.
                 if failures == 0 {

@@ -32,12 +32,14 @@ mod backend;
 mod beat;
 mod claimer;
 mod committer;
+mod done;
 mod kills;
 mod load;
 pub mod panics;
 mod timers;
 mod watchdog;
 
+use done::Done;
 use load::{Held, Load};
 use watchdog::UNANSWERED_MAX;
 pub(crate) use watchdog::Watchdog;
@@ -134,6 +136,8 @@ pub(crate) struct Shared {
     pub timer: Arc<Notify>,
     /// Somebody's lease has run out.
     pub silence: Arc<Notify>,
+    /// What went through queues since that was last counted.
+    pub done: Done,
     /// There are webhooks, to be told of what is committed.
     pub tells: AtomicBool,
     /// When the database was last out of reach, if ever.
@@ -283,6 +287,7 @@ impl Worker {
             nudge,
             timer: Arc::new(Notify::new()),
             silence: Arc::new(Notify::new()),
+            done: Done::default(),
             tells: AtomicBool::new(false),
             out_of_reach: Arc::clone(&self.out_of_reach),
             stopping: CancellationToken::new(),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use capx_core::engine::{sweep, upkeep};
 use capx_core::failpoint;
-use capx_core::store::{jobs, sessions};
+use capx_core::store::{fleet, jobs};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -59,6 +59,12 @@ async fn look(shared: Arc<Shared>, over: CancellationToken) {
 async fn step(shared: &Shared) -> Result<Option<Duration>, capx_core::store::StoreError> {
     let outlook = jobs::look(&shared.engine.pool, &shared.config.queues).await?;
     shared.tells.store(outlook.tells, Relaxed);
+    if outlook.redrives
+        && let Err(error) = upkeep::soon(&shared.engine).await
+    {
+        tracing::warn!(%error, "dead letters wait to be tried again");
+    }
+    flush(shared).await;
     if outlook.silence {
         shared.silence.notify_one();
     }
@@ -76,6 +82,16 @@ async fn step(shared: &Shared) -> Result<Option<Duration>, capx_core::store::Sto
         shared.nudge.notify_one();
     }
     Ok(next_due.map(|s| Duration::from_secs_f64(s.clamp(0.0, 3_600.0))))
+}
+
+/// Adds what this worker has done to the counts of queues, now and then.
+async fn flush(shared: &Shared) {
+    let counts = shared.done.take();
+    if !counts.is_empty()
+        && let Err(error) = fleet::count(&shared.engine.pool, &counts).await
+    {
+        tracing::debug!(%error, "what was done was not counted");
+    }
 }
 
 async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
@@ -97,15 +113,11 @@ async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
             Err(error) => tracing::debug!(%error, "a sweep failed"),
         }
         rounds += 1;
-        if rounds.is_multiple_of(SWEEPS_AN_UPKEEP)
-            && let Err(error) = shared.watchdog.answer("an upkeep", upkeep::round(&shared.engine)).await
-        {
-            tracing::debug!(%error, "an upkeep failed");
-        }
-        if rounds.is_multiple_of(1_000)
-            && let Err(error) = shared.watchdog.answer("a pruning", sessions::prune(&shared.engine.pool)).await
-        {
-            tracing::debug!(%error, "ended sessions were not pruned");
+        if rounds.is_multiple_of(SWEEPS_AN_UPKEEP) {
+            match shared.watchdog.answer("an upkeep", upkeep::round(&shared.engine)).await {
+                Ok(failed) => metrics::counter!("capx_upkeep_failures_total").increment(failed as u64),
+                Err(error) => tracing::warn!(%error, "the upkeep waits"),
+            }
         }
     }
 }

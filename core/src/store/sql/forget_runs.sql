@@ -1,0 +1,26 @@
+-- Looks at up to $4 runs behind $1, by their ids, whose times are those of their beginnings; lets those
+-- go that ended at least $2 milliseconds ago, or $3 if they failed, with all that is theirs.
+with looked as materialized (
+    select r.id, r.company_id, r.status, r.ended_at
+    from runs r
+    where ($1::uuid is null or r.id > $1)
+        and r.id < (lpad(to_hex((extract(epoch from now()) * 1000)::bigint - least($2::bigint, $3::bigint)), 12, '0') || repeat('0', 20))::uuid
+    order by r.id limit $4
+),
+old as materialized (
+    select id, company_id from looked
+    where ended_at < now() - case when status = 'failed' then $3::bigint else $2::bigint end * interval '1 millisecond'
+),
+steps as (delete from run_steps x using old where x.company_id = old.company_id and x.run_id = old.id),
+told as (delete from events x using old where x.company_id = old.company_id and x.run_id = old.id),
+fans as (delete from run_fans x using old where x.company_id = old.company_id and x.run_id = old.id),
+items as (delete from run_items x using old where x.company_id = old.company_id and x.run_id = old.id),
+grades as (delete from run_grades x using old where x.company_id = old.company_id and x.run_id = old.id),
+children as (delete from run_children x using old where x.company_id = old.company_id and x.run_id = old.id),
+kept as (delete from run_artifacts x using old where x.company_id = old.company_id and x.run_id = old.id),
+calls as (delete from journal x using old where x.company_id = old.company_id and x.run_id = old.id and x.reserved_nanos = 0),
+asked as (delete from approvals x using old where x.company_id = old.company_id and x.run_id = old.id),
+waited as (delete from waits x using old where x.run_id = old.id),
+letters as (delete from dead_letters x using old where x.company_id = old.company_id and x.ref_id = old.id and x.kind = 'step'),
+gone as (delete from runs r using old where r.id = old.id and r.ended_at is not null returning r.id)
+select (select id from looked order by id desc limit 1) as "place?", (select count(*) from gone) as "gone!"
