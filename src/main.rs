@@ -9,6 +9,7 @@ use capx::cli::exit::{self, Exit};
 use capx::cli::playbook::PlaybookCommand;
 use capx::cli::run::RunCommand;
 use capx::cli::secret::SecretCommand;
+use capx::cli::webhook::WebhookCommand;
 use capx::doctor::{self, DoctorArgs};
 use capx::keys::KeysCommand;
 use capx::serve::{self, DatabaseArgs, WorkerArgs};
@@ -100,6 +101,14 @@ enum Command {
         server: ServerArgs,
         #[command(subcommand)]
         command: SecretCommand,
+    },
+    /// Tell other systems of what happens.
+    #[command(after_help = exit::HELP)]
+    Webhook {
+        #[command(flatten)]
+        server: ServerArgs,
+        #[command(subcommand)]
+        command: WebhookCommand,
     },
     /// Show what there is, what is under way, and what stands still and why.
     #[command(after_help = exit::HELP)]
@@ -197,6 +206,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Playbook { server, command } => cli::playbook::run(server, command).await,
         Command::Run { server, command } => cli::run::run(&Client::new(server)?, command).await,
         Command::Approval { server, command } => cli::approval::run(&Client::new(server)?, command).await,
+        Command::Webhook { server, command } => cli::webhook::run(&Client::new(server)?, command).await,
         Command::Secret { server, command } => cli::secret::run(server, command).await,
         Command::Status { server, json } => cli::status::run(&Client::new(server)?, json).await,
         Command::Doctor(args) => {

@@ -1,11 +1,15 @@
 //! Whether the process is up, whether it can serve, and what it counts.
 
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use capx_core::store::{self, SchemaState};
+use capx_core::store::{self, SchemaState, StoreError, fleet};
 use serde_json::json;
+use sqlx::PgPool;
 
 use super::{Shared, request};
 
@@ -35,5 +39,44 @@ pub(super) async fn readyz(State(state): Shared) -> Response {
 }
 
 pub(super) async fn metrics(State(state): Shared) -> String {
+    if is_time() {
+        match gauge(&state.engine.pool).await {
+            Ok(()) => {}
+            // The counters are worth having all the same.
+            Err(error) => tracing::debug!(%error, "the fleet's gauges could not be read"),
+        }
+    }
     state.metrics.render()
+}
+
+/// The fleet's gauges are read no more often than this, however often somebody scrapes.
+const READ: Duration = Duration::from_secs(5);
+
+fn is_time() -> bool {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    let due = last.is_none_or(|at| at.elapsed() >= READ);
+    if due {
+        *last = Some(Instant::now());
+    }
+    due
+}
+
+/// Reads the fleet's gauges; `docs/operations.md` tells what they are.
+async fn gauge(pool: &PgPool) -> Result<(), StoreError> {
+    for queue in fleet::queues(pool).await? {
+        let of = |name: &'static str| metrics::gauge!(name, "queue" => queue.queue.clone());
+        of("capx_queue_ready").set(queue.ready as f64);
+        of("capx_queue_running").set(queue.running as f64);
+        of("capx_queue_oldest_seconds").set(queue.oldest_s.unwrap_or(0.0));
+        of("capx_queue_paused").set(if queue.paused_at.is_some() { 1.0 } else { 0.0 });
+    }
+    let read = fleet::gauges(pool).await?;
+    metrics::gauge!("capx_workers").set(read.workers as f64);
+    metrics::gauge!("capx_dead_letters").set(read.dead_letters as f64);
+    metrics::gauge!("capx_webhooks_failing").set(read.webhooks_failing as f64);
+    metrics::gauge!("capx_webhooks_disabled").set(read.webhooks_disabled as f64);
+    metrics::gauge!("capx_upkeep_failing").set(read.upkeep_failing as f64);
+    metrics::gauge!("capx_oldest_snapshot_seconds").set(read.oldest_snapshot_s);
+    Ok(())
 }

@@ -30,6 +30,7 @@ mod api;
 mod backlog;
 mod beats;
 mod enqueue;
+mod history;
 mod hostile;
 mod idle;
 mod items;
@@ -59,6 +60,8 @@ pub enum What {
     Latency,
     /// Rate and claim latency with a million other jobs.
     Backlog,
+    /// Pick-ups and lists with ten million finished runs, looks at the queues with a million jobs.
+    History,
     /// Heartbeats of ten thousand agents that have nothing to do.
     Beats,
     /// What a million sleeping runs take up, and cost others.
@@ -167,6 +170,9 @@ async fn pass(bench: &Bench, report: &mut Report, what: What) -> anyhow::Result<
     }
     if wants(What::Backlog) {
         backlog::run(bench, report).await?;
+    }
+    if wants(What::History) {
+        history::run(bench, report).await?;
     }
     if wants(What::Beats) {
         beats::run(bench, report).await?;

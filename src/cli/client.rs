@@ -99,6 +99,11 @@ impl Client {
         self.send(Method::POST, path, Some(body)).await
     }
 
+    /// Changes what is at a path.
+    pub async fn patch(&self, path: &str, body: Value) -> anyhow::Result<Value> {
+        self.send(Method::PATCH, path, Some(body)).await
+    }
+
     /// Deletes what is at a path.
     pub async fn delete(&self, path: &str) -> anyhow::Result<Value> {
         self.send(Method::DELETE, path, Some(Value::Object(serde_json::Map::new()))).await

@@ -13,3 +13,4 @@ pub mod secret;
 pub mod show;
 pub mod status;
 mod stream;
+pub mod webhook;

@@ -276,3 +276,48 @@ steps: [{id: a, action: transform, params: {token: '${secrets.TOKEN}', text: '${
     let said = terminal.types(&["secret", "delete", "TOKEN"]).await.ends_with(3);
     assert!(said.err().contains("there is no such secret"), "{}", said.err());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_registers_tests_and_repairs_a_webhook() {
+    let db = Db::new().await;
+    let (api, _worker) = (db.api().await, db.worker(SHORT_LEASE));
+    let receiver = crate::receiver::Receiver::start().await;
+    db.company(&["a"], "claude", json!({})).await;
+    let terminal = Terminal::of(&api);
+    let said =
+        terminal.types(&["webhook", "create", "https://example.com/", "--event", "task.creatd"]).await.ends_with(3);
+    assert!(said.err().contains("did you mean `task.created`?"), "{}", said.err());
+    let made =
+        terminal.types(&["webhook", "create", "https://example.com/", "--event", "approval.*"]).await.ends_with(0);
+    let (id, secret) = made.out().trim().split_once('\n').unwrap();
+    assert!(id.starts_with("wh_") && secret.starts_with("secret whsec_"), "{}", made.out());
+    sqlx::query("update webhooks set url = $1")
+        .bind(format!("{}/switch", receiver.url))
+        .execute(&db.pool)
+        .await
+        .unwrap();
+    let said = terminal.types(&["webhook", "test", id, "--event", "approval.requested"]).await.ends_with(0);
+    assert!(said.out().starts_with("completed: answered 200 in "), "{}", said.out());
+    receiver.fail(true);
+    let said = terminal.types(&["webhook", "test", id]).await.ends_with(0);
+    assert!(said.out().starts_with("failed: the answer was 503"), "{}", said.out());
+    receiver.fail(false);
+    let all = terminal.types(&["webhook", "deliveries", id, "--json"]).await.ends_with(0).json();
+    let failed = all.as_array().unwrap().iter().find(|one| one["status"] == "pending").unwrap();
+    terminal.types(&["webhook", "redeliver", id, failed["id"].as_str().unwrap()]).await.ends_with(0);
+    crate::harness::eventually("both to be taken", || async {
+        db.count("select count(*) from deliveries where status = 'succeeded'").await == 2
+    })
+    .await;
+    let said = terminal.types(&["webhook", "redeliver", id, "--since", "2026-01-01"]).await.ends_with(0);
+    assert_eq!(said.out(), "sent again: 0\n");
+    terminal.types(&["webhook", "redeliver", id]).await.ends_with(2);
+    terminal.types(&["webhook", "disable", id]).await.ends_with(0);
+    let said = terminal.types(&["webhook", "list"]).await.ends_with(0);
+    assert!(said.out().contains("disabled: disabled by hand"), "{}", said.out());
+    assert!(terminal.types(&["webhook", "test", id]).await.ends_with(3).err().contains("enable it first"));
+    terminal.types(&["webhook", "enable", id]).await.ends_with(0);
+    assert!(terminal.types(&["webhook", "rotate-secret", id]).await.ends_with(0).out().starts_with("secret whsec_"));
+    terminal.types(&["webhook", "delete", id]).await.ends_with(0);
+    terminal.types(&["webhook", "deliveries", id]).await.ends_with(3);
+}

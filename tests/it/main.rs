@@ -43,6 +43,7 @@ mod proxy;
 mod queue;
 mod receiver;
 mod retries;
+mod rolling;
 mod rooms;
 mod rubric;
 mod runs;

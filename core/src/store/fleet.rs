@@ -350,3 +350,40 @@ pub async fn jobs(pool: &PgPool, filter: JobFilter<'_>, limit: i64) -> Result<(V
     };
     Ok((rows, next))
 }
+
+/// What an operator is alarmed by, besides queues.
+#[derive(Debug, Clone)]
+pub struct Gauges {
+    /// Workers that beat.
+    pub workers: i64,
+    /// Dead letters, counted as far as [`DEPTH_MAX`].
+    pub dead_letters: i64,
+    /// Active webhooks for which nothing has worked for an hour.
+    pub webhooks_failing: i64,
+    /// Webhooks that are sent to no more.
+    pub webhooks_disabled: i64,
+    /// Parts of the upkeep that did not work the last time.
+    pub upkeep_failing: i64,
+    /// How long the oldest transaction is open, in seconds.
+    pub oldest_snapshot_s: f64,
+}
+
+/// Reads them.
+pub async fn gauges(pool: &PgPool) -> Result<Gauges, StoreError> {
+    Ok(sqlx::query_as!(
+        Gauges,
+        r#"select
+               (select count(*) from worker_sessions
+                where ended_at is null and beat_at > clock_timestamp() - lease_ms * interval '1 millisecond') as "workers!",
+               (select count(*) from (select from dead_letters limit $1) l) as "dead_letters!",
+               (select count(*) from flows f join webhooks w on w.id = f.webhook_id
+                where w.status = 'active' and f.failing_since < now() - interval '1 hour') as "webhooks_failing!",
+               (select count(*) from webhooks where status = 'disabled') as "webhooks_disabled!",
+               (select count(*) from upkeep where error is not null) as "upkeep_failing!",
+               coalesce((select extract(epoch from clock_timestamp() - min(xact_start)) from pg_stat_activity
+                where datname = current_database() and backend_xmin is not null), 0)::float8 as "oldest_snapshot_s!""#,
+        DEPTH_MAX,
+    )
+    .fetch_one(pool)
+    .await?)
+}
