@@ -10,11 +10,13 @@ use capx_core::domain::playbook::model::{
 };
 use capx_core::domain::playbook::rubric::{CRITERIA_MAX, RETRIES, RETRIES_MAX};
 use capx_core::domain::playbook::{INPUTS_MAX, STEPS_MAX, YAML_BYTES_MAX, YAML_DEPTH_MAX};
+use capx_core::domain::retention::Kept;
 use capx_core::domain::schedule::{CATCH_UP_MAX, JITTER_MAX};
 use capx_core::domain::storable::OUTPUT_BYTES_MAX;
-use capx_core::domain::{backoff, playbook::expr, secret};
+use capx_core::domain::{backoff, delivery, flow, playbook::expr, secret};
 use capx_core::engine::slots::QUEUED_MAX;
 use capx_core::engine::start::PARAMS_BYTES_MAX;
+use capx_core::store::webhooks::WEBHOOKS_MAX;
 use capx_workers::WorkerConfig;
 use capx_workers::adapters::ANSWER_BYTES_MAX;
 use capx_workers::tools::workspace::FILE_BYTES_MAX;
@@ -99,11 +101,26 @@ fn limits() -> Vec<Limit> {
         ("http.request, an answer", bytes(ARTIFACT_BYTES_MAX), ""),
         ("agent, an answer", bytes(ANSWER_BYTES_MAX), ""),
         ("API, a request", bytes(BODY_BYTES_MAX), ""),
+        ("webhooks of an account", WEBHOOKS_MAX.to_string(), ""),
+        ("webhook, time for an answer", time(delivery::TIMEOUT), ""),
+        ("webhook, tries", (delivery::SCHEDULE.len() + 1).to_string(), ""),
+        ("webhook, bytes kept of an answer", bytes(delivery::ANSWER_BYTES_MAX), ""),
+        ("webhook, time without any success until it is disabled", time(delivery::FAILING_MAX), ""),
+        ("webhook, sent at once", flow::BEARS_MAX.to_string(), "max_concurrency"),
+        ("retention of runs", days(Kept::Runs), "PATCH /v1/retention"),
+        ("retention of failed runs", days(Kept::FailedRuns), "PATCH /v1/retention"),
+        ("retention of events without a run", days(Kept::Activity), "PATCH /v1/retention"),
+        ("retention of deliveries", days(Kept::Deliveries), "PATCH /v1/retention"),
+        ("retention of failed deliveries", days(Kept::FailedDeliveries), "PATCH /v1/retention"),
         ("worker, lease", time(worker.lease), "--lease, CAPX_LEASE"),
         ("worker, attempts at once", worker.slots.to_string(), "--concurrency"),
         ("worker, looks at an idle queue every", time(worker.poll), ""),
         ("worker, drain", time(worker.drain), ""),
     ]
+}
+
+fn days(kept: Kept) -> String {
+    format!("{}d", kept.default_days())
 }
 
 fn bytes(bytes: usize) -> String {

@@ -221,12 +221,12 @@ async fn rate(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How late events come to a healthy webhook, at the 99th percentile, in milliseconds.
-async fn calm(bench: &Bench, receiver: &Receiver) -> anyhow::Result<f64> {
+/// How late events come to a healthy webhook in so many turns, at the 99th percentile, in milliseconds.
+async fn calm(bench: &Bench, receiver: &Receiver, turns: usize) -> anyhow::Result<f64> {
     let before = receiver.calls();
     receiver.seen.late_us.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
     let mut ticks = tokio::time::interval(Duration::from_secs(1) / u32::try_from(CALM_RATE)?);
-    let count = CALM_RATE * usize::try_from(CALM_S)?;
+    let count = turns * CALM_RATE * usize::try_from(CALM_S)?;
     for _ in 0..count {
         ticks.tick().await;
         let event = Event::new("task.updated", json!({"made_us": micros()}));
@@ -248,27 +248,24 @@ async fn isolation(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     bench.autovacuum(false).await?;
     let running = worker(bench).await?;
     let bar = report.progress("webhooks: beside a dead one", 2);
-    // Once to warm up.
-    calm(bench, &healthy).await?;
-    let alone = calm(bench, &healthy).await?;
+    // Once to warm up, and for the disk to be done with what was before.
+    calm(bench, &healthy, 1).await?;
+    let alone = calm(bench, &healthy, 2).await?;
     bar.inc(1);
     happen(bench, "step.completed", bench.amount(DUE_TO_THE_DEAD)).await?;
     bench.engine.waker.wake();
     // What so many rows cost to write is over; that it is dead is not known yet.
     sqlx::raw_sql("vacuum analyze").execute(&bench.pool).await?;
     sqlx::raw_sql("checkpoint").execute(&bench.pool).await?;
-    let beside = calm(bench, &healthy).await?;
-    let later = calm(bench, &healthy).await?;
+    let beside = calm(bench, &healthy, 2).await?;
     bar.finish_and_clear();
     running.stop().await;
     bench.autovacuum(true).await?;
     let due: i64 = sqlx::query_scalar("select count(*) from jobs").fetch_one(&bench.pool).await?;
     report.add("webhooks", "due to a dead webhook", due as f64, "deliveries");
     report.add("webhooks", "healthy, p99 from event to call", alone, "ms");
-    report.add("webhooks", "healthy beside a dead one, p99", beside.max(later), "ms");
-    report
-        .add("webhooks", "p99 beside a dead one, share of alone", beside.max(later) / alone, "")
-        .target(Target::AtMost(1.2));
+    report.add("webhooks", "healthy beside a dead one, p99", beside, "ms");
+    report.add("webhooks", "p99 beside a dead one, share of alone", beside / alone, "").target(Target::AtMost(1.2));
     Ok(())
 }
 

@@ -315,4 +315,63 @@ async fn what_is_less_urgent_has_its_turn_by_age() {
     assert_eq!(priorities().await, [-1, -1, 0, 1, 2], "a step each; who has just come waits");
     upkeep::all(&db.engine).await.unwrap();
     assert_eq!(priorities().await, [-1, -1, -1, 0, 2]);
+
+    let api = db.api().await;
+    let playbook = db.playbook(company, STEP).await;
+    let path = format!("/v1/companies/{company}/playbooks/{playbook}/run");
+    for priority in ["low", "normal", "high"] {
+        assert_eq!(api.post(&path, json!({"priority": priority})).await.0, 201);
+    }
+    let (status, wrong) = api.post(&path, json!({"priority": "urgent"})).await;
+    assert_eq!((status, &wrong["error"]["fields"][0]["field"]), (400, &json!("priority")), "{wrong}");
+    let of_runs: Vec<i16> = sqlx::query_scalar("select priority from jobs where kind = 'step' order by id")
+        .fetch_all(&db.pool)
+        .await
+        .unwrap();
+    assert_eq!(of_runs, [1, 0, -1]);
+}
+
+/// The names of metrics in a text.
+fn metrics_in(text: &str) -> std::collections::BTreeSet<String> {
+    let parts = text.split(|c: char| !(c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_'));
+    parts.filter(|part| part.starts_with("capx_") && part.len() > 8).map(str::to_owned).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_metric_is_documented_and_the_fleets_gauges_are_read() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (mut waiting, mut code) = (vec![root.join("src"), root.join("workers/src")], String::new());
+    while let Some(directory) = waiting.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                waiting.push(path);
+            } else {
+                let text = std::fs::read_to_string(&path).unwrap();
+                let quoted =
+                    |line: &str| line.split('"').skip(1).step_by(2).map(str::to_owned).collect::<Vec<_>>().join(" ");
+                let lines = text.lines().filter(|line| line.contains("metrics::") || line.contains("of(\"capx_"));
+                code.extend(lines.map(quoted).flat_map(|names| [names, " ".to_owned()]));
+            }
+        }
+    }
+    let page = metrics_in(&std::fs::read_to_string(root.join("docs/operations.md")).unwrap());
+    assert!(!page.is_empty());
+    assert_eq!(metrics_in(&code), page);
+    let alerts = metrics_in(&std::fs::read_to_string(root.join("docs/alerts.yml")).unwrap());
+    assert!(alerts.len() > 5 && alerts.is_subset(&page), "{alerts:?}");
+
+    let db = Db::new().await;
+    let api = db.api().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let playbook = db.playbook(company, STEP).await;
+    db.start(company, playbook, json!({})).await;
+    // Read at most every five seconds, for all who scrape this process.
+    eventually("the gauges", || async {
+        let text = api.client.get(format!("{}/metrics", api.base)).send().await.unwrap().text().await.unwrap();
+        ["capx_queue_ready{queue=\"steps\"} 1", "capx_workers 0", "capx_dead_letters 0", "capx_upkeep_failing 0"]
+            .iter()
+            .all(|line| text.contains(line))
+    })
+    .await;
 }

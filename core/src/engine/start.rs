@@ -304,6 +304,13 @@ impl Prepared {
         self
     }
 
+    /// The same, more or less urgent than others of its company: lower is earlier.
+    #[must_use]
+    pub fn with_priority(mut self, priority: i16) -> Self {
+        self.run.priority = priority;
+        self
+    }
+
     /// The same, once for each key.
     fn once(mut self, key: String) -> Self {
         self.run.dedup_key = Some(key);
@@ -415,6 +422,7 @@ pub(super) fn prepare(
         first_step: first,
         replay_of: beginning.replay_of,
         dedup_key: None,
+        priority: 0,
         job_kind: match (&gate, waits.is_some()) {
             (Some(_), _) => kind::GATE_TIMEOUT,
             (None, true) => kind::TIMER,

@@ -40,6 +40,8 @@ pub struct NewRun {
     pub replay_of: Option<RunId>,
     /// Of the playbook's runs one has it: what started it.
     pub dedup_key: Option<String>,
+    /// How urgent its work is, within the company: lower is earlier.
+    pub priority: i16,
     /// The kind of its job.
     pub job_kind: &'static str,
     /// When the job may be taken.
@@ -94,6 +96,7 @@ pub async fn start(
         &runs.iter().map(|r| r.first_step).collect::<Vec<_>>(),
         &runs.iter().map(|r| r.replay_of.map(|run| run.0)).collect::<Vec<_>>() as &[Option<Uuid>],
         &runs.iter().map(|r| r.dedup_key.clone()).collect::<Vec<_>>() as &[Option<String>],
+        &runs.iter().map(|r| r.priority).collect::<Vec<_>>(),
     )
     .fetch_all(executor)
     .await?;

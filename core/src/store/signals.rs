@@ -292,8 +292,14 @@ pub const PRUNE_MAX: i64 = 1_000;
 pub async fn prune(pool: &PgPool) -> Result<u64, StoreError> {
     let done = sqlx::query!(
         "with old as (
-             select company_id, id from signals
-             where received_at < now() - $1::bigint * interval '1 millisecond' limit $2
+             select s.company_id, s.id from signals s
+             where s.received_at < now() - $1::bigint * interval '1 millisecond'
+                 -- What came while its company was paused has not been handed to anybody yet.
+                 and not exists (
+                     select from companies c
+                     where c.id = s.company_id and (c.status = 'paused' or c.updated_at > now() - interval '1 hour')
+                 )
+             limit $2
          ),
          taken as (
              delete from signals_taken t using old where t.signal_id = old.id

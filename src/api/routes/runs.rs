@@ -56,9 +56,28 @@ struct StartRunBody {
     params: Option<Map<String, Value>>,
     /// The guide's word for the same.
     inputs: Option<Map<String, Value>>,
+    #[schema(schema_with = priority_or_null, required = false)]
+    priority: Option<String>,
 }
 
 impl Check for StartRunBody {}
+
+/// How urgent a run may be, within its company, and the priority of its job.
+const PRIORITIES: &[(&str, i16)] = &[("high", -1), ("normal", 0), ("low", 1)];
+
+fn priority_or_null() -> utoipa::openapi::schema::Object {
+    openapi::names_or_null(
+        &["high", "normal", "low"],
+        "How urgent it is among the company's runs; what waits for long is taken earlier all the same.",
+    )
+}
+
+/// The priority of a run's job.
+fn priority(given: Option<&str>) -> Result<i16, ApiError> {
+    let Some(given) = given else { return Ok(0) };
+    let known = PRIORITIES.iter().find(|(name, _)| *name == given);
+    known.map(|(_, priority)| *priority).ok_or_else(|| ApiError::field("priority", "must be high, normal or low"))
+}
 
 /// What a run is started with, and of which playbook.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -323,13 +342,14 @@ async fn start(
 ) -> Result<Response, ApiError> {
     let patience = wait.patience()?;
     let params = one_of_both(body.params, body.inputs)?;
+    let priority = priority(body.priority.as_deref())?;
     let company: CompanyId = company.parse().map_err(|_| ApiError::NotFound("company"))?;
     let playbook: PlaybookId = playbook.parse().map_err(|_| ApiError::NotFound("playbook"))?;
     if caller.company.is_some_and(|bound| bound != company) {
         return Err(ApiError::NotFound("company"));
     }
     let command = caller.command(&state, digest).await?;
-    started(&state, &caller, command, (company, playbook), params, patience).await
+    started(&state, &caller, command, (company, playbook), (params, priority), patience).await
 }
 
 async fn started(
@@ -337,7 +357,7 @@ async fn started(
     caller: &Caller,
     mut command: Command<'_>,
     (company, playbook): (CompanyId, PlaybookId),
-    params: Map<String, Value>,
+    (params, priority): (Map<String, Value>, i16),
     patience: Duration,
 ) -> Result<Response, ApiError> {
     let account = Some(caller.account);
@@ -350,7 +370,7 @@ async fn started(
         }
         Decided::New(new) if caller.is_idempotent() || new.is_keyed() => {
             // The start, and beside it the answer: a repeat is told of this run.
-            let run = start::start_in(command.tx(), *new).await?;
+            let run = start::start_in(command.tx(), new.with_priority(priority)).await?;
             command.wake();
             let answer = command.finish(StatusCode::CREATED, brief((company, playbook), run.clone())).await?;
             (run, StatusCode::CREATED, Some(answer))
@@ -358,7 +378,7 @@ async fn started(
         Decided::New(new) => {
             drop(command);
             // Together with those of other requests.
-            (start::start_decided(&state.engine, *new).await?, StatusCode::CREATED, None)
+            (start::start_decided(&state.engine, new.with_priority(priority)).await?, StatusCode::CREATED, None)
         }
     };
     let charged = answer.is_some();
@@ -401,7 +421,7 @@ async fn start_of_account(
     };
     let mut command = caller.command(&state, digest).await?;
     let found = find_any(command.tx(), &caller, company, id, name).await?;
-    started(&state, &caller, command, found, params, patience).await
+    started(&state, &caller, command, found, (params, 0), patience).await
 }
 
 async fn find_any(

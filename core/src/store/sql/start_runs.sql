@@ -8,20 +8,20 @@ with d as materialized (
         $13::uuid[], $14::text[], $15::text[],
         $16::uuid[], $17::text[], $18::text[],
         $19::uuid[], $20::text[], $21::text[],
-        $22::integer[], $23::uuid[], $24::text[]
+        $22::integer[], $23::uuid[], $24::text[], $25::smallint[]
     ) as d (
         company_id, run_id, playbook_id, version_id, status, trigger, params, waiting_on,
         job_kind, delay_ms, timeout_ms, event_count,
         event_1_id, event_1, data_1,
         event_2_id, event_2, data_2,
         event_3_id, event_3, data_3,
-        first_step, replay_of, dedup_key
+        first_step, replay_of, dedup_key, priority
     )
 ),
 job as (
     insert into jobs (id, queue, kind, company_id, ref_id, step, priority, state, due_at, timeout_ms)
     overriding system value
-    select job_id, 'steps', job_kind, company_id, run_id, first_step, 0,
+    select job_id, 'steps', job_kind, company_id, run_id, first_step, priority,
         case when delay_ms > 0 then 'scheduled' else 'ready' end,
         now() + delay_ms * interval '1 millisecond',
         timeout_ms
