@@ -1,4 +1,6 @@
 drop trigger events_tell_webhooks on events;
+drop trigger webhooks_are_bound on webhooks;
+drop function bound_webhook();
 drop function tell_webhooks();
 drop function webhook_takes(text[], text);
 drop function delivery_id(uuid, uuid);
@@ -7,6 +9,7 @@ delete from dead_letters where kind = 'delivery';
 drop index dead_letters_fingerprint;
 alter table dead_letters drop column fingerprint, drop column webhook_id;
 drop table delivery_order, delivery_attempts, deliveries, flows;
+drop index jobs_held_for;
 alter table webhooks drop column ordered;
 drop index jobs_sending;
 drop index jobs_ready;

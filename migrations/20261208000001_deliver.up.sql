@@ -41,6 +41,15 @@ create table flows (
 ) with (fillfactor = 50);
 create index flows_webhook on flows (webhook_id) where webhook_id is not null;
 insert into flows (queue, webhook_id, bears) select 'webhooks', id, 8 from webhooks;
+-- Whoever registers one, of whatever version.
+create function bound_webhook() returns trigger language plpgsql as $$
+begin
+    insert into flows (queue, webhook_id, bears) values ('webhooks', new.id, 8) on conflict do nothing;
+    return null;
+end $$;
+create trigger webhooks_are_bound after insert on webhooks for each row execute function bound_webhook();
+-- What waits for an agent, or for a webhook, found by that alone.
+create index jobs_held_for on jobs (held_for) where held_for is not null;
 
 alter table webhooks
     -- Events of a run, and those of a company that belong to none, one after another.
@@ -142,12 +151,17 @@ begin
         return null;
     end if;
     with told as materialized (
-        select w.id as webhook_id, w.ordered, f.company_id, f.event, f.id as event_id, f.xid, f.run_id,
-            nextval(pg_get_serial_sequence('jobs', 'id')) as job_id
-        from (select * from fresh order by xid, id) f
-        join companies c on c.id = f.company_id
-        join webhooks w on w.account_id = c.account_id and w.status = 'active'
-            and (w.company_id is null or w.company_id = f.company_id) and webhook_takes(w.events, f.event)
+        -- Numbered once they are in order, whatever the joins make of that.
+        select t.*, nextval(pg_get_serial_sequence('jobs', 'id')) as job_id
+        from (
+            select w.id as webhook_id, w.ordered, f.company_id, f.event, f.id as event_id, f.xid, f.run_id
+            from fresh f
+            join companies c on c.id = f.company_id
+            join webhooks w on w.account_id = c.account_id and w.status = 'active'
+                and (w.company_id is null or w.company_id = f.company_id) and webhook_takes(w.events, f.event)
+            order by f.xid, f.id
+            offset 0
+        ) t
     ),
     delivery as (
         insert into deliveries (webhook_id, id, company_id, event, event_id, event_xid, job_id)

@@ -33,6 +33,14 @@ create index queue_counts_minute on queue_counts (minute);
 create index jobs_low on jobs (due_at) where state = 'ready' and priority > 0;
 create index jobs_high on jobs (queue, flow_id) where state = 'ready' and priority < 0;
 
+-- To see how long the oldest transaction is open, whoever has it.
+do $$
+begin
+    grant pg_read_all_stats to capx_system;
+exception when insufficient_privilege then
+    raise notice 'the metric capx_oldest_snapshot_seconds sees nothing: let an administrator grant pg_read_all_stats to capx_system';
+end $$;
+
 -- Who paused what, and why; gone once it goes on.
 create table pauses (
     company_id uuid not null,
@@ -78,6 +86,8 @@ begin
     end loop;
 end $$;
 create policy tenant on pauses to capx_api using (exists (select from companies c where c.id = pauses.company_id));
+-- How long the server keeps things is no secret.
+create policy anybody on retention for select to capx_api using (true);
 create policy tenant on redrives to capx_api
     using (account_id = nullif(current_setting('capx.account', true), '')::uuid
         and (nullif(current_setting('capx.company', true), '') is null

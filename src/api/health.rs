@@ -1,5 +1,6 @@
 //! Whether the process is up, whether it can serve, and what it counts.
 
+use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -64,7 +65,21 @@ fn is_time() -> bool {
 
 /// Reads the fleet's gauges; `docs/operations.md` tells what they are.
 async fn gauge(pool: &PgPool) -> Result<(), StoreError> {
-    for queue in fleet::queues(pool).await? {
+    static SEEN: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    let queues = fleet::queues(pool).await?;
+    {
+        // Of those that are gone nothing is left.
+        let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+        for gone in seen.iter().filter(|seen| !queues.iter().any(|queue| queue.queue == **seen)) {
+            let of = |name: &'static str| metrics::gauge!(name, "queue" => gone.clone());
+            ["capx_queue_ready", "capx_queue_running", "capx_queue_oldest_seconds", "capx_queue_paused"]
+                .map(of)
+                .iter()
+                .for_each(|gauge| gauge.set(0.0));
+        }
+        seen.extend(queues.iter().map(|queue| queue.queue.clone()));
+    }
+    for queue in queues {
         let of = |name: &'static str| metrics::gauge!(name, "queue" => queue.queue.clone());
         of("capx_queue_ready").set(queue.ready as f64);
         of("capx_queue_running").set(queue.running as f64);

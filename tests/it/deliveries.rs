@@ -345,7 +345,11 @@ async fn a_webhook_that_fails_for_five_days_is_disabled_and_goes_on_where_it_was
     status_is(&api, &id, "succeeded").await;
     assert_eq!(receiver.count(), tried + 2);
     // What was missed is made up for when somebody asks.
-    let body = json!({"since": "2026-01-01T00:00:00Z", "status": "missing", "limit": 1});
+    let old = json!({"since": "2026-01-01T00:00:00Z", "status": "missing"});
+    let (status, refused) = api.post(&format!("{path}/redeliver"), old).await;
+    assert!(status == 400 && refused.to_string().contains("the last 30 days"), "{refused}");
+    let yesterday = (chrono::Utc::now() - chrono::Duration::days(1)).format("%Y-%m-%d").to_string();
+    let body = json!({"since": yesterday, "status": "missing", "limit": 1});
     let (mut made, mut cursor) = (0, Value::Null);
     loop {
         let mut body = body.clone();
@@ -445,14 +449,17 @@ async fn whoever_dies_every_event_is_told() {
     let api = db.api().await;
     let receiver = Receiver::start().await;
     let company = db.company(&["a"], "claude", json!({})).await;
-    let (id, key) = hook(&db, &api, &format!("{}/x", receiver.url), &["task.*"], json!({})).await;
+    // Each answer takes a while: there are always some under way.
+    let (_, key) = hook(&db, &api, &format!("{}/slow", receiver.url), &["task.*"], json!({})).await;
     let args = &["worker", "--lease", "1500ms", "--concurrency", "32"];
     let mut workers = [Process::start(&db, args, ""), Process::start(&db, args, "")];
     let mut told = 0;
     for kill in 0..kills {
-        happen(&db, company, 200).await;
-        told += 200;
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        for _ in 0..20 {
+            happen(&db, company, 10).await;
+            told += 10;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
         let at = kill as usize % 2;
         workers[at].signal(rustix::process::Signal::KILL);
         workers[at].ended().await;
@@ -467,9 +474,9 @@ async fn whoever_dies_every_event_is_told() {
     let ids: HashSet<&str> = calls.iter().map(Call::id).collect();
     assert_eq!(ids.len(), told, "each at least once, unique by its id");
     assert!(calls.iter().all(|call| verified(call, &key)));
+    assert!(calls.len() > told, "nobody died over a delivery");
     println!("{told} events, {} calls, {kills} kills", calls.len());
     assert_eq!(db.count("select count(*) from events e where event = 'task.updated'").await, told as i64);
-    drop(id);
 }
 
 pub const POINTS: &[&str] = &["delivery.sent", "delivery.before_commit", "delivery.after_commit"];
@@ -493,4 +500,58 @@ async fn a_worker_that_dies_at_any_point_of_a_delivery_loses_nothing() {
         assert_eq!(ids.len(), 3, "{point}");
         assert_eq!(db.count("select count(*) from jobs where kind = 'delivery'").await, 0, "{point}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_webhook_was_not_told_yet_is_kept_whatever_its_age() {
+    let db = Db::new().await;
+    let worker = db.worker(SHORT_LEASE);
+    let api = db.api().await;
+    let receiver = Receiver::start().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let (id, _) = hook(&db, &api, &format!("{}/switch", receiver.url), &["playbook.completed"], json!({})).await;
+    // As a version registers it that knows of no flows.
+    sqlx::query("delete from flows").execute(&db.pool).await.unwrap();
+    receiver.fail(true);
+    let playbook = db.playbook(company, STEP).await;
+    let run = db.start(company, playbook, json!({})).await;
+    eventually("a try", || async { receiver.count() == 1 }).await;
+    eventually("the next try to be planned", || async { deliveries(&api, &id).await[0]["attempts"] == 1 }).await;
+    worker.stop().await;
+    let old = "set session_replication_role = replica; update runs set ended_at = now() - interval '1 year';
+        update deliveries set created_at = now() - interval '1 year'; reset session_replication_role;";
+    sqlx::raw_sql(old).execute(&db.pool).await.unwrap();
+    // Its id says when it began; everything is older than nothing is kept.
+    let forget = async || {
+        let day = Duration::from_secs(24 * 3600);
+        let past = capx_core::store::upkeep::forget_runs(&db.pool, None, day, day).await.unwrap();
+        let now = "select count(*) from runs";
+        (past.gone, db.count(now).await)
+    };
+    let born = format!(
+        "set session_replication_role = replica;
+         update runs set id = overlay(id::text placing '0190' from 1 for 4)::uuid where id = '{0}';
+         update events set run_id = overlay(run_id::text placing '0190' from 1 for 4)::uuid where run_id = '{0}';
+         reset session_replication_role;",
+        run.0
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(born)).execute(&db.pool).await.unwrap();
+    assert_eq!(forget().await, (0, 1), "its event is still to be told");
+    receiver.fail(false);
+    let worker = db.worker(SHORT_LEASE);
+    eventually("it to be told", || async {
+        time_passes(&db).await;
+        deliveries(&api, &id).await[0]["status"] == "succeeded"
+    })
+    .await;
+    worker.stop().await;
+    assert_eq!(forget().await, (1, 0));
+    // The delivery itself goes with its time; what is younger stays.
+    let keep = Duration::from_secs(3600);
+    let webhook: uuid::Uuid = sqlx::query_scalar("select id from webhooks").fetch_one(&db.pool).await.unwrap();
+    let prune = async || capx_core::store::deliveries::prune(&db.pool, webhook, keep, keep).await.unwrap();
+    assert_eq!(prune().await, 0);
+    sqlx::raw_sql("delete from webhooks").execute(&db.pool).await.unwrap();
+    assert_eq!(prune().await, 1, "a webhook that is gone leaves nothing");
+    assert_eq!(db.count("select count(*) from delivery_attempts").await, 0);
 }

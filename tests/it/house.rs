@@ -366,6 +366,15 @@ async fn every_metric_is_documented_and_the_fleets_gauges_are_read() {
     let company = db.company(&["a"], "claude", json!({})).await;
     let playbook = db.playbook(company, STEP).await;
     db.start(company, playbook, json!({})).await;
+    // Whoever has it: vacuum and streams wait for it.
+    let mut held = db.pool.begin().await.unwrap();
+    sqlx::query("set transaction isolation level repeatable read").execute(&mut *held).await.unwrap();
+    sqlx::query("select count(*) from runs").execute(&mut *held).await.unwrap();
+    eventually("the oldest transaction to be seen", || async {
+        capx_core::store::fleet::gauges(&db.engine.pool).await.unwrap().oldest_snapshot_s > 0.05
+    })
+    .await;
+    held.rollback().await.unwrap();
     // Read at most every five seconds, for all who scrape this process.
     eventually("the gauges", || async {
         let text = api.client.get(format!("{}/metrics", api.base)).send().await.unwrap().text().await.unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 /// What is kept for a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kept {
-    /// Runs that ended well, or were cancelled, with their steps, events and artifacts.
+    /// Runs that ended well, or were cancelled, with their steps, events and calls.
     Runs,
     /// Runs that failed; they can be retried as long as they are there.
     FailedRuns,
@@ -13,7 +13,8 @@ pub enum Kept {
     Activity,
     /// Deliveries that were taken.
     Deliveries,
-    /// Deliveries that were given up; they can be sent again as long as they are there.
+    /// Deliveries that were given up; they can be sent again as long as they are there, and what
+    /// they tell of is kept with them.
     FailedDeliveries,
 }
 

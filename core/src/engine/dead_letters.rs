@@ -34,7 +34,9 @@ pub async fn retry(engine: &Engine, tx: &mut PgConnection, letter: &Letter, by: 
                 Some(_) => return Err(EngineError::Conflict("the webhook is disabled; enable it first".into())),
                 None => return Err(EngineError::Conflict("the webhook was deleted; nothing can be sent to it".into())),
             }
-            deliveries::redeliver(tx, webhook, &[delivery.0]).await?;
+            if deliveries::redeliver(tx, webhook, &[delivery.0]).await?.is_empty() {
+                return Err(EngineError::Conflict("the delivery is no longer kept, or under way".into()));
+            }
             Ok(())
         }
     }

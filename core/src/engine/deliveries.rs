@@ -1,6 +1,6 @@
 //! Deliveries: what a claimed one needs, and what comes of its tries, for many at once.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -202,31 +202,33 @@ pub async fn commit(engine: &Engine, sent: &[Sent]) -> Result<Vec<i64>, EngineEr
 
 async fn write(engine: &Engine, sent: &[Sent], tried: &[Tried], verdicts: &[Verdict]) -> Result<Vec<i64>, EngineError> {
     let mut tx = engine.pool.begin().await?;
-    let mut disabled = Vec::new();
     let mut notable: Vec<Uuid> = sent
         .iter()
         .filter(|sent| !sent.sending.at_its_best || sent.answer.sign() != Sign::Well)
         .map(|sent| sent.sending.webhook.0)
         .collect();
-    if !notable.is_empty() {
-        notable.sort_unstable();
-        notable.dedup();
-        let rows = deliveries::lock_flows(&mut tx, &notable).await?;
-        let mut changes = Vec::with_capacity(rows.len());
-        for row in rows {
-            let (change, gone) = note(row, sent, verdicts);
-            changes.push(change);
-            disabled.extend(gone);
-        }
+    notable.sort_unstable();
+    notable.dedup();
+    // Before the jobs, as claims do; what is noted is what held.
+    let flows = if notable.is_empty() { Vec::new() } else { deliveries::lock_flows(&mut tx, &notable).await? };
+    let held = deliveries::settle(&mut tx, tried).await?;
+    let ours: HashSet<i64> = held.iter().copied().collect();
+    let mine: Vec<(&Sent, Verdict)> = sent
+        .iter()
+        .zip(verdicts.iter().copied())
+        .filter(|(sent, _)| ours.contains(&sent.job.lease.job) && !sent.sending.is_gone)
+        .collect();
+    let (changes, gone): (Vec<FlowChange>, Vec<Option<Disabled>>) =
+        flows.into_iter().filter_map(|row| note(row, &mine)).unzip();
+    if !changes.is_empty() {
         deliveries::write_flows(&mut tx, &changes).await?;
     }
-    let held = deliveries::settle(&mut tx, tried).await?;
-    let over: Vec<&Tried> = tried.iter().filter(|tried| tried.delay_ms.is_none()).collect();
-    let (of, jobs): (Vec<Uuid>, Vec<i64>) = over.iter().map(|tried| (tried.webhook.0, tried.lease.job)).unzip();
+    let over = tried.iter().filter(|tried| tried.delay_ms.is_none() && ours.contains(&tried.lease.job));
+    let (of, jobs): (Vec<Uuid>, Vec<i64>) = over.map(|tried| (tried.webhook.0, tried.lease.job)).unzip();
     if sent.iter().any(|sent| sent.sending.is_ordered) {
         deliveries::next_in_order(&mut tx, &of, &jobs).await?;
     }
-    for Disabled { webhook, company, reason } in disabled {
+    for Disabled { webhook, company, reason } in gone.into_iter().flatten() {
         if webhooks::disable(&mut tx, webhook, &reason).await? {
             let told = json!({"webhook_id": webhook, "reason": reason});
             events::append(&mut *tx, company, &[Event::new(WEBHOOK_DISABLED, told)]).await?;
@@ -236,30 +238,35 @@ async fn write(engine: &Engine, sent: &[Sent], tried: &[Tried], verdicts: &[Verd
     Ok(held)
 }
 
-/// What is known of a webhook after its tries, and whether it is sent to no more.
-fn note(row: FlowRow, sent: &[Sent], verdicts: &[Verdict]) -> (FlowChange, Option<Disabled>) {
+/// What is known of a webhook after its tries, and whether it is sent to no more; nothing where it had
+/// none.
+fn note(row: FlowRow, sent: &[(&Sent, Verdict)]) -> Option<(FlowChange, Option<Disabled>)> {
+    let of: Vec<&(&Sent, Verdict)> = sent.iter().filter(|(sent, _)| sent.sending.webhook.0 == row.webhook_id).collect();
+    if of.is_empty() {
+        return None;
+    }
     let mut flow = flow_of(&row);
     flow.wait(seconds(row.noted_s));
-    let (mut is_open, mut opens, mut worked, mut disabled) = (row.is_open, None, row.failing_s.is_none(), None);
-    for (sent, verdict) in sent.iter().zip(verdicts).filter(|(sent, _)| sent.sending.webhook.0 == row.webhook_id) {
+    let (mut is_open, mut opens, mut disabled) = (row.is_open, None, None);
+    // Whatever else was in the same batch: something works.
+    let worked = of.iter().any(|(_, verdict)| *verdict == Verdict::Succeeded);
+    for (sent, verdict) in of {
         let opened = flow.note(sent.answer.sign(), sent.job.attempt > 1, is_open, rand::random());
         is_open |= opened.is_some();
         opens = opened.or(opens);
-        worked = *verdict == Verdict::Succeeded;
         let said = sent.error.as_deref().unwrap_or_default();
+        let failing = row.failing_s.is_some_and(|failing| failing >= FAILING_MAX.as_secs_f64());
         let reason = match verdict {
             Verdict::Gone => Some("it answered 410 Gone: it wants no more".to_owned()),
             Verdict::Succeeded => None,
-            _ if row.failing_s.is_some_and(|failing| failing >= FAILING_MAX.as_secs_f64()) => {
-                Some(format!("nothing has worked for 5 days: {said}"))
-            }
+            _ if failing && !worked => Some(format!("nothing has worked for 5 days: {said}")),
             _ => None,
         };
         if let Some(reason) = reason {
             disabled = Some(Disabled { webhook: sent.sending.webhook, company: sent.job.company, reason });
         }
     }
-    if worked {
+    if flow.opened == 0 {
         opens = None;
     }
     let row = FlowRow {
@@ -270,7 +277,7 @@ fn note(row: FlowRow, sent: &[Sent], verdicts: &[Verdict]) -> (FlowChange, Optio
         retry_budget: flow.retry_budget,
         ..row
     };
-    (FlowChange { flow: row, opens_ms: opens.map(millis), worked }, disabled)
+    Some((FlowChange { flow: row, opens_ms: opens.map(millis), worked }, disabled))
 }
 
 /// Which deliveries are sent again.

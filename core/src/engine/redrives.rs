@@ -16,15 +16,23 @@ pub const RATE_MAX: i32 = LETTERS_MAX as i32;
 /// A second's worth of each redrive that is under way.
 pub async fn step(engine: &Engine) -> Result<(), EngineError> {
     for id in redrives::running(&engine.pool).await? {
-        let mut connection = engine.pool.acquire().await?;
-        let mut tx = connection.begin().await?;
-        let Some(row) = redrives::lock(&mut tx, id).await? else { continue };
-        if some(engine, &mut tx, &row).await? {
-            redrives::end(&mut tx, id, "done").await?;
+        // One that fails holds up no other, and is tried again in a second.
+        if let Err(error) = one(engine, id).await {
+            tracing::warn!(%error, "a redrive waits");
         }
-        tx.commit().await?;
-        engine.waker.wake();
     }
+    Ok(())
+}
+
+async fn one(engine: &Engine, id: Uuid) -> Result<(), EngineError> {
+    let mut connection = engine.pool.acquire().await?;
+    let mut tx = connection.begin().await?;
+    let Some(row) = redrives::lock(&mut tx, id).await? else { return Ok(()) };
+    if some(engine, &mut tx, &row).await? {
+        redrives::end(&mut tx, id, "done").await?;
+    }
+    tx.commit().await?;
+    engine.waker.wake();
     Ok(())
 }
 

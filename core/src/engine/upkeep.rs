@@ -3,14 +3,14 @@
 //! does not work holds up no other, and says so.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
 use super::{Engine, EngineError, agents, asks, gates, redrives, spending, triggers};
 use crate::domain::retention::{Kept, days};
 use crate::store::upkeep::{self as store, Claimed};
-use crate::store::{deliveries, events, fleet, hooks, idempotency, jobs, sessions, signals, usage};
+use crate::store::{deliveries, events, fleet, hooks, idempotency, jobs, sessions, signals, usage, webhooks};
 
 /// The parts, and how often each is due. All of them may be done twice, or by two at once.
 const PARTS: &[(&str, Duration)] = &[
@@ -22,7 +22,8 @@ const PARTS: &[(&str, Duration)] = &[
     ("unheard_calls", Duration::from_secs(20)),
     ("budget_periods", Duration::from_secs(20)),
     ("parked", Duration::from_secs(20)),
-    ("priorities", Duration::from_secs(10)),
+    ("priorities", fleet::AGE),
+    ("enabled_webhooks", Duration::from_secs(20)),
     ("redrives", Duration::from_secs(1)),
     ("prune", Duration::from_secs(60)),
     ("runs", Duration::from_secs(300)),
@@ -31,8 +32,10 @@ const PARTS: &[(&str, Duration)] = &[
 ];
 /// The parts that are looked for more often than a sweep comes.
 const SOON: &[&str] = &["redrives"];
-/// Statements of one claim of a part that lets something go; what is left comes at once, in another.
-const STATEMENTS_MAX: usize = 20;
+/// So long one claim of a part lets old things go, and so long a round claims parts: what is left comes
+/// soon, in another.
+const PART_MAX: Duration = Duration::from_secs(5);
+const ROUND_MAX: Duration = Duration::from_secs(20);
 
 /// What a part came to: where it goes on, and whether there is more to do at once.
 #[derive(Debug, Default)]
@@ -50,12 +53,17 @@ pub async fn round(engine: &Engine) -> Result<usize, EngineError> {
 /// The same of those that do not wait for a round.
 pub async fn soon(engine: &Engine) -> Result<usize, EngineError> {
     let parts: Vec<(&str, Duration)> = PARTS.iter().copied().filter(|(part, _)| SOON.contains(part)).collect();
+    store::know(&engine.pool, &parts).await?;
     claimed(engine, &parts).await
 }
 
 async fn claimed(engine: &Engine, parts: &[(&str, Duration)]) -> Result<usize, EngineError> {
     let mut failed = 0;
+    let began = Instant::now();
     for _ in 0..2 * parts.len() {
+        if began.elapsed() >= ROUND_MAX {
+            break;
+        }
         let Some(claimed) = store::claim(&engine.pool, parts).await? else { break };
         let (went, error) = match part(engine, &claimed).await {
             Ok(went) => (went, None),
@@ -101,6 +109,7 @@ async fn part(engine: &Engine, claimed: &Claimed) -> Result<Went, EngineError> {
         "budget_periods" => agents::periods_over(engine).await?,
         "parked" => parked(engine).await?,
         "priorities" => _ = fleet::age(&engine.pool).await?,
+        "enabled_webhooks" => while webhooks::unhold_enabled(&engine.pool).await? == webhooks::UNHOLD_MAX as u64 {},
         "redrives" => redrives::step(engine).await?,
         "prune" => {
             while signals::prune(&engine.pool).await? == signals::PRUNE_MAX as u64 {}
@@ -110,7 +119,7 @@ async fn part(engine: &Engine, claimed: &Claimed) -> Result<Went, EngineError> {
         }
         "runs" => return old_runs(engine, claimed.place).await,
         "activity" => return old_activity(engine, claimed.place).await,
-        "deliveries" => old_deliveries(engine).await?,
+        "deliveries" => return old_deliveries(engine, claimed.place).await,
         _ => {}
     }
     Ok(Went::default())
@@ -149,8 +158,8 @@ async fn kept(engine: &Engine) -> Result<impl Fn(Kept) -> Duration, EngineError>
 /// once there are no more.
 async fn old_runs(engine: &Engine, from: Option<Uuid>) -> Result<Went, EngineError> {
     let keep = kept(engine).await?;
-    let mut place = from;
-    for _ in 0..STATEMENTS_MAX {
+    let (mut place, began) = (from, Instant::now());
+    while began.elapsed() < PART_MAX {
         let went = store::forget_runs(&engine.pool, place, keep(Kept::Runs), keep(Kept::FailedRuns)).await?;
         place = went.place;
         if place.is_none() {
@@ -163,8 +172,8 @@ async fn old_runs(engine: &Engine, from: Option<Uuid>) -> Result<Went, EngineErr
 /// Events that belong to no run and happened long ago go, company by company.
 async fn old_activity(engine: &Engine, from: Option<Uuid>) -> Result<Went, EngineError> {
     let keep = kept(engine).await?(Kept::Activity);
-    let mut place = from;
-    for _ in 0..STATEMENTS_MAX {
+    let (mut place, began) = (from, Instant::now());
+    while began.elapsed() < PART_MAX {
         let Some(company) = store::next_company(&engine.pool, place).await? else {
             // A time is looked up among marks that are older than what is kept.
             store::forget_marks(&engine.pool, keep + days(400)).await?;
@@ -177,15 +186,16 @@ async fn old_activity(engine: &Engine, from: Option<Uuid>) -> Result<Went, Engin
     Ok(Went { place, soon: true })
 }
 
-/// Deliveries that were over long ago go, and all of webhooks that are gone.
-async fn old_deliveries(engine: &Engine) -> Result<(), EngineError> {
+/// Deliveries that were over long ago go, and all of webhooks that are gone: webhook by webhook.
+async fn old_deliveries(engine: &Engine, from: Option<Uuid>) -> Result<Went, EngineError> {
     let keep = kept(engine).await?;
-    for webhook in deliveries::webhooks(&engine.pool).await? {
-        let forget = || deliveries::prune(&engine.pool, webhook, keep(Kept::Deliveries), keep(Kept::FailedDeliveries));
-        let mut turns = 0;
-        while forget().await? == deliveries::PRUNE_MAX as u64 && turns < STATEMENTS_MAX {
-            turns += 1;
+    let (mut place, began) = (from, Instant::now());
+    while began.elapsed() < PART_MAX {
+        let Some(webhook) = deliveries::next_webhook(&engine.pool, place).await? else { return Ok(Went::default()) };
+        let gone = deliveries::prune(&engine.pool, webhook, keep(Kept::Deliveries), keep(Kept::FailedDeliveries));
+        if gone.await? < deliveries::PRUNE_MAX as u64 {
+            place = Some(webhook);
         }
     }
-    Ok(())
+    Ok(Went { place, soon: true })
 }

@@ -201,7 +201,8 @@ pub async fn pick(
            from companies c
            cross join lateral (
                select * from dead_letters l
-               where l.company_id = c.id and ($3::text is null or l.reason = $3) and ($4::uuid is null or l.id > $4)
+               where l.company_id = c.id and ($3::text is null or l.reason = $3)
+                   and l.id > coalesce($4::uuid, '00000000-0000-0000-0000-000000000000')
                    and ($6::text is null or l.fingerprint = $6) and ($7::uuid is null or l.id < $7)
                    and l.kind in ('step', 'delivery') and l.ref_id is not null
                order by l.id limit $5

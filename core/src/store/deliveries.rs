@@ -86,18 +86,20 @@ pub async fn load(
                w.url, w.status = 'active' as "is_active!", w.ordered, w.secret,
                case when w.old_secret_until > clock_timestamp() then w.old_secret end as old_secret,
                extract(epoch from clock_timestamp())::bigint as "now_s!", before.due_s as "behind_s?",
-               n.webhook_id as "webhook_id!", coalesce(f.bears, 1) as "bears!", f.failures, f.opened, f.error_rate,
-               f.retry_budget, coalesce(f.open_until > clock_timestamp(), false) as "is_open!",
-               extract(epoch from clock_timestamp() - f.noted_at)::float8 as "noted_s!",
+               n.webhook_id as "webhook_id!", coalesce(f.bears, 1) as "bears!", coalesce(f.failures, 0) as "failures!",
+               coalesce(f.opened, 0) as "opened!", coalesce(f.error_rate, 0) as "error_rate!",
+               coalesce(f.retry_budget, 0) as "retry_budget!",
+               coalesce(f.open_until > clock_timestamp(), false) as "is_open!",
+               coalesce(extract(epoch from clock_timestamp() - f.noted_at), 0)::float8 as "noted_s!",
                extract(epoch from clock_timestamp() - f.failing_since)::float8 as failing_s
            from unnest($1::uuid[], $2::uuid[], $3::bigint[]) as n (webhook_id, id, job)
            cross join lateral (
                select * from deliveries d where d.webhook_id = n.webhook_id and d.id = n.id offset 0
            ) d
            cross join lateral (select * from webhooks w where w.id = n.webhook_id offset 0) w
-           cross join lateral (
+           left join lateral (
                select * from flows f where f.queue = 'webhooks' and f.flow_id = n.webhook_id offset 0
-           ) f
+           ) f on true
            left join lateral (
                select * from events e where e.company_id = d.company_id and e.xid = d.event_xid and e.id = d.event_id
                offset 0
@@ -189,7 +191,10 @@ pub async fn write_flows(tx: &mut PgConnection, changes: &[FlowChange]) -> Resul
                  when c.opens_ms is not null then clock_timestamp() + c.opens_ms * interval '1 millisecond'
                  when not c.worked then f.open_until
              end,
-             failing_since = case when not c.worked then coalesce(f.failing_since, now()) end
+             failing_since = case
+                 when not c.worked then coalesce(f.failing_since, now())
+                 when c.failures > 0 then now()
+             end
          from unnest($1::uuid[], $2::integer[], $3::integer[], $4::integer[], $5::float8[], $6::float8[], $7::bigint[],
                  $8::boolean[])
              as c (webhook_id, bears, failures, opened, error_rate, retry_budget, opens_ms, worked)
@@ -498,6 +503,8 @@ pub async fn redeliver(
                from (
                    select * from deliveries where webhook_id = $1 and id = any ($2) order by id for update
                ) d
+               -- What was a company's goes with it.
+               join companies c on c.id = d.company_id
                left join events e on e.company_id = d.company_id and e.xid = d.event_xid and e.id = d.event_id
            ),
            due as (
@@ -604,16 +611,28 @@ pub const PRUNE_MAX: i64 = 5_000;
 pub async fn prune(pool: &PgPool, webhook: Uuid, keep: Duration, keep_failed: Duration) -> Result<u64, StoreError> {
     let done = sqlx::query!(
         "with old as (
-             select d.id from deliveries d
-             where d.webhook_id = $1 and (
-                 (d.id < $5 and d.status = 'succeeded' and d.ended_at < now() - $2::bigint * interval '1 millisecond')
-                 or (d.id < $5 and d.status = 'failed' and d.ended_at < now() - $3::bigint * interval '1 millisecond')
-                 or not exists (select from webhooks w where w.id = $1)
-             )
+             select d.id, d.company_id, d.status from deliveries d
+             where d.webhook_id = $1
+                 -- What is younger is not looked at, unless the webhook is gone.
+                 and d.id < case
+                     when exists (select from webhooks w where w.id = $1) then $5
+                     else 'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid
+                 end
+                 and (
+                     (d.status = 'succeeded' and d.ended_at < now() - $2::bigint * interval '1 millisecond')
+                     or (d.status = 'failed' and d.ended_at < now() - $3::bigint * interval '1 millisecond')
+                     or not exists (select from webhooks w where w.id = $1)
+                 )
              order by d.id limit $4
+             -- One that is sent again at this moment stays.
+             for update skip locked
          ),
          tries as (
              delete from delivery_attempts a where a.webhook_id = $1 and a.delivery_id = any (array(select id from old))
+         ),
+         letters as (
+             delete from dead_letters l using old
+             where l.company_id = old.company_id and l.ref_id = old.id and l.webhook_id = $1
          ),
          turns as (
              delete from delivery_order o where o.webhook_id = $1 and not exists (select from webhooks w where w.id = $1)
@@ -623,7 +642,6 @@ pub async fn prune(pool: &PgPool, webhook: Uuid, keep: Duration, keep_failed: Du
         millis(keep),
         millis(keep_failed),
         PRUNE_MAX,
-        // What is younger is not looked at.
         least_id(Utc::now() - keep.min(keep_failed)),
     )
     .execute(pool)
@@ -631,21 +649,13 @@ pub async fn prune(pool: &PgPool, webhook: Uuid, keep: Duration, keep_failed: Du
     Ok(done.rows_affected())
 }
 
-/// The webhooks that deliveries are kept of, those that are gone among them.
-pub async fn webhooks(pool: &PgPool) -> Result<Vec<Uuid>, StoreError> {
+/// The next webhook behind another that deliveries are kept of; it may be gone.
+pub async fn next_webhook(pool: &PgPool, after: Option<Uuid>) -> Result<Option<Uuid>, StoreError> {
+    let after = after.unwrap_or(Uuid::nil());
     Ok(sqlx::query_scalar!(
-        r#"with recursive kept as (
-               (select webhook_id from deliveries order by webhook_id limit 1)
-               union all
-               select following.webhook_id
-               from kept
-               cross join lateral (
-                   select d.webhook_id from deliveries d where d.webhook_id > kept.webhook_id
-                   order by d.webhook_id limit 1
-               ) following
-           )
-           select webhook_id as "webhook_id!" from kept"#,
+        "select webhook_id from deliveries where webhook_id > $1 order by webhook_id limit 1",
+        after
     )
-    .fetch_all(pool)
+    .fetch_optional(pool)
     .await?)
 }

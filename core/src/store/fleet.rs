@@ -246,6 +246,7 @@ pub async fn count(pool: &PgPool, counts: &[(String, i64, i64)]) -> Result<(), S
         "insert into queue_counts as q (queue, minute, done, again)
          select c.queue, date_trunc('minute', now()), c.done, c.again
          from unnest($1::text[], $2::bigint[], $3::bigint[]) as c (queue, done, again)
+         order by c.queue
          on conflict (queue, minute) do update set done = q.done + excluded.done, again = q.again + excluded.again",
         &counts.iter().map(|(queue, ..)| queue.clone()).collect::<Vec<_>>(),
         &counts.iter().map(|(_, done, _)| *done).collect::<Vec<_>>(),

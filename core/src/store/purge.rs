@@ -25,7 +25,6 @@ const TABLES: &[&str] = &[
     "webhooks",
     "flows",
     "pauses",
-    "deliveries",
     "company_secrets",
     "artifacts",
     "run_artifacts",

@@ -59,12 +59,17 @@ pub struct NewRedrive<'a> {
     pub by: &'a str,
 }
 
-/// Begins a redrive.
-pub async fn insert(tx: &mut PgConnection, new: &NewRedrive<'_>) -> Result<RedriveRow, StoreError> {
+/// How many redrives of an account may be under way.
+pub const RUNNING_MAX: i64 = 5;
+
+/// Begins a redrive; `None` when as many are under way as may be.
+pub async fn insert(tx: &mut PgConnection, new: &NewRedrive<'_>) -> Result<Option<RedriveRow>, StoreError> {
     Ok(sqlx::query_as!(
         RedriveRow,
         "insert into redrives (id, account_id, company_id, reason, fingerprint, rate, asked_by)
-         values ($1, $2, $3, $4, $5, $6, $7) returning *",
+         select $1, $2, $3, $4, $5, $6, $7
+         where (select count(*) from redrives where account_id = $2 and status = 'running') < $8
+         returning *",
         new.id.0,
         new.account.0,
         new.company.map(|company| company.0),
@@ -72,8 +77,9 @@ pub async fn insert(tx: &mut PgConnection, new: &NewRedrive<'_>) -> Result<Redri
         new.fingerprint,
         new.rate,
         new.by,
+        RUNNING_MAX,
     )
-    .fetch_one(tx)
+    .fetch_optional(tx)
     .await?)
 }
 

@@ -160,6 +160,13 @@ pub async fn forget_events(pool: &PgPool, company: Uuid, keep: Duration) -> Resu
         "delete from events where ctid = any (array(
              select e.ctid from events e
              where e.company_id = $1 and e.run_id is null
+                 -- Of which a webhook may still be told.
+                 and not exists (
+                     select from companies c
+                     join webhooks w on w.account_id = c.account_id
+                     join deliveries d on d.webhook_id = w.id and d.id = delivery_id(e.id, w.id)
+                     where c.id = e.company_id and d.status <> 'succeeded'
+                 )
                  and e.xid < (
                      select oldest from event_marks
                      where at <= now() - $2::bigint * interval '1 millisecond' order by at desc limit 1

@@ -353,32 +353,59 @@ pub struct LedgerFilter {
     pub after: Option<LedgerPlace>,
 }
 
-/// A page of the ledger: company by company, oldest first.
-pub async fn ledger(tx: &mut PgConnection, filter: LedgerFilter, limit: i64) -> Result<Vec<LedgerRow>, StoreError> {
-    let (company, at, id) =
-        filter.after.map_or((None, None, None), |(company, at, id)| (Some(company), Some(at), Some(id)));
-    Ok(sqlx::query_as!(
+/// A page of the ledger: company by company, oldest first. It may be short where a company ends; with
+/// it comes where the next page begins, if there may be one.
+pub async fn ledger(
+    tx: &mut PgConnection,
+    filter: LedgerFilter,
+    limit: i64,
+) -> Result<(Vec<LedgerRow>, Option<LedgerPlace>), StoreError> {
+    // Before whatever there is.
+    let first = |company: Uuid| (company, DateTime::UNIX_EPOCH, 0);
+    let start = match filter.after {
+        Some(after) => Some(after),
+        None => next_company(tx, &filter, None).await?.map(first),
+    };
+    let Some((company, at, id)) = start else { return Ok((Vec::new(), None)) };
+    let rows = sqlx::query_as!(
         LedgerRow,
-        r#"select l.company_id as "company_id!", l.id as "id!", l.at as "at!", l.category as "category!",
-               l.nanos as "nanos!", l.agent_id, l.run_id, l.step, l.model, l.unheard as "unheard!"
-           from companies c
-           cross join lateral (
-               select * from ledger l
-               where l.company_id = c.id and ($3::timestamptz is null or l.at >= $3) and ($4::timestamptz is null or l.at < $4)
-                   and ($5::uuid is null or c.id > $5 or (l.at, l.id) > ($6, $7))
-               order by l.at, l.id limit $8
-           ) l
-           where c.account_id = $1 and ($2::uuid is null or c.id = $2) and ($5::uuid is null or c.id >= $5)
-           order by l.company_id, l.at, l.id limit $8"#,
-        filter.account.0,
-        filter.company.map(|company| company.0),
-        filter.since,
-        filter.before,
+        r#"select company_id, id, at, category, nanos, agent_id, run_id, step, model, unheard
+           from ledger
+           where company_id = $1 and (at, id) > ($2, $3)
+               and ($4::timestamptz is null or at >= $4) and ($5::timestamptz is null or at < $5)
+           order by at, id limit $6"#,
         company,
         at,
         id,
+        filter.since,
+        filter.before,
         limit,
     )
-    .fetch_all(tx)
+    .fetch_all(&mut *tx)
+    .await?;
+    let next = if i64::try_from(rows.len()).is_ok_and(|found| found == limit) {
+        rows.last().map(LedgerRow::place)
+    } else {
+        next_company(tx, &filter, Some(company)).await?.map(first)
+    };
+    Ok((rows, next))
+}
+
+/// The first company of an account that a filter takes in, behind another.
+async fn next_company(
+    tx: &mut PgConnection,
+    filter: &LedgerFilter,
+    after: Option<Uuid>,
+) -> Result<Option<Uuid>, StoreError> {
+    Ok(sqlx::query_scalar!(
+        "select id from companies
+         where account_id = $1 and ($2::uuid is null or id = $2)
+             and id > coalesce($3::uuid, '00000000-0000-0000-0000-000000000000')
+         order by id limit 1",
+        filter.account.0,
+        filter.company.map(|company| company.0),
+        after,
+    )
+    .fetch_optional(tx)
     .await?)
 }

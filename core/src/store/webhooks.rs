@@ -1,12 +1,11 @@
 //! Addresses that are told of events.
 
 use chrono::{DateTime, Utc};
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use super::StoreError;
 use super::jobs::millis;
-use crate::domain::flow::FIRST;
 use crate::domain::ids::{AccountId, CompanyId, WebhookId};
 
 /// How many webhooks an account may have.
@@ -113,9 +112,8 @@ pub async fn insert(tx: &mut PgConnection, new: &NewWebhook<'_>) -> Result<Optio
         return Ok(None);
     }
     sqlx::query!(
-        "insert into flows (queue, webhook_id, bears, rate, max_running) values ('webhooks', $1, $2, $3, $4)",
+        "update flows set rate = $2, max_running = $3 where queue = 'webhooks' and flow_id = $1",
         new.webhook.0,
-        FIRST,
         new.limits.rate,
         new.limits.at_once,
     )
@@ -199,6 +197,7 @@ pub async fn update(
     webhook: WebhookId,
     change: &Change<'_>,
 ) -> Result<Option<WebhookRow>, StoreError> {
+    lock_flow(tx, webhook).await?;
     let done = sqlx::query!(
         "update webhooks
          set url = coalesce($4, url), events = coalesce($5, events), description = coalesce($6, description),
@@ -266,6 +265,7 @@ pub async fn rotate(
 
 /// Deletes a webhook of an account; false when it has none such.
 pub async fn delete(tx: &mut PgConnection, (account, bound): Owner, webhook: WebhookId) -> Result<bool, StoreError> {
+    lock_flow(tx, webhook).await?;
     let done = sqlx::query!(
         "delete from webhooks where id = $1 and account_id = $2 and ($3::uuid is null or company_id = $3)",
         webhook.0,
@@ -290,9 +290,20 @@ pub async fn disable(tx: &mut PgConnection, webhook: WebhookId, reason: &str) ->
     Ok(done.rows_affected() == 1)
 }
 
-/// Deliveries that wait for a webhook to be enabled are due, and nothing that it did before is held
-/// against it.
-pub async fn unhold(tx: &mut PgConnection, account: AccountId, webhook: WebhookId) -> Result<u64, StoreError> {
+/// Locks a webhook's flow, which everybody locks before the webhook.
+async fn lock_flow(tx: &mut PgConnection, webhook: WebhookId) -> Result<(), StoreError> {
+    sqlx::query!("select from flows where queue = 'webhooks' and flow_id = $1 for update", webhook.0)
+        .execute(tx)
+        .await?;
+    Ok(())
+}
+
+/// How many held deliveries one statement lets go.
+pub const UNHOLD_MAX: i64 = 1_000;
+
+/// Nothing that a webhook did before it was enabled is held against it, and deliveries that waited for
+/// that are due: so many of them, and the rest by [`unhold_enabled`].
+pub async fn unhold(tx: &mut PgConnection, webhook: WebhookId) -> Result<(), StoreError> {
     sqlx::query!(
         "update flows set failures = 0, opened = 0, open_until = null, failing_since = null
          where queue = 'webhooks' and flow_id = $1",
@@ -300,20 +311,33 @@ pub async fn unhold(tx: &mut PgConnection, account: AccountId, webhook: WebhookI
     )
     .execute(&mut *tx)
     .await?;
+    sqlx::query!(
+        "update jobs set held_for = null, due_at = now(), state = 'ready'
+         where id = any (array(
+             -- One that is locked is under way, and looks for itself.
+             select id from jobs where held_for = $1 and state = 'scheduled' limit $2 for update skip locked))",
+        webhook.0,
+        UNHOLD_MAX,
+    )
+    .execute(tx)
+    .await?;
+    Ok(())
+}
+
+/// Deliveries that wait for webhooks which are enabled are due; says how many.
+pub async fn unhold_enabled(pool: &PgPool) -> Result<u64, StoreError> {
     let done = sqlx::query!(
         "update jobs set held_for = null, due_at = now(), state = 'ready'
          where id = any (array(
-             select j.id from companies c
+             select j.id from webhooks w
              cross join lateral (
-                 -- One that is locked is under way, and looks for itself.
-                 select j.id from jobs j where j.company_id = c.id and j.held_for = $2 and j.state = 'scheduled'
+                 select j.id from jobs j where j.held_for = w.id and j.state = 'scheduled' limit $1
                  for update skip locked
              ) j
-             where c.account_id = $1))",
-        account.0,
-        webhook.0,
+             where w.status = 'active' limit $1))",
+        UNHOLD_MAX,
     )
-    .execute(tx)
+    .execute(pool)
     .await?;
     Ok(done.rows_affected())
 }

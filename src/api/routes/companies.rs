@@ -544,6 +544,8 @@ async fn kill(
     let mut command = caller.command(&state, digest).await?;
     let id = caller.company_id(command.tx(), &company).await?;
     let at = lifecycle::change(command.tx(), id, Change::Kill).await?;
+    let by = caller.key.to_string();
+    pauses::set(command.tx(), id, ("company", id.0), &by, Some("the kill switch")).await?;
     command.audit(id, "company.killed", json!({})).await?;
     command.finish(StatusCode::OK, Paused { id, status: "paused", paused_at: Time(at) }).await
 }

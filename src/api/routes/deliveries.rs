@@ -7,8 +7,9 @@ use capx_core::domain::address::Rules;
 use capx_core::domain::delivery::TEST;
 use capx_core::domain::event::{NAMES, pattern_problem};
 use capx_core::domain::ids::{CompanyId, DeliveryId, EventId, WebhookId};
-use capx_core::engine::FieldProblem;
+use capx_core::domain::retention::Kept;
 use capx_core::engine::deliveries::{self as engine, Resend, Which};
+use capx_core::engine::{FieldProblem, upkeep};
 use capx_core::store::deliveries::{self as store, AttemptRow, DeliveryFilter, DeliveryRow, NewDelivery, least_id};
 use capx_core::store::webhooks::{self, WebhookRow};
 use serde::{Deserialize, Serialize};
@@ -372,6 +373,14 @@ async fn redeliver_many(
     let mut command = caller.command(&state, digest).await?;
     let (id, row) = find(command.tx(), &caller, &webhook).await?;
     active(&row)?;
+    if which == Which::Missing {
+        // Of what is older it is not known whether it was taken.
+        let days = upkeep::retention(command.tx()).await?.get(&Kept::Deliveries).copied().unwrap_or_default();
+        if since.is_some_and(|since| since < chrono::Utc::now() - chrono::Duration::days(days.into())) {
+            let message = format!("must be in the last {days} days, for which deliveries are kept");
+            return Err(ApiError::field("since", message));
+        }
+    }
     let resend = Resend {
         webhook: id,
         account: caller.account,

@@ -159,8 +159,8 @@ impl Exporter {
             Log::Ledger => {
                 let after = after.and_then(|next| if let Next::Ledger(place) = next { Some(place) } else { None });
                 let filter = LedgerFilter { account, company, since, before, after };
-                let rows = usage::ledger(&mut tx, filter, PAGE).await?;
-                let next = rows.last().filter(|_| whole(rows.len())).map(|row| Next::Ledger(row.place()));
+                let (rows, next) = usage::ledger(&mut tx, filter, PAGE).await?;
+                let next = next.map(Next::Ledger);
                 let rows: Vec<Entry> = rows.into_iter().map(Entry::new).collect();
                 Ok((self.lines(LEDGER, &rows, Entry::cells)?, next))
             }

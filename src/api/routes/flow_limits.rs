@@ -7,6 +7,7 @@ use capx_core::domain::address::Rules;
 use capx_core::domain::ids::CompanyId;
 use capx_core::engine::FieldProblem;
 use capx_core::store::flows::{self, LimitRow};
+use capx_core::store::jobs::queue::WEBHOOKS;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use utoipa_axum::routes;
@@ -35,7 +36,7 @@ struct LimitBody {
     /// So many attempts at once.
     #[schema(minimum = 1, maximum = 100_000)]
     max_concurrency: Option<i32>,
-    /// So many begin a second.
+    /// So many are claimed a second; a worker goes on with a run for a few steps without another claim.
     #[schema(minimum = 0.01, maximum = 1_000_000)]
     rate_limit: Option<f64>,
 }
@@ -99,6 +100,11 @@ async fn set(
     let company: CompanyId = body.company_id.parse().map_err(|_| ApiError::NotFound("company"))?;
     let mut command = operation(&caller, &state, digest).await?;
     known(command.tx(), &queue).await?;
+    if queue == WEBHOOKS {
+        return Err(ApiError::Conflict(
+            "deliveries are limited by their webhook: PATCH its max_concurrency and rate_limit".to_owned(),
+        ));
+    }
     if !flows::set(command.tx(), &queue, company, body.max_concurrency, body.rate_limit).await? {
         return Err(ApiError::NotFound("company"));
     }

@@ -127,7 +127,10 @@ async fn create(
         rate: body.rate,
         by: &by,
     };
-    let row = redrives::insert(command.tx(), &new).await?;
+    let row = redrives::insert(command.tx(), &new).await?.ok_or_else(|| {
+        let most = redrives::RUNNING_MAX;
+        ApiError::Conflict(format!("{most} redrives are under way already; wait for one, or cancel it"))
+    })?;
     command.finish(StatusCode::CREATED, Redrive::from(row)).await
 }
 

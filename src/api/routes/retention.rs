@@ -27,7 +27,7 @@ pub(in crate::api) fn routes(routes: Routes) -> Routes {
 /// the ledger and the audit log.
 #[derive(Debug, Serialize, ToSchema)]
 struct Retention {
-    /// Runs that ended well, or were cancelled, with their steps, events and artifacts.
+    /// Runs that ended well, or were cancelled, with their steps, events and calls.
     runs: i32,
     /// Runs that failed.
     failed_runs: i32,

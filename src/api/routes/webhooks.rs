@@ -343,7 +343,7 @@ async fn update(
     let row = store::update(command.tx(), owner(&caller), id, &change).await?;
     let mut row = row.ok_or(ApiError::NotFound("webhook"))?;
     if change.active == Some(true) {
-        store::unhold(command.tx(), caller.account, id).await?;
+        store::unhold(command.tx(), id).await?;
         (row.failing_since, row.open_until) = (None, None);
         command.wake();
     }

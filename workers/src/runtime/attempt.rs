@@ -109,11 +109,13 @@ pub(super) async fn run(shared: &Arc<Shared>, assignment: Assignment) -> Attempt
 
 /// Sends an event to a webhook.
 async fn deliver(shared: &Shared, job: ClaimedJob, sending: Box<Sending>, mut held: Held) -> Attempted {
-    let given_back =
-        |job, held| Attempted::Plain(job, PlainOutcome::Again { delay: Duration::ZERO, charged: false }, held);
-    let Some(wire) = shared.load.wire().await else {
-        held.leave();
-        return given_back(job, held);
+    let given_back = |job, held, delay| Attempted::Plain(job, PlainOutcome::Again { delay, charged: false }, held);
+    let wire = match shared.load.wire() {
+        Ok(wire) => wire,
+        Err(delay) => {
+            held.leave();
+            return given_back(job, held, delay);
+        }
     };
     held.on_wire();
     let sent = tokio::select! {
@@ -124,7 +126,9 @@ async fn deliver(shared: &Shared, job: ClaimedJob, sending: Box<Sending>, mut he
     failpoint::reach("delivery.sent").await;
     drop(wire);
     held.finish();
-    let Some(delivery::Outcome { answer, said, error, took }) = sent else { return given_back(job, held) };
+    let Some(delivery::Outcome { answer, said, error, took }) = sent else {
+        return given_back(job, held, Duration::ZERO);
+    };
     Attempted::Delivery(Sent { job, sending, answer, took, said, error }, held)
 }
 

@@ -29,12 +29,14 @@ pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assig
     // When what we hold was last compared; none after a claim that may have
     // committed without its answer.
     let mut compared = Some(Instant::now());
+    // Nothing was found from the first flow on, as far as the claims have come.
+    let mut empty_lap = false;
     while let Some(room) = room(&shared, &mut ahead, cursor.has_more(), &mut compared).await {
         if compared.is_none_or(|at| at.elapsed() >= COMPARE) {
             compared = give_back_unknown(&shared).await;
         }
         let began = Instant::now();
-        let full_look = cursor.is_full_look();
+        let from_first = cursor.is_full_look();
         let claimed = claim::claim(&shared.engine, shared.session, &mut cursor, room);
         let taken = match shared.watchdog.answer("a claim", claimed).await {
             Ok(jobs) => jobs,
@@ -51,11 +53,17 @@ pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assig
         failures = 0;
         observe(&shared, taken.len(), began.elapsed());
         if taken.is_empty() {
-            if full_look && !idle(&shared, &mut compared).await {
-                return;
+            // A look that came upon flows without room only may have ended before the last one.
+            empty_lap |= from_first;
+            if empty_lap && cursor.is_full_look() {
+                empty_lap = false;
+                if !idle(&shared, &mut compared).await {
+                    return;
+                }
             }
             continue;
         }
+        empty_lap = false;
         let (jobs, held): (Vec<ClaimedJob>, Vec<Held>) =
             taken.into_iter().filter_map(|job| shared.load.hold(job.lease).map(|held| (job, held))).unzip();
         for (claimed, held) in load(&shared, jobs).await.into_iter().zip(held) {

@@ -22,6 +22,8 @@ const UNCOMMITTED_MAX: usize = 1_536;
 /// Events on their way to webhooks at once. They wait for others and for nothing here, so they take
 /// no slots: one that does not answer holds up no step.
 const WIRES: usize = 512;
+/// An event that finds none of them free comes back after about this long.
+const NO_WIRE: Duration = Duration::from_millis(500);
 /// A claimed job that has got no slot by then is given back.
 pub(super) const UNSTARTED_MAX: Duration = Duration::from_millis(500);
 /// A suspect that finds another one at work comes back after about this long.
@@ -124,10 +126,11 @@ impl Load {
         }
     }
 
-    /// Leave to send an event; none when there is none in time.
-    pub(super) async fn wire(&self) -> Option<OwnedSemaphorePermit> {
-        let wire = Arc::clone(&self.wires).acquire_owned();
-        tokio::time::timeout(UNSTARTED_MAX, wire).await.ok()?.ok()
+    /// Leave to send an event, or how long it should stay away: who waited here would take the room of
+    /// others.
+    pub(super) fn wire(&self) -> Result<OwnedSemaphorePermit, Duration> {
+        let wire = Arc::clone(&self.wires).try_acquire_owned();
+        wire.map_err(|_| NO_WIRE.mul_f64(rand::random_range(0.5..1.5)))
     }
 
     /// A slot for a handler, or how long the job should stay away when none

@@ -136,6 +136,8 @@ pub(crate) struct Shared {
     pub timer: Arc<Notify>,
     /// Somebody's lease has run out.
     pub silence: Arc<Notify>,
+    /// Dead letters are to be tried again.
+    pub redrives: Notify,
     /// What went through queues since that was last counted.
     pub done: Done,
     /// There are webhooks, to be told of what is committed.
@@ -287,6 +289,7 @@ impl Worker {
             nudge,
             timer: Arc::new(Notify::new()),
             silence: Arc::new(Notify::new()),
+            redrives: Notify::new(),
             done: Done::default(),
             tells: AtomicBool::new(false),
             out_of_reach: Arc::clone(&self.out_of_reach),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use capx_core::engine::{sweep, upkeep};
 use capx_core::failpoint;
 use capx_core::store::{fleet, jobs};
+use futures_util::FutureExt;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -16,9 +17,6 @@ use super::{Shared, WorkerConfig, pause, vital};
 /// Sweeps of a lease, besides those that a look calls for when it finds a
 /// silent worker.
 const SWEEPS_A_LEASE: u32 = 2;
-/// Sweeps between two rounds of upkeep, which an idle worker should not pay for
-/// more often.
-const SWEEPS_AN_UPKEEP: u64 = 2;
 /// A job whose worker died waits this part of a lease before its first
 /// retake, doubling with each death.
 const RETAKE_PART: u32 = 60;
@@ -26,7 +24,8 @@ const RETAKE_PART: u32 = 60;
 /// Starts the look and the sweep.
 pub(super) fn spawn(tasks: &TaskTracker, shared: &Arc<Shared>, over: CancellationToken) {
     tasks.spawn(vital(shared, "look", look(Arc::clone(shared), over.clone())));
-    tasks.spawn(vital(shared, "sweep", sweeps(Arc::clone(shared), over)));
+    tasks.spawn(vital(shared, "sweep", sweeps(Arc::clone(shared), over.clone())));
+    tasks.spawn(vital(shared, "upkeep", upkeeps(Arc::clone(shared), over)));
 }
 
 /// One cheap statement a poll interval, sooner when a timer is due sooner.
@@ -59,10 +58,8 @@ async fn look(shared: Arc<Shared>, over: CancellationToken) {
 async fn step(shared: &Shared) -> Result<Option<Duration>, capx_core::store::StoreError> {
     let outlook = jobs::look(&shared.engine.pool, &shared.config.queues).await?;
     shared.tells.store(outlook.tells, Relaxed);
-    if outlook.redrives
-        && let Err(error) = upkeep::soon(&shared.engine).await
-    {
-        tracing::warn!(%error, "dead letters wait to be tried again");
+    if outlook.redrives {
+        shared.redrives.notify_one();
     }
     flush(shared).await;
     if outlook.silence {
@@ -84,6 +81,26 @@ async fn step(shared: &Shared) -> Result<Option<Duration>, capx_core::store::Sto
     Ok(next_due.map(|s| Duration::from_secs_f64(s.clamp(0.0, 3_600.0))))
 }
 
+/// What is done for all from time to time: apart from the sweeps, which must not wait for it.
+async fn upkeeps(shared: Arc<Shared>, over: CancellationToken) {
+    let mut next = tokio::time::Instant::now() + jittered(shared.config.lease);
+    loop {
+        let (name, round) = tokio::select! {
+            () = over.cancelled() => return,
+            // However often the other one comes.
+            () = tokio::time::sleep_until(next) => {
+                next = tokio::time::Instant::now() + jittered(shared.config.lease);
+                ("an upkeep", upkeep::round(&shared.engine).boxed())
+            }
+            () = shared.redrives.notified() => ("a redrive", upkeep::soon(&shared.engine).boxed()),
+        };
+        match shared.watchdog.answer(name, round).await {
+            Ok(failed) => metrics::counter!("capx_upkeep_failures_total").increment(failed as u64),
+            Err(error) => tracing::warn!(%error, "the upkeep waits"),
+        }
+    }
+}
+
 /// Adds what this worker has done to the counts of queues, now and then.
 async fn flush(shared: &Shared) {
     let counts = shared.done.take();
@@ -96,7 +113,6 @@ async fn flush(shared: &Shared) {
 
 async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
     let lease = shared.config.lease;
-    let mut rounds: u64 = 0;
     loop {
         tokio::select! {
             () = over.cancelled() => return,
@@ -111,13 +127,6 @@ async fn sweeps(shared: Arc<Shared>, over: CancellationToken) {
             }
             Ok(_) => {}
             Err(error) => tracing::debug!(%error, "a sweep failed"),
-        }
-        rounds += 1;
-        if rounds.is_multiple_of(SWEEPS_AN_UPKEEP) {
-            match shared.watchdog.answer("an upkeep", upkeep::round(&shared.engine)).await {
-                Ok(failed) => metrics::counter!("capx_upkeep_failures_total").increment(failed as u64),
-                Err(error) => tracing::warn!(%error, "the upkeep waits"),
-            }
         }
     }
 }

@@ -1,15 +1,27 @@
 -- Looks at up to $4 runs behind $1, by their ids, whose times are those of their beginnings; lets those
--- go that ended at least $2 milliseconds ago, or $3 if they failed, with all that is theirs.
+-- go that ended at least $2 milliseconds ago, or $3 if they failed, with all that is theirs. One that
+-- somebody has at this moment, to retry it, stays, and so does one of whose events a webhook may still
+-- be told.
 with looked as materialized (
-    select r.id, r.company_id, r.status, r.ended_at
+    select r.id
     from runs r
     where ($1::uuid is null or r.id > $1)
-        and r.id < (lpad(to_hex((extract(epoch from now()) * 1000)::bigint - least($2::bigint, $3::bigint)), 12, '0') || repeat('0', 20))::uuid
+        and r.id < (lpad(to_hex(greatest((extract(epoch from now()) * 1000)::bigint - least($2::bigint, $3::bigint), 0)), 12, '0') || repeat('0', 20))::uuid
     order by r.id limit $4
 ),
 old as materialized (
-    select id, company_id from looked
-    where ended_at < now() - case when status = 'failed' then $3::bigint else $2::bigint end * interval '1 millisecond'
+    select r.id, r.company_id
+    from runs r
+    where r.id = any (array(select id from looked))
+        and r.ended_at < now() - case when r.status = 'failed' then $3::bigint else $2::bigint end * interval '1 millisecond'
+        and not exists (
+            select from events e
+            join companies c on c.id = e.company_id
+            join webhooks w on w.account_id = c.account_id
+            join deliveries d on d.webhook_id = w.id and d.id = delivery_id(e.id, w.id)
+            where e.company_id = r.company_id and e.run_id = r.id and d.status <> 'succeeded'
+        )
+    for update of r skip locked
 ),
 steps as (delete from run_steps x using old where x.company_id = old.company_id and x.run_id = old.id),
 told as (delete from events x using old where x.company_id = old.company_id and x.run_id = old.id),
