@@ -87,7 +87,7 @@ async fn gauge(pool: &PgPool) -> Result<(), StoreError> {
         of("capx_queue_paused").set(if queue.paused_at.is_some() { 1.0 } else { 0.0 });
     }
     let read = fleet::gauges(pool).await?;
-    metrics::gauge!("capx_workers").set(read.workers as f64);
+    metrics::gauge!("capx_fleet_workers").set(read.workers as f64);
     metrics::gauge!("capx_dead_letters").set(read.dead_letters as f64);
     metrics::gauge!("capx_webhooks_failing").set(read.webhooks_failing as f64);
     metrics::gauge!("capx_webhooks_disabled").set(read.webhooks_disabled as f64);

@@ -378,7 +378,7 @@ async fn every_metric_is_documented_and_the_fleets_gauges_are_read() {
     // Read at most every five seconds, for all who scrape this process.
     eventually("the gauges", || async {
         let text = api.client.get(format!("{}/metrics", api.base)).send().await.unwrap().text().await.unwrap();
-        ["capx_queue_ready{queue=\"steps\"} 1", "capx_workers 0", "capx_dead_letters 0", "capx_upkeep_failing 0"]
+        ["capx_queue_ready{queue=\"steps\"} 1", "capx_fleet_workers 0", "capx_dead_letters 0", "capx_upkeep_failing 0"]
             .iter()
             .all(|line| text.contains(line))
     })
