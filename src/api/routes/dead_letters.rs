@@ -246,7 +246,6 @@ struct RetryManyBody {
     #[schema(schema_with = reason_or_null, required = false)]
     reason: Option<String>,
     /// Of this group alone.
-    #[schema(max_length = 16)]
     fingerprint: Option<String>,
     /// How many at most.
     #[schema(minimum = 1, maximum = 200, default = 100)]

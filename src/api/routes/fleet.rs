@@ -136,6 +136,12 @@ fn number_cursor(given: Option<&str>) -> Result<Option<i64>, ApiError> {
     given.map(read).transpose()
 }
 
+/// Reads a worker's number.
+fn number_of_worker(given: Option<&str>) -> Result<Option<i64>, ApiError> {
+    let read = |text: &str| text.parse().ok().filter(|id: &i64| *id > 0).ok_or(ApiError::NotFound("worker"));
+    given.map(read).transpose()
+}
+
 /// A worker that was asked to drain.
 #[derive(Debug, Serialize, ToSchema)]
 struct Draining {
@@ -418,11 +424,7 @@ async fn jobs(State(state): Shared, caller: Caller, Query(query): Query<JobsQuer
         queue: query.queue.as_deref(),
         state: query.status.as_deref(),
         kind: query.kind.as_deref(),
-        session: query
-            .worker_id
-            .as_deref()
-            .map(|id| id.parse().map_err(|_| ApiError::NotFound("worker")))
-            .transpose()?,
+        session: number_of_worker(query.worker_id.as_deref())?,
         before,
     };
     let (rows, next) = fleet::jobs(&state.engine.pool, filter, limit).await?;

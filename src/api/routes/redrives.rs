@@ -39,7 +39,6 @@ struct RedriveBody {
     #[schema(schema_with = reason_or_null, required = false)]
     reason: Option<String>,
     /// Of this group alone.
-    #[schema(max_length = 16)]
     fingerprint: Option<String>,
 }
 
