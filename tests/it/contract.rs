@@ -120,7 +120,11 @@ const ROUTES: &str = "
     GET /playbooks/{}/runs
     GET,POST /webhooks
     GET,PATCH,DELETE /webhooks/{}
-    POST /webhooks/{}/rotate-secret
+    POST /webhooks/{}/rotate-secret|test
+    GET /webhooks/{}/deliveries
+    GET /webhooks/{}/deliveries/{}
+    POST /webhooks/{}/deliveries/{}/redeliver
+    POST /companies/{}/hooks/{}
     POST /queues/{}/pause|resume
     POST /workers/{}/drain
     POST /dead-letters/retry

@@ -363,7 +363,8 @@ async fn missing(tx: &mut PgConnection, resend: &Resend<'_>) -> Result<(usize, O
     let mut made = 0;
     for row in rows {
         let name = &row.event.event;
-        let wanted = deliveries::takes(resend.patterns, name) && resend.event.is_none_or(|one| matches(one, name));
+        let told = resend.patterns.iter().any(|pattern| matches(pattern, name));
+        let wanted = told && resend.event.is_none_or(|one| matches(one, name));
         if wanted {
             let new = NewDelivery {
                 company: row.company,

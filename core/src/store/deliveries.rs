@@ -9,7 +9,6 @@ use uuid::Uuid;
 
 use super::StoreError;
 use super::jobs::{Lease, millis};
-use crate::domain::event::matches;
 use crate::domain::ids::{CompanyId, DeadLetterId, DeliveryId, WebhookId};
 
 /// What a claimed delivery needs.
@@ -596,11 +595,6 @@ pub async fn insert(
     .fetch_one(tx)
     .await?;
     Ok((DeliveryId(row.id), row.is_new))
-}
-
-/// Whether one of a webhook's patterns takes an event in.
-pub fn takes(patterns: &[String], event: &str) -> bool {
-    patterns.iter().any(|pattern| matches(pattern, event))
 }
 
 /// How many one statement forgets.

@@ -82,27 +82,6 @@ pub async fn done(
     Ok(())
 }
 
-/// A part that did not work the last time.
-#[derive(Debug, Clone)]
-pub struct Trouble {
-    /// Which.
-    pub part: String,
-    /// How often in a row.
-    pub failures: i32,
-    /// What went wrong.
-    pub error: String,
-}
-
-/// The parts that did not work the last time.
-pub async fn troubles(pool: &PgPool) -> Result<Vec<Trouble>, StoreError> {
-    Ok(sqlx::query_as!(
-        Trouble,
-        r#"select part, failures, error as "error!" from upkeep where error is not null order by part"#
-    )
-    .fetch_all(pool)
-    .await?)
-}
-
 /// What the operator keeps for how many days, where that is not the default.
 pub async fn retention(tx: &mut PgConnection) -> Result<Vec<(String, i32)>, StoreError> {
     let rows = sqlx::query!("select what, days from retention order by what").fetch_all(tx).await?;

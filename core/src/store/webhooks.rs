@@ -89,13 +89,9 @@ pub async fn insert(tx: &mut PgConnection, new: &NewWebhook<'_>) -> Result<Optio
     .fetch_one(&mut *tx)
     .await?;
     let made = sqlx::query!(
-        "with made as (
-             insert into webhooks (id, account_id, company_id, url, events, description, secret, ordered)
-             select $1, $2, $3, $4, $5, $6, $7, $9
-             where (select count(*) from webhooks where account_id = $2) < $8
-             returning id
-         )
-         select id from made",
+        "insert into webhooks (id, account_id, company_id, url, events, description, secret, ordered)
+         select $1, $2, $3, $4, $5, $6, $7, $9
+         where (select count(*) from webhooks where account_id = $2) < $8",
         new.webhook.0,
         new.account.0,
         new.company.map(|company| company.0),
@@ -106,9 +102,9 @@ pub async fn insert(tx: &mut PgConnection, new: &NewWebhook<'_>) -> Result<Optio
         WEBHOOKS_MAX,
         new.ordered,
     )
-    .fetch_optional(&mut *tx)
+    .execute(&mut *tx)
     .await?;
-    if made.is_none() {
+    if made.rows_affected() == 0 {
         return Ok(None);
     }
     sqlx::query!(

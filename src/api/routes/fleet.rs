@@ -3,9 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use capx_core::domain::address::Rules;
 use capx_core::domain::ids::{CompanyId, RunId};
-use capx_core::engine::FieldProblem;
 use capx_core::store::fleet::{self, JobFilter, JobRow, PauseRow, QueueRow, WorkerRow};
 use capx_core::store::jobs::kind;
 use capx_core::store::{sessions, tenancy, tenants};
@@ -15,13 +13,13 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::routes;
 
 use super::Routes;
+use super::pauses::PauseBody;
 use crate::api::auth::{Caller, Scope};
-use crate::api::body::{Body, Check, Nothing, Path, Query, limit, one_of};
+use crate::api::body::{Body, Nothing, Path, Query, limit, one_of};
 use crate::api::command::Command;
 use crate::api::reply::{All, Many, One, Page, Time, page, wrong_cursor};
 use crate::api::{ApiError, ApiState, Shared, openapi};
 
-const REASON_CHARS_MAX: usize = 1_000;
 const STATES: &[&str] = &["ready", "scheduled", "running"];
 
 fn states() -> utoipa::openapi::schema::Object {
@@ -236,23 +234,6 @@ async fn queues(State(state): Shared, caller: Caller) -> Result<Response, ApiErr
     caller.all(fleet::queues(&state.engine.pool).await?.into_iter().map(Queue::from).collect())
 }
 
-/// Why a queue is paused.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct PauseQueueBody {
-    /// For people.
-    #[schema(max_length = 1_000)]
-    reason: Option<String>,
-}
-
-impl Check for PauseQueueBody {
-    fn problems(&self, _: &Rules) -> Vec<FieldProblem> {
-        let long = self.reason.as_ref().is_some_and(|reason| reason.chars().count() > REASON_CHARS_MAX);
-        let long = long.then(|| FieldProblem::new("reason", format!("must be at most {REASON_CHARS_MAX} characters")));
-        long.into_iter().collect()
-    }
-}
-
 /// Whether a queue is paused.
 #[derive(Debug, Serialize, ToSchema)]
 struct QueueStatus {
@@ -282,14 +263,14 @@ impl QueueStatus {
 /// Nothing more is taken out of it, by any worker, a second from now at the latest;
 /// what is under way goes on. Kept until it is resumed. For the account that runs
 /// the server.
-#[utoipa::path(post, path = "/queues/{queue}/pause", tag = "Operations", request_body = PauseQueueBody,
+#[utoipa::path(post, path = "/queues/{queue}/pause", tag = "Operations", request_body = PauseBody,
     params(("queue" = String, Path, description = "The queue's name.")),
     responses((status = 200, description = "It is paused.", body = One<QueueStatus>)))]
 async fn pause(
     State(state): Shared,
     caller: Caller,
     Path(queue): Path<String>,
-    Body { body, digest }: Body<PauseQueueBody>,
+    Body { body, digest }: Body<PauseBody>,
 ) -> Result<Response, ApiError> {
     let mut command = operation(&caller, &state, digest).await?;
     known(command.tx(), &queue).await?;
