@@ -139,6 +139,9 @@ mod tests {
     fn retries_are_a_tenth_of_first_tries_while_it_fails() {
         let mut flow = Flow::default();
         assert_eq!(flow.retries(Duration::ZERO), usize::MAX, "nothing has failed");
+        while flow.error_rate < FAILING {
+            flow.note(Sign::Badly, false, false, 0.0);
+        }
         let mut retried = 0;
         for _ in 0..10_000 {
             // Every other first try fails, and whatever is allowed is retried.
