@@ -31,6 +31,35 @@ async fn until_idle(db: &Db) {
     db.assert_nothing_stranded().await;
 }
 
+/// Its workers have died each time that they came to it: the run ends, and says so.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_junction_in_quarantine_fails_the_run() {
+    let db = Db::new().await;
+    let company = db.company(&["a"], "claude", json!({})).await;
+    let witness = Witness::start(&[]).await;
+    witness.hold(true);
+    let yaml = format!(
+        "name: x\nsteps:\n{}{}",
+        call("a", &witness, "/a", ", needs: []"),
+        call("b", &witness, "/b", ", needs: a")
+    );
+    let playbook = db.playbook(company, &yaml).await;
+    let run = db.start(company, playbook, json!({})).await;
+    let _worker = db.worker(SHORT_LEASE);
+    eventually("a call", || async { witness.held_calls() == 1 }).await;
+    // Whoever takes it has been the third.
+    let crashed = "create function crashed() returns trigger language plpgsql as $$
+            begin new.crash_count := 3; return new; end $$;
+        create trigger crashed before update on jobs for each row
+            when (new.kind = 'step' and new.step < 0 and new.state = 'running') execute function crashed()";
+    sqlx::raw_sql(crashed).execute(&db.pool).await.unwrap();
+    witness.hold(false);
+    let row = db.until(company, run, RunStatus::Failed).await;
+    assert_eq!(row.error.unwrap()["code"], "crash");
+    until_idle(&db).await;
+    assert_eq!(db.count("select count(*) from dead_letters where reason = 'quarantined'").await, 1);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn steps_run_beside_each_other_and_after_what_they_need() {
     let db = Db::new().await;

@@ -667,14 +667,18 @@ impl RunContext {
 
     /// The step gives up: the run with it, unless it goes past.
     fn give_up(&mut self, at: usize, failure: &Failure, reason: DeadReason) -> Decision {
+        // A junction is none.
+        let is_step = self.playbook.step(at).is_some();
         if self.ending.is_some() {
             // The others are done all the same.
-            let told = serde_json::json!({"code": failure.class.as_str(), "message": failure.message});
-            self.failures.insert(at, told);
-            self.note_closed(at, StepStatus::Failed);
+            if is_step {
+                let told = serde_json::json!({"code": failure.class.as_str(), "message": failure.message});
+                self.failures.insert(at, told);
+                self.note_closed(at, StepStatus::Failed);
+            }
             return Decision::GoPast(self.close());
         }
-        if self.playbook.graph {
+        if self.playbook.graph && is_step {
             // Whether the run fails is decided where all its steps are seen.
             return Decision::GoPast(self.after(at));
         }

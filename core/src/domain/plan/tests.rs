@@ -167,6 +167,17 @@ fn a_failure_may_lead_to_a_later_step() {
 }
 
 #[test]
+fn what_is_no_step_is_not_gone_past() {
+    let yaml =
+        "name: x\nsteps:\n  - {id: a, role: w, action: t, needs: []}\n  - {id: b, role: w, action: t, needs: a}\n";
+    let crash = Outcome::failed(Failure::new(ErrorClass::Crash, "gone"));
+    let mut run = context(yaml, json!({}));
+    assert_eq!(run.decide(0, 1, &crash, 0.0), Decision::GoPast(Walk { passed: Vec::new(), next: Next::Junction }));
+    // The junction: nobody is behind it to say how the run ends.
+    assert_eq!(run.decide(usize::MAX, 1, &crash, 0.0), Decision::Fail { reason: DeadReason::Quarantined });
+}
+
+#[test]
 fn a_loop_in_which_nothing_is_done_goes_round_once() {
     let yaml = "name: x\nsteps:\n  - {id: a, action: transform, if: false}\n  - {goto: a, max_retries: 4900}\n  - {id: b, action: transform}\n";
     let mut run = context(yaml, json!({}));
