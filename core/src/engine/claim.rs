@@ -189,7 +189,7 @@ impl ClaimCursor {
 
     /// After a look: each queue goes on behind the last flow that it came to, unless
     /// that was the end of it; behind the last one that it served, where there was not
-    /// room for all that it came to.
+    /// room for all that it might have taken from.
     fn next_turns<'a>(&mut self, served: impl Iterator<Item = (&'a str, Uuid)>, walked: &[Walked], cut: bool) {
         let mut last: HashMap<&str, Uuid> = HashMap::new();
         for (queue, flow) in served {
@@ -200,8 +200,8 @@ impl ClaimCursor {
             let came = walked.iter().find(|walked| walked.queue == turn.queue);
             turn.after = match (last.get(turn.queue.as_str()), came) {
                 (Some(served), _) if cut => *served,
-                // Cut off before its turn: it is still to come.
-                (None, _) if cut => turn.after,
+                // Cut off before its turn: it is still to come, if any of it may be taken.
+                (None, Some(walked)) if cut && walked.open > 0 => turn.after,
                 (_, Some(walked)) if walked.flows >= FLOWS_MAX => walked.last,
                 _ => Uuid::nil(),
             };

@@ -293,6 +293,8 @@ pub struct Walked {
     pub last: Uuid,
     /// How many there were.
     pub flows: usize,
+    /// How many of them were not held back by their own limits.
+    pub open: usize,
 }
 
 /// What a look at everything has taken.
@@ -300,8 +302,8 @@ pub struct Walked {
 pub struct Looked {
     /// The jobs, in the order in which they should begin.
     pub jobs: Vec<ClaimedJob>,
-    /// How many flows had something ready, those of each queue by itself: more
-    /// than have got a share where there was not room for all.
+    /// How many flows had something ready that might be taken, those of each queue
+    /// by itself: more than have got a share where there was not room for all.
     pub tenants: usize,
     /// How far it has come, in queues that had something ready.
     pub walked: Vec<Walked>,
@@ -325,9 +327,14 @@ pub async fn claim(pool: &PgPool, session: i64, turns: &[Turn], room: i64) -> Re
     let mut looked = Looked::default();
     if let Some(row) = rows.first() {
         looked.tenants = count(row.tenants);
-        let places = row.queues.iter().zip(&row.lasts).zip(&row.walked);
+        let places = row.queues.iter().zip(&row.lasts).zip(row.walked.iter().zip(&row.open));
         looked.walked = places
-            .map(|((queue, last), flows)| Walked { queue: queue.clone(), last: *last, flows: count(*flows) })
+            .map(|((queue, last), (flows, open))| Walked {
+                queue: queue.clone(),
+                last: *last,
+                flows: count(*flows),
+                open: count(*open),
+            })
             .collect();
     }
     let jobs = rows.into_iter().filter_map(|row| {

@@ -3,9 +3,9 @@
 -- index scan finds the flows, so that one tenant's million jobs cost another's
 -- first one nothing. A flow is a company, or a webhook. Each share begins at its
 -- first ready row, which the walk has found already: dead entries before it are
--- walked once. Flows come in the order of the walk, queues among them in the
--- order given, which the caller turns, as it moves $3 on: with room for one job,
--- each gets its turn. Nothing is taken out of a paused queue. A session that has
+-- walked once. Flows that may be taken from come in the order of the walk, queues
+-- among them in the order given, which the caller turns, as it moves $3 on: with
+-- room for one job, each gets its turn. Nothing is taken out of a paused queue. A session that has
 -- been declared dead takes nothing; its row is locked so that it cannot be
 -- declared dead in between.
 --
@@ -80,14 +80,12 @@ open as materialized (
 ),
 shares as materialized (
     select t.queue, t.flow_id, t.priority, t.id,
-        least(
-            (select ceil($5::bigint::float8 / greatest(count(*), 1))::bigint from tenants),
-            case when l.flow_id is not null then coalesce(o.room, 0) end
-        ) as share
+        least(ceil($5::bigint::float8 / count(*) over ())::bigint, o.room) as share
     from tenants t
     left join limits l using (queue, flow_id)
     left join open o using (queue, flow_id)
-    order by t.place, t.turn
+    where l.flow_id is null or o.flow_id is not null
+    order by row_number() over (partition by t.queue order by t.place), t.turn
 ),
 picked as materialized (
     select job.id, s.queue, s.flow_id
@@ -128,13 +126,17 @@ select taken.id as "id?", taken.lease_epoch as "lease_epoch?", taken.queue as "q
     taken.company_id as "company_id?", taken.flow_id as "flow_id?", taken.ref_id, taken.step as "step?", taken.item,
     taken.priority as "priority?", taken.attempt as "attempt?", taken.crash_count as "crash_count?",
     taken.timeout_ms as "timeout_ms?", seen.tenants as "tenants!", seen.queues as "queues!: Vec<String>",
-    seen.lasts as "lasts!: Vec<Uuid>", seen.walked as "walked!: Vec<i64>"
+    seen.lasts as "lasts!: Vec<Uuid>", seen.walked as "walked!: Vec<i64>", seen.open as "open!: Vec<i64>"
 from (
-    -- How far the walk has come in each queue, taken from or not.
-    select coalesce(sum(walked), 0)::bigint as tenants, coalesce(array_agg(queue), '{}') as queues,
-        coalesce(array_agg(last), '{}') as lasts, coalesce(array_agg(walked), '{}') as walked
+    -- How far the walk has come in each queue, and how many flows of it may be taken from.
+    select coalesce(sum(open), 0)::bigint as tenants, coalesce(array_agg(queue), '{}') as queues,
+        coalesce(array_agg(last), '{}') as lasts, coalesce(array_agg(walked), '{}') as walked,
+        coalesce(array_agg(open), '{}') as open
     from (
-        select queue, (array_agg(flow_id order by place desc))[1] as last, count(*) as walked from tenants group by queue
+        select t.queue, (array_agg(t.flow_id order by t.place desc))[1] as last, count(*) as walked,
+            count(s.flow_id) as open
+        from tenants t left join shares s using (queue, flow_id)
+        group by t.queue
     ) w
 ) seen
 left join taken on true
