@@ -112,6 +112,16 @@ impl Drop for Db {
                         .await
                         .unwrap_or_default();
                 told.iter().for_each(|(name, data)| contract::check_event(name, data));
+                // No index over the months of events can say so.
+                let twice: i64 = sqlx::query_scalar(
+                    "select count(*) from (
+                         select from events where run_id is not null group by company_id, run_id, seq having count(*) > 1
+                     ) t",
+                )
+                .fetch_one(&mut connection)
+                .await
+                .unwrap_or_default();
+                assert_eq!(twice, 0, "a number was given to two events of a run");
             });
         });
         assert!(checked.join().is_ok(), "an event is other than documented");
@@ -238,6 +248,20 @@ impl Db {
     pub async fn assert_nothing_stranded(&self) {
         let mut connection = self.pool.acquire().await.unwrap();
         assert_eq!(runs::stranded(&mut connection).await.unwrap(), 0);
+    }
+
+    /// Tables and the months of those that are cut into months.
+    pub async fn with_months(&self, tables: &[&str]) -> Vec<String> {
+        sqlx::query_scalar(
+            "select p.relid::regclass::text from unnest($1::text[]) t
+             cross join lateral pg_partition_tree(t::regclass) p where p.isleaf
+             union
+             select c.oid::regclass::text from unnest($1::text[]) t join pg_class c on c.oid = t::regclass where c.relkind = 'r'",
+        )
+        .bind(tables)
+        .fetch_all(&self.pool)
+        .await
+        .unwrap()
     }
 
     pub async fn count(&self, sql: &'static str) -> i64 {

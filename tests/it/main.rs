@@ -34,6 +34,7 @@ mod house;
 mod kills;
 mod lists;
 mod mcp;
+mod months;
 mod ops;
 mod outage;
 mod playbooks;

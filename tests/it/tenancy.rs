@@ -245,12 +245,18 @@ async fn with_the_first_wall_gone_the_second_one_holds() {
     let pool = store::pool(&db.url, PoolKind::Tenants, 1).unwrap();
     let tables: Vec<String> = sqlx::query_scalar(
         "select c.relname::text from pg_class c join pg_attribute a on a.attrelid = c.oid
-         where c.relkind = 'r' and c.relnamespace = 'public'::regnamespace and a.attname = 'company_id' and not a.attisdropped",
+         where c.relkind in ('r', 'p') and not c.relispartition and c.relnamespace = 'public'::regnamespace and a.attname = 'company_id' and not a.attisdropped",
     )
     .fetch_all(&db.pool)
     .await
     .unwrap();
     assert!(tables.len() > 15, "{tables:?}");
+    // A part of a table has no wall, and no door.
+    let parts = "select count(*) from pg_class where relispartition and relkind = 'r'";
+    let doors = "select count(*) from pg_class where relispartition and relkind = 'r'
+        and has_table_privilege('capx_api', oid, 'select,insert,update,delete,truncate')";
+    assert!(db.count(parts).await > 12);
+    assert_eq!(db.count(doors).await, 0);
     let mine = tenancy::begin(&pool, Tenant { account: db.account, company: None }, Plans::Anew).await.unwrap();
     drop(mine);
     let company_of_mine: CompanyId = co.parse().unwrap();

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{Engine, EngineError, agents, asks, gates, redrives, spending, triggers};
 use crate::domain::retention::{Kept, days};
 use crate::store::upkeep::{self as store, Claimed};
-use crate::store::{deliveries, events, fleet, hooks, idempotency, jobs, sessions, signals, usage, webhooks};
+use crate::store::{deliveries, events, fleet, hooks, idempotency, jobs, months, sessions, signals, usage, webhooks};
 
 /// The parts, and how often each is due. All of them may be done twice, or by two at once.
 const PARTS: &[(&str, Duration)] = &[
@@ -29,6 +29,7 @@ const PARTS: &[(&str, Duration)] = &[
     ("runs", Duration::from_secs(300)),
     ("activity", Duration::from_secs(300)),
     ("deliveries", Duration::from_secs(300)),
+    ("months", Duration::from_secs(3600)),
 ];
 /// The parts that are looked for more often than a sweep comes.
 const SOON: &[&str] = &["redrives"];
@@ -120,6 +121,7 @@ async fn part(engine: &Engine, claimed: &Claimed) -> Result<Went, EngineError> {
         "runs" => return old_runs(engine, claimed.place).await,
         "activity" => return old_activity(engine, claimed.place).await,
         "deliveries" => return old_deliveries(engine, claimed.place).await,
+        "months" => cut_months(engine).await?,
         _ => {}
     }
     Ok(Went::default())
@@ -184,6 +186,30 @@ async fn old_activity(engine: &Engine, from: Option<Uuid>) -> Result<Went, Engin
         }
     }
     Ok(Went { place, soon: true })
+}
+
+/// So many months of a table one claim drops.
+const MONTHS_MAX: usize = 24;
+
+/// Months are made ahead, and those that are over and hold nothing any more are dropped. A table that
+/// somebody holds keeps none of the others from it.
+async fn cut_months(engine: &Engine) -> Result<(), EngineError> {
+    let mut first = Ok(());
+    for whole in months::WHOLES {
+        let mut cut = months::make(&engine.pool, whole).await.map(|_| ());
+        for _ in 0..MONTHS_MAX {
+            match months::drop_oldest(&engine.pool, whole).await {
+                Ok(Some(month)) => tracing::info!(month, "dropped a month of history"),
+                Ok(None) => break,
+                Err(error) => {
+                    cut = cut.and(Err(error));
+                    break;
+                }
+            }
+        }
+        first = first.and(cut);
+    }
+    Ok(first?)
 }
 
 /// Deliveries that were over long ago go, and all of webhooks that are gone: webhook by webhook.

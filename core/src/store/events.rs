@@ -185,6 +185,75 @@ macro_rules! feed_rows {
     };
 }
 
+/// The query of a page: how what is behind its beginning compares, its order, and whether each kind
+/// is looked for by itself, in the order of its index.
+macro_rules! page {
+    ($behind:literal, $order:literal, $each:literal, $of_each:literal, $given:expr) => {{
+        let (filter, kinds, rare, limit): (&FeedFilter<'_>, _, _, i64) = $given;
+        let place = filter.after;
+        sqlx::query!(
+            r#"select e.company_id, e.xid::text as "xid!", e.id, e.run_id, e.seq, e.event, e.data, e.at
+               from (
+                   select e.* from companies c
+                   cross join lateral (
+                       select e.* from "#
+                + $each
+                + r#" cross join lateral (
+                           select e.* from events e
+                           where e.company_id = c.id
+                               and e.xid < pg_snapshot_xmin(pg_current_snapshot())
+                               and ($2::text is null or (e.xid, e.id) "#
+                + $behind
+                + r#" ($2::text::xid8, $3::uuid))
+                               and ($4::text[] is null or split_part(e.event, '.', 1) = any ($4)) "#
+                + $of_each
+                + r#"
+                               and ($6::text is null or e.agent = $6)
+                               and ($7::timestamptz is null or e.at >= $7)
+                               and ($8::timestamptz is null or e.at < $8)
+                               and e.xid >= coalesce((select oldest from event_marks where at <= $7 order by at desc limit 1), '0')
+                               and e.xid < coalesce((select newest from event_marks where at >= $8::timestamptz + interval '1 minute' order by at limit 1), '9223372036854775807')
+                           order by e.xid "#
+                + $order
+                + ", e.id "
+                + $order
+                + r#" limit $9
+                       ) e
+                       order by e.xid "#
+                + $order
+                + ", e.id "
+                + $order
+                + r#" limit $9
+                   ) e
+                   where c.account_id = $1 and ($10::uuid is null or c.id = $10)
+                   order by e.xid "#
+                + $order
+                + ", e.id "
+                + $order
+                + " limit $9) e order by e.xid "
+                + $order
+                + ", e.id "
+                + $order,
+            filter.account.0,
+            place.map(|place| place.xid.to_string()),
+            place.map(|place| place.id),
+            kinds,
+            rare,
+            filter.agent.map(|agent| agent.to_string()),
+            filter.since,
+            filter.before,
+            limit,
+            filter.company.map(|company| company.0),
+        )
+    }};
+    ($behind:literal, $order:literal, all, $given:expr) => {
+        page!($behind, $order, "(select where $5::text[] is null) k", "", $given)
+    };
+    ($behind:literal, $order:literal, each, $given:expr) => {
+        page!($behind, $order, "(select distinct kind from unnest($5::text[]) as u (kind)) k", "and e.rare_kind = k.kind", $given)
+    };
+}
+
 /// A page of the log, oldest or newest first. Only what no open transaction can
 /// still come before is shown, so that a reader who goes by places never skips
 /// an event (hazard H4). A time is turned into transactions by the marks, so
@@ -196,87 +265,14 @@ pub async fn feed(
     newest_first: bool,
     limit: i64,
 ) -> Result<Vec<FeedRow>, StoreError> {
-    let xid = filter.after.map(|place| place.xid.to_string());
-    let id = filter.after.map(|place| place.id);
-    let agent = filter.agent.map(|agent| agent.to_string());
-    if newest_first {
-        let rows = sqlx::query!(
-            r#"select e.company_id, e.xid::text as "xid!", e.id, e.run_id, e.seq, e.event, e.data, e.at
-               from (
-                   select e.* from companies c
-                   cross join lateral (
-                       select e.* from events e
-                       where e.company_id = c.id
-                           and e.xid < pg_snapshot_xmin(pg_current_snapshot())
-                           and ($2::text is null or (e.xid, e.id) < ($2::text::xid8, $3::uuid))
-                           and ($4::text[] is null or split_part(e.event, '.', 1) = any ($4))
-                           and ($5::text[] is null or e.rare_kind = any ($5))
-                           and ($6::text is null or e.agent = $6)
-                           and ($7::timestamptz is null or e.at >= $7)
-                           and ($8::timestamptz is null or e.at < $8)
-                           and e.xid >= coalesce((select oldest from event_marks where at <= $7 order by at desc limit 1), '0')
-                           and e.xid < coalesce((select newest from event_marks where at >= $8::timestamptz + interval '1 minute' order by at limit 1), '9223372036854775807')
-                       order by e.xid desc, e.id desc
-                       limit $9
-                   ) e
-                   where c.account_id = $1 and ($10::uuid is null or c.id = $10)
-                   order by e.xid desc, e.id desc
-                   limit $9
-               ) e
-               order by e.xid desc, e.id desc"#,
-            filter.account.0,
-            xid,
-            id,
-            filter.kinds.filter(|_| !filter.is_rare()),
-            filter.kinds.filter(|_| filter.is_rare()),
-            agent,
-            filter.since,
-            filter.before,
-            limit,
-            filter.company.map(|company| company.0),
-        )
-        .fetch_all(tx)
-        .await?;
-        return feed_rows!(rows);
+    let (all, each) = if filter.is_rare() { (None, filter.kinds) } else { (filter.kinds, None) };
+    let given = (&filter, all, each, limit);
+    match (newest_first, filter.is_rare()) {
+        (true, false) => feed_rows!(page!("<", "desc", all, given).fetch_all(tx).await?),
+        (true, true) => feed_rows!(page!("<", "desc", each, given).fetch_all(tx).await?),
+        (false, false) => feed_rows!(page!(">", "asc", all, given).fetch_all(tx).await?),
+        (false, true) => feed_rows!(page!(">", "asc", each, given).fetch_all(tx).await?),
     }
-    let rows = sqlx::query!(
-        r#"select e.company_id, e.xid::text as "xid!", e.id, e.run_id, e.seq, e.event, e.data, e.at
-           from (
-               select e.* from companies c
-               cross join lateral (
-                   select e.* from events e
-                   where e.company_id = c.id
-                       and e.xid < pg_snapshot_xmin(pg_current_snapshot())
-                       and ($2::text is null or (e.xid, e.id) > ($2::text::xid8, $3::uuid))
-                       and ($4::text[] is null or split_part(e.event, '.', 1) = any ($4))
-                       and ($5::text[] is null or e.rare_kind = any ($5))
-                       and ($6::text is null or e.agent = $6)
-                       and ($7::timestamptz is null or e.at >= $7)
-                       and ($8::timestamptz is null or e.at < $8)
-                       and e.xid >= coalesce((select oldest from event_marks where at <= $7 order by at desc limit 1), '0')
-                       and e.xid < coalesce((select newest from event_marks where at >= $8::timestamptz + interval '1 minute' order by at limit 1), '9223372036854775807')
-                   order by e.xid, e.id
-                   limit $9
-               ) e
-               where c.account_id = $1 and ($10::uuid is null or c.id = $10)
-               order by e.xid, e.id
-               limit $9
-           ) e
-           order by e.xid, e.id"#,
-        filter.account.0,
-        xid,
-        id,
-        filter.kinds.filter(|_| !filter.is_rare()),
-        filter.kinds.filter(|_| filter.is_rare()),
-        agent,
-        filter.since,
-        filter.before,
-        limit,
-        filter.company.map(|company| company.0),
-    )
-    .fetch_all(tx)
-    .await?;
-    feed_rows!(rows)
 }
 
 /// How often an agent has beaten from a time until before another.

@@ -35,6 +35,7 @@ pub mod journal;
 pub mod kills;
 pub mod memories;
 pub mod messages;
+pub mod months;
 pub mod nodes;
 pub mod pauses;
 pub mod playbooks;

@@ -54,10 +54,18 @@ const PURGE_MAX: u64 = 5_000;
 pub async fn some(pool: &PgPool, company: CompanyId) -> Result<bool, StoreError> {
     for table in TABLES {
         let but = if *table == "jobs" { "and kind <> 'purge'" } else { "" };
-        let sql = format!(
-            "delete from {table} where ctid = any (array(
-                 select ctid from {table} where company_id = $1 {but} limit {PURGE_MAX}))"
-        );
+        // A row's place says which row it is within one table, not within the months of events.
+        let sql = if *table == "events" {
+            format!(
+                "delete from events where (company_id, xid, id) in (
+                     select company_id, xid, id from events where company_id = $1 limit {PURGE_MAX})"
+            )
+        } else {
+            format!(
+                "delete from {table} where ctid = any (array(
+                     select ctid from {table} where company_id = $1 {but} limit {PURGE_MAX}))"
+            )
+        };
         let done = sqlx::query(AssertSqlSafe(sql)).bind(company.0).execute(pool).await?;
         if done.rows_affected() > 0 {
             return Ok(true);

@@ -299,12 +299,17 @@ pub async fn list(
     let open = statuses.is_some_and(|statuses| statuses.iter().all(|status| !status.is_terminal()));
     let names: Option<Vec<String>> =
         statuses.map(|statuses| statuses.iter().map(|status| status.as_str().to_owned()).collect());
+    // Of one status an index has them in their order.
+    let (one, names) = match names.as_deref() {
+        Some([one]) => (Some(one.as_str()), None),
+        names => (None, names),
+    };
     let rows = sqlx::query!(
         "select id, status, cost_nanos, started_at, ended_at,
              extract(epoch from coalesce(ended_at, clock_timestamp()) - started_at)::bigint as duration_s
          from runs
          where company_id = $1 and playbook_id = $2
-             and ($3::text[] is null or status = any ($3))
+             and ($3::text[] is null or status = any ($3)) and ($7::text is null or status = $7)
              -- What follows from the status, for the index of open runs.
              and (not $4::boolean or ended_at is null)
              and ($5::uuid is null or id < $5)
@@ -312,10 +317,11 @@ pub async fn list(
          limit $6",
         company.0,
         filter.playbook.0,
-        names.as_deref(),
+        names,
         open,
         filter.before,
         limit,
+        one,
     )
     .fetch_all(executor)
     .await?;

@@ -136,8 +136,8 @@ pub const EVENTS_MAX: i64 = 5_000;
 /// marks say which transactions those are.
 pub async fn forget_events(pool: &PgPool, company: Uuid, keep: Duration) -> Result<u64, StoreError> {
     let done = sqlx::query!(
-        "delete from events where ctid = any (array(
-             select e.ctid from events e
+        "delete from events x using (
+             select e.company_id, e.xid, e.id from events e
              where e.company_id = $1 and e.run_id is null
                  -- Of which a webhook may still be told.
                  and not exists (
@@ -150,7 +150,9 @@ pub async fn forget_events(pool: &PgPool, company: Uuid, keep: Duration) -> Resu
                      select oldest from event_marks
                      where at <= now() - $2::bigint * interval '1 millisecond' order by at desc limit 1
                  )
-             order by e.xid, e.id limit $3))",
+             order by e.xid, e.id limit $3
+         ) e
+         where x.company_id = e.company_id and x.xid = e.xid and x.id = e.id",
         company,
         millis(keep),
         EVENTS_MAX,
