@@ -39,7 +39,7 @@ async fn a_junction_in_quarantine_fails_the_run() {
     let witness = Witness::start(&[]).await;
     witness.hold(true);
     let yaml = format!(
-        "name: x\nsteps:\n{}{}",
+        "name: x\nsteps:\n{}{}  - {{id: g, action: transform, needs: [], approval: required}}\n  - {{id: w, wait_for: go, needs: []}}\n",
         call("a", &witness, "/a", ", needs: []"),
         call("b", &witness, "/b", ", needs: a")
     );
@@ -47,6 +47,12 @@ async fn a_junction_in_quarantine_fails_the_run() {
     let run = db.start(company, playbook, json!({})).await;
     let _worker = db.worker(SHORT_LEASE);
     eventually("a call", || async { witness.held_calls() == 1 }).await;
+    eventually("others to wait beside it", || async {
+        db.count("select (select count(*) from approvals where status = 'pending') + (select count(*) from waits)")
+            .await
+            == 2
+    })
+    .await;
     // Whoever takes it has been the third.
     let crashed = "create function crashed() returns trigger language plpgsql as $$
             begin new.crash_count := 3; return new; end $$;
@@ -58,6 +64,8 @@ async fn a_junction_in_quarantine_fails_the_run() {
     assert_eq!(row.error.unwrap()["code"], "crash");
     until_idle(&db).await;
     assert_eq!(db.count("select count(*) from dead_letters where reason = 'quarantined'").await, 1);
+    assert_eq!(db.count("select count(*) from approvals where status = 'pending'").await, 0);
+    assert_eq!(db.count("select count(*) from waits").await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -95,6 +95,8 @@ pub struct Decided {
     pub begin: Vec<Beginning>,
     /// Those that wait no more, since it fails.
     pub withdraw: Vec<i32>,
+    /// Whatever is open of the run goes, as when somebody cancels it.
+    pub drops: bool,
     /// The run's own job, where this is the attempt of a node.
     pub node_of: Option<i64>,
     /// The run ends, and others wait for that.
@@ -486,6 +488,7 @@ impl Decided {
             fan: None,
             begin: Vec::new(),
             withdraw: Vec::new(),
+            drops: false,
             node_of: None,
             frees: false,
             closes: false,
@@ -499,7 +502,7 @@ impl Decided {
     /// One statement writes it.
     fn is_plain(&self) -> bool {
         let alone = self.passed.is_empty() && self.begin.is_empty() && self.withdraw.is_empty();
-        let alone = alone && self.apart.is_empty();
+        let alone = alone && self.apart.is_empty() && !self.drops;
         alone && self.approval.is_none() && self.letter.is_none() && self.fan.is_none() && self.grade.is_none()
     }
 }
@@ -1008,8 +1011,10 @@ impl Facts {
         };
         let events = std::iter::once(self.failed_event(None)).chain(self.evaluated_event()).collect();
         let (checkpoint, received) = (self.checkpoint(StepStatus::Failed), self.waited());
+        // Nobody comes back to a junction that gives up.
+        let drops = self.job.step == JUNCTION;
         let decided = self.end(ending, checkpoint, events);
-        Decided { passed: Passing { received, ..decided.passed }, ..decided }
+        Decided { passed: Passing { received, ..decided.passed }, drops, ..decided }
     }
 
     /// Lanes go through the items; the run's job waits for them. It is woken by the

@@ -161,6 +161,11 @@ pub(super) async fn commit(engine: &Engine, decided: &Decided) -> Result<bool, E
 /// The part of a turn that is written beside its commit.
 pub(super) async fn turn(tx: &mut PgConnection, decided: &Decided) -> Result<(), EngineError> {
     let (company, run) = (decided.commit.company, decided.commit.run);
+    if decided.drops {
+        approvals::cancel_of(&mut *tx, company, run, "system").await?;
+        signals::forget(&mut *tx, company, run, None).await?;
+        nodes::drop_all(tx, company, run).await?;
+    }
     if !decided.withdraw.is_empty() {
         for gate in nodes::withdraw(tx, company, run, &decided.withdraw, "system").await? {
             let resolved = json!({"approval_id": gate, "decision": "cancelled", "by": "system"});
