@@ -250,14 +250,14 @@ async fn isolation(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     let bar = report.progress("webhooks: beside a dead one", 2);
     // Once to warm up, and for the disk to be done with what was before.
     calm(bench, &healthy, 1).await?;
-    let alone = calm(bench, &healthy, 2).await?;
+    let alone = calm(bench, &healthy, 4).await?;
     bar.inc(1);
     happen(bench, "step.completed", bench.amount(DUE_TO_THE_DEAD)).await?;
     bench.engine.waker.wake();
     // What so many rows cost to write is over; that it is dead is not known yet.
     sqlx::raw_sql("vacuum analyze").execute(&bench.pool).await?;
     sqlx::raw_sql("checkpoint").execute(&bench.pool).await?;
-    let beside = calm(bench, &healthy, 2).await?;
+    let beside = calm(bench, &healthy, 4).await?;
     bar.finish_and_clear();
     running.stop().await;
     bench.autovacuum(true).await?;
