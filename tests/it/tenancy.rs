@@ -251,12 +251,14 @@ async fn with_the_first_wall_gone_the_second_one_holds() {
     .await
     .unwrap();
     assert!(tables.len() > 15, "{tables:?}");
-    // A part of a table has no wall, and no door.
+    // A part of a table has no door, and nothing to be seen through one that somebody makes.
     let parts = "select count(*) from pg_class where relispartition and relkind = 'r'";
     let doors = "select count(*) from pg_class where relispartition and relkind = 'r'
         and has_table_privilege('capx_api', oid, 'select,insert,update,delete,truncate')";
     assert!(db.count(parts).await > 12);
     assert_eq!(db.count(doors).await, 0);
+    let open = "select count(*) from pg_class where relispartition and relkind = 'r' and not relrowsecurity";
+    assert_eq!(db.count(open).await, 0);
     let mine = tenancy::begin(&pool, Tenant { account: db.account, company: None }, Plans::Anew).await.unwrap();
     drop(mine);
     let company_of_mine: CompanyId = co.parse().unwrap();

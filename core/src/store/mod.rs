@@ -153,6 +153,7 @@ static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!("../migrations");
 /// Brings the schema up to this version; concurrent callers wait for one
 /// another.
 pub async fn migrate(pool: &PgPool) -> Result<(), StoreError> {
+    sqlx::raw_sql(include_str!("sql/own_roles.sql")).execute(pool).await?;
     MIGRATOR.run(pool).await.map_err(StoreError::from)
 }
 
