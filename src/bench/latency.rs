@@ -1,5 +1,6 @@
 //! From the enqueue call to the handler's start on an idle worker.
 
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use capx_core::engine::enqueue::Enqueuer;
@@ -12,6 +13,8 @@ use super::{Bench, Running, limit};
 /// After each sample everything is idle again: the next is not carried by the
 /// momentum of the last.
 pub(super) const IDLE_AGAIN: Duration = Duration::from_millis(4);
+/// Jobs that are done while nobody may vacuum: hazard H5's 300 a second for ten minutes, and as many again.
+const DEAD: usize = 360_000;
 
 pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()> {
     let samples = bench.amount(2_000);
@@ -24,7 +27,32 @@ pub(super) async fn run(bench: &Bench, report: &mut Report) -> anyhow::Result<()
     report.add("latency", "enqueue to handler, p95", p95, "ms");
     report.add("latency", "enqueue to handler, p99", p99, "ms").target(Target::AtMost(4.0));
     report.add("latency", "of it the enqueue itself, p50", percentile(&mut enqueue_took, 0.5), "ms");
-    Ok(())
+    held(bench, report, samples / 4).await
+}
+
+/// The same while somebody's old transaction keeps the jobs that were done since from being vacuumed.
+async fn held(bench: &Bench, report: &mut Report, samples: usize) -> anyhow::Result<()> {
+    bench.reset().await?;
+    let mut old = bench.pool.begin().await?;
+    sqlx::raw_sql("set transaction isolation level repeatable read; select count(*) from jobs")
+        .execute(&mut *old)
+        .await?;
+    let done = bench.amount(DEAD);
+    bench.enqueue_noops(done, Duration::ZERO).await?;
+    let worker = bench.worker(&[queue::BENCH], bench.slots).await?;
+    let counters = worker.counters();
+    let running = Running::start(worker);
+    while counters.committed.load(Relaxed) < done as u64 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    running.stop().await;
+    let mut took = self::samples(bench, report, samples).await?;
+    old.rollback().await?;
+    report.add("latency", "dead jobs that nobody may vacuum", done as f64, "jobs");
+    for (figure, share) in [("beside them, p50", 0.5), ("beside them, p90", 0.9), ("beside them, p99", 0.99)] {
+        report.add("latency", figure, percentile(&mut took, share), "ms");
+    }
+    bench.reset().await
 }
 
 /// From enqueue to the handler's start, one after the other, beside whatever is there.

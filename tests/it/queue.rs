@@ -339,7 +339,7 @@ async fn the_hot_statements_read_little_however_much_waits() {
     let given = arguments![session, queues(), vec![Uuid::nil()], 64, 32_i64, 10_000_i64];
     reads(&mut connection, "claim", claim, 1_000, given).await;
     let claim_on = include_str!("../../core/src/store/sql/claim_on.sql");
-    let given = arguments![session, queues(), vec![company.0], vec![0_i16], vec![5_000_i64], 32_i64, 10_000_i64];
+    let given = arguments![session, queues(), vec![company.0], vec![0_i16], vec![5_000_i64], 32_i64, 10_000_i64, 1_i64];
     reads(&mut connection, "claim_on", claim_on, 1_000, given).await;
     // Nobody is dead: it looks at what runs, 64 rows.
     let reclaim = include_str!("../../core/src/store/sql/reclaim.sql");

@@ -101,6 +101,12 @@ const FULL_LOOK: Duration = Duration::from_millis(100);
 const FULL_LOOK_SPACING: u32 = 20;
 /// But no longer than this: it may have taken long for another reason.
 const FULL_LOOK_MAX: Duration = Duration::from_secs(1);
+/// A look that takes as long as this walks what is dead: somebody's old transaction keeps it from
+/// being vacuumed (hazard H5). Until the next look is due, claims look on behind the last rows that
+/// were taken, also where there was no more, and newcomers wait.
+const SLOW_LOOK: Duration = Duration::from_millis(10);
+/// What it takes to take a job, at the most.
+const TAKE: Duration = Duration::from_micros(50);
 const FLOWS_MAX: usize = jobs::FLOWS_A_CLAIM as usize;
 
 /// Where a worker's claims have got to.
@@ -109,7 +115,8 @@ const FLOWS_MAX: usize = jobs::FLOWS_A_CLAIM as usize;
 /// it is vacuumed. A claim that began there each time would walk them all, so
 /// in a backlog it goes on from the last row it took, flow by flow; a
 /// full look every [`FULL_LOOK`], or later where looks take long, finds what has
-/// come before that.
+/// come before that. Without a backlog each claim is a full look, as long as looks are
+/// quick.
 ///
 /// A look begins with the flow after the one that was served last, in each
 /// queue by itself, and with another queue each time: a worker with room for
@@ -119,15 +126,25 @@ pub struct ClaimCursor {
     turns: Vec<Turn>,
     /// Where each flow's work goes on, while there is more of it.
     tenants: Vec<Tenant>,
+    /// Where that of the others would.
+    quiet: Vec<Tenant>,
     /// When to look at everything again.
     look_again: Option<Instant>,
+    /// Until then also where nothing was left behind: looks are slow.
+    rests: bool,
 }
 
 impl ClaimCursor {
     /// At the beginning of some queues.
     pub fn new(queues: &[String]) -> Self {
         let turns = queues.iter().map(|queue| Turn::first(queue)).collect();
-        Self { turns, tenants: Vec::new(), look_again: None }
+        Self { turns, tenants: Vec::new(), quiet: Vec::new(), look_again: None, rests: false }
+    }
+
+    /// Until when claims do not look at everything, although nothing was left behind; nothing
+    /// as long as looks are quick.
+    pub fn rests_until(&self) -> Option<Instant> {
+        self.look_again.filter(|until| self.rests && Instant::now() < *until)
     }
 
     /// Whether the last claim left work behind.
@@ -140,9 +157,24 @@ impl ClaimCursor {
         self.goes_on().is_none() && self.begins_with_first()
     }
 
-    fn goes_on(&self) -> Option<&[Tenant]> {
+    /// Whether the next claim looks at everything, of whatever flow it begins.
+    pub fn is_look(&self) -> bool {
+        self.goes_on().is_none()
+    }
+
+    fn goes_on(&self) -> Option<Vec<Tenant>> {
         let fresh = self.look_again.is_some_and(|at| Instant::now() < at);
-        (fresh && self.has_more()).then_some(&self.tenants)
+        let rests = self.rests_until().is_some();
+        let quiet = if rests { &self.quiet[..] } else { &[] };
+        // Those that have little come first.
+        let all: Vec<Tenant> = quiet.iter().chain(&self.tenants).cloned().collect();
+        ((fresh && self.has_more()) || (rests && !all.is_empty())).then_some(all)
+    }
+
+    /// A look at everything has taken so long, and so many jobs.
+    fn looked(&mut self, took: Duration, jobs: usize) {
+        self.look_again = Some(Instant::now() + (took * FULL_LOOK_SPACING).clamp(FULL_LOOK, FULL_LOOK_MAX));
+        self.rests = took >= SLOW_LOOK + TAKE * u32::try_from(jobs).unwrap_or(u32::MAX);
     }
 
     /// Remembers how far a claim got: which flows gave their whole share and so
@@ -165,22 +197,27 @@ impl ClaimCursor {
             self.next_turns(taken.keys().copied(), walked, !all_seen);
             let whole = from_first && self.begins_with_first();
             goes_on = all_seen && (whole || room >= FLOWS_MAX * self.turns.len());
+            // Nor to rest: there are others that were not come to.
+            self.rests &= all_seen && whole;
         }
         let share = room.div_ceil(tenants.max(1));
-        let mut going: Vec<Tenant> = Vec::new();
+        let (mut going, mut quiet) = (Vec::new(), Vec::new());
+        for ((queue, flow), (count, priority, job)) in &taken {
+            let tenant = Tenant { queue: (*queue).to_owned(), flow: *flow, priority: *priority, job: *job };
+            let has_more = goes_on && (*count >= share || cut);
+            if has_more { going.push(tenant) } else { quiet.push(tenant) }
+        }
+        let is_taken = |tenant: &Tenant| taken.contains_key(&(tenant.queue.as_str(), tenant.flow));
+        let left = std::mem::take(&mut self.tenants).into_iter().filter(|tenant| !is_taken(tenant));
         if walked.is_none() && cut {
             // There was not room for all of them: the others come first now.
-            going.append(&mut self.tenants);
-            going.retain(|tenant| !taken.contains_key(&(tenant.queue.as_str(), tenant.flow)));
+            going.splice(0..0, left);
+        } else {
+            quiet.extend(left);
         }
-        let more = taken.into_iter().filter(|(_, (count, ..))| goes_on && (*count >= share || cut));
-        going.extend(more.map(|((queue, flow), (_, priority, job))| Tenant {
-            queue: queue.to_owned(),
-            flow,
-            priority,
-            job,
-        }));
-        self.tenants = going;
+        quiet.extend(std::mem::take(&mut self.quiet).into_iter().filter(|tenant| !is_taken(tenant)));
+        quiet.truncate(if self.rests { FLOWS_MAX } else { 0 });
+        (self.tenants, self.quiet) = (going, quiet);
     }
 
     fn begins_with_first(&self) -> bool {
@@ -226,8 +263,9 @@ pub async fn claim(
     let limit = i64::try_from(room).unwrap_or(i64::MAX);
     let (Looked { jobs, tenants, walked }, full) = match cursor.goes_on() {
         Some(tenants) => {
-            let jobs = jobs::claim_on(&engine.claims, session, tenants, limit).await?;
-            (Looked { jobs, tenants: tenants.len(), walked: Vec::new() }, false)
+            let share_by = cursor.tenants.len().max(1);
+            let jobs = jobs::claim_on(&engine.claims, session, &tenants, share_by, limit).await?;
+            (Looked { jobs, tenants: share_by, walked: Vec::new() }, false)
         }
         None => (jobs::claim(&engine.claims, session, &cursor.turns, limit).await?, true),
     };
@@ -235,11 +273,10 @@ pub async fn claim(
         // As if the answer had been lost on its way.
         return Err(StoreError::Unavailable(sqlx::Error::PoolClosed).into());
     }
-    cursor.note(&jobs, room, tenants, full.then_some(&walked[..]));
     if full {
-        cursor.look_again =
-            Some(Instant::now() + (began.elapsed() * FULL_LOOK_SPACING).clamp(FULL_LOOK, FULL_LOOK_MAX));
+        cursor.looked(began.elapsed(), jobs.len());
     }
+    cursor.note(&jobs, room, tenants, full.then_some(&walked[..]));
     Ok(jobs)
 }
 
@@ -334,5 +371,72 @@ impl StepWork {
     pub fn judge(&self, step: usize) -> Option<&AgentRow> {
         let judge = self.context.playbook.step(step)?.rubric.as_ref()?.judge.as_deref();
         judge.map_or_else(|| self.agent(step), |role| self.agents.get(role))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::ids::CompanyId;
+    use crate::store::jobs::Lease;
+
+    fn taken(flow: Uuid, job: i64) -> ClaimedJob {
+        ClaimedJob {
+            lease: Lease { job, epoch: 1, session: 1 },
+            queue: "steps".into(),
+            kind: kind::NOOP.into(),
+            company: CompanyId(flow),
+            flow,
+            ref_id: None,
+            step: 0,
+            item: None,
+            priority: 0,
+            attempt: 1,
+            crash_count: 0,
+            timeout: Duration::from_secs(1),
+        }
+    }
+
+    fn places(cursor: &ClaimCursor) -> Vec<(Uuid, i64)> {
+        let mut places: Vec<_> = cursor.goes_on().unwrap_or_default().iter().map(|t| (t.flow, t.job)).collect();
+        places.sort_unstable();
+        places
+    }
+
+    #[test]
+    fn while_looks_are_slow_claims_go_on_behind_what_was_taken() {
+        let (a, b) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let walked = [Walked { queue: "steps".into(), last: b, flows: 2, open: 2 }];
+        let look = |took: Duration| {
+            let mut cursor = ClaimCursor::new(&["steps".into()]);
+            cursor.looked(took, 2);
+            cursor.note(&[taken(a, 5), taken(b, 6)], 100, 2, Some(&walked));
+            cursor
+        };
+        // As long as they are quick, each claim is one, or who has just come would wait.
+        let quick = look(SLOW_LOOK / 2);
+        assert!(quick.is_full_look() && !quick.has_more() && quick.rests_until().is_none());
+        let mut slow = look(SLOW_LOOK + TAKE * 2);
+        assert!(!slow.has_more() && slow.rests_until().is_some());
+        assert_eq!(places(&slow), [(a, 5), (b, 6)]);
+        // Nothing, then something of one of them: the other's place stays.
+        slow.note(&[], 100, 2, None);
+        slow.note(&[taken(b, 9)], 100, 2, None);
+        assert_eq!(places(&slow), [(a, 5), (b, 9)]);
+        // As much as there was room for: it has more, and the other is looked at all the same.
+        slow.note(&[taken(b, 10), taken(b, 11)], 2, 2, None);
+        assert!(slow.has_more());
+        assert_eq!(places(&slow), [(a, 5), (b, 11)]);
+        slow.note(&[], 100, 2, None);
+        assert_eq!((slow.has_more(), places(&slow)), (false, vec![(a, 5), (b, 11)]));
+        // Whoever had no room for all looks again, however long that takes: it is the others' turn.
+        let mut small = ClaimCursor::new(&["steps".into()]);
+        small.looked(SLOW_LOOK + TAKE, 1);
+        small.note(&[taken(a, 5)], 1, 2, Some(&walked));
+        assert!(small.is_look() && small.rests_until().is_none());
+        // It is over with the time, and with a look that is quick.
+        slow.looked(SLOW_LOOK / 2, 1);
+        slow.note(&[taken(a, 12)], 100, 1, Some(&walked));
+        assert!(slow.is_look() && slow.quiet.is_empty());
     }
 }

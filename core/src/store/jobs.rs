@@ -370,11 +370,13 @@ pub struct Tenant {
     pub job: i64,
 }
 
-/// Takes up to `room` jobs of some flows, from where each goes on.
+/// Takes up to `room` jobs of some flows, from where each goes on: of each the share that it would
+/// have among so many.
 pub async fn claim_on(
     pool: &PgPool,
     session: i64,
     tenants: &[Tenant],
+    shared_by: usize,
     room: i64,
 ) -> Result<Vec<ClaimedJob>, StoreError> {
     let rows = sqlx::query_file!(
@@ -386,6 +388,7 @@ pub async fn claim_on(
         &tenants.iter().map(|t| t.job).collect::<Vec<_>>(),
         room,
         millis(DEADLINE_GRACE),
+        i64::try_from(shared_by.max(1)).unwrap_or(i64::MAX),
     )
     .fetch_all(pool)
     .await?;

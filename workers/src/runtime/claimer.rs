@@ -36,7 +36,7 @@ pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assig
             compared = give_back_unknown(&shared).await;
         }
         let began = Instant::now();
-        let from_first = cursor.is_full_look();
+        let (from_first, went_on) = (cursor.is_full_look(), !cursor.is_look());
         let claimed = claim::claim(&shared.engine, shared.session, &mut cursor, room);
         let taken = match shared.watchdog.answer("a claim", claimed).await {
             Ok(jobs) => jobs,
@@ -53,11 +53,23 @@ pub(super) async fn run(shared: Arc<Shared>, assign: mpsc::UnboundedSender<Assig
         failures = 0;
         observe(&shared, taken.len(), began.elapsed());
         if taken.is_empty() {
+            if let Some(until) = cursor.rests_until()
+                && went_on
+            {
+                // Looks are slow: whoever is new waits for the next. There is no need of one where
+                // the last found nothing, until somebody says so.
+                let late = (!empty_lap).then_some(until);
+                empty_lap = false;
+                if !idle(&shared, &mut compared, late).await {
+                    return;
+                }
+                continue;
+            }
             // A look that came upon flows without room only may have ended before the last one.
             empty_lap |= from_first;
             if empty_lap && cursor.is_full_look() {
                 empty_lap = false;
-                if !idle(&shared, &mut compared).await {
+                if !idle(&shared, &mut compared, None).await {
                     return;
                 }
             }
@@ -99,12 +111,20 @@ async fn room(shared: &Shared, ahead: &mut Ahead, backlog: bool, compared: &mut 
     }
 }
 
-/// Nothing to do: until a hint or the timers say otherwise.
-async fn idle(shared: &Shared, compared: &mut Option<Instant>) -> bool {
+/// Nothing to do: until a hint or the timers say otherwise, or until a time.
+async fn idle(shared: &Shared, compared: &mut Option<Instant>, until: Option<Instant>) -> bool {
+    let late = async {
+        match until {
+            Some(until) => tokio::time::sleep_until(until.into()).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(late);
     loop {
         tokio::select! {
             () = shared.stopping.cancelled() => return false,
             () = shared.nudge.notified() => return true,
+            () = &mut late => return true,
             () = tokio::time::sleep(COMPARE) => *compared = give_back_unknown(shared).await,
         }
     }

@@ -1,12 +1,15 @@
 -- The same as claim.sql in the middle of a backlog: flows that are known to
 -- have more, each from the row after the last one taken, so that the dead
--- entries at the head of the index are not walked by every claim.
+-- entries at the head of the index are not walked by every claim. Where looks at
+-- everything are slow, also flows that may have more: the share is that of the $8
+-- that do.
 with me as (
     select id from worker_sessions where id = $1 and ended_at is null for key share
 ),
 tenants as materialized (
     select t.queue, t.flow_id, t.priority, t.id, t.place
     from unnest($2::text[], $3::uuid[], $4::smallint[], $5::bigint[]) with ordinality as t (queue, flow_id, priority, id, place)
+    where not exists (select from queue_pauses p where p.queue = t.queue)
 ),
 limits as materialized (
     select f.queue, f.flow_id, f.version,
@@ -45,7 +48,7 @@ open as materialized (
 shares as materialized (
     select t.queue, t.flow_id, t.priority, t.id,
         least(
-            ceil($6::bigint::float8 / cardinality($2::text[]))::bigint,
+            ceil($6::bigint::float8 / $8::bigint)::bigint,
             case when l.flow_id is not null then coalesce(o.room, 0) end
         ) as share
     from tenants t
