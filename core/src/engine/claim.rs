@@ -126,7 +126,7 @@ pub struct ClaimCursor {
     turns: Vec<Turn>,
     /// Where each flow's work goes on, while there is more of it.
     tenants: Vec<Tenant>,
-    /// Where that of the others would.
+    /// Where that of the others would, as long as looks are slow.
     quiet: Vec<Tenant>,
     /// When to look at everything again.
     look_again: Option<Instant>,
@@ -154,21 +154,18 @@ impl ClaimCursor {
 
     /// Whether the next claim looks at everything, from the first flow.
     pub fn is_full_look(&self) -> bool {
-        self.goes_on().is_none() && self.begins_with_first()
+        self.is_look() && self.begins_with_first()
     }
 
     /// Whether the next claim looks at everything, of whatever flow it begins.
     pub fn is_look(&self) -> bool {
-        self.goes_on().is_none()
+        let fresh = self.look_again.is_some_and(|at| Instant::now() < at);
+        !fresh || (self.tenants.is_empty() && self.quiet.is_empty())
     }
 
-    fn goes_on(&self) -> Option<Vec<Tenant>> {
-        let fresh = self.look_again.is_some_and(|at| Instant::now() < at);
-        let rests = self.rests_until().is_some();
-        let quiet = if rests { &self.quiet[..] } else { &[] };
-        // Those that have little come first.
-        let all: Vec<Tenant> = quiet.iter().chain(&self.tenants).cloned().collect();
-        ((fresh && self.has_more()) || (rests && !all.is_empty())).then_some(all)
+    /// Where claims go on that are no looks; those that have little come first.
+    fn places(&self) -> Vec<&Tenant> {
+        self.quiet.iter().chain(&self.tenants).collect()
     }
 
     /// A look at everything has taken so long, and so many jobs.
@@ -261,13 +258,13 @@ pub async fn claim(
     }
     let began = Instant::now();
     let limit = i64::try_from(room).unwrap_or(i64::MAX);
-    let (Looked { jobs, tenants, walked }, full) = match cursor.goes_on() {
-        Some(tenants) => {
-            let share_by = cursor.tenants.len().max(1);
-            let jobs = jobs::claim_on(&engine.claims, session, &tenants, share_by, limit).await?;
-            (Looked { jobs, tenants: share_by, walked: Vec::new() }, false)
-        }
-        None => (jobs::claim(&engine.claims, session, &cursor.turns, limit).await?, true),
+    let full = cursor.is_look();
+    let Looked { jobs, tenants, walked } = if full {
+        jobs::claim(&engine.claims, session, &cursor.turns, limit).await?
+    } else {
+        let tenants = cursor.tenants.len().max(1);
+        let jobs = jobs::claim_on(&engine.claims, session, &cursor.places(), tenants, limit).await?;
+        Looked { jobs, tenants, walked: Vec::new() }
     };
     if !jobs.is_empty() && failpoint::reach("claim.after_commit").await {
         // As if the answer had been lost on its way.
@@ -398,7 +395,8 @@ mod tests {
     }
 
     fn places(cursor: &ClaimCursor) -> Vec<(Uuid, i64)> {
-        let mut places: Vec<_> = cursor.goes_on().unwrap_or_default().iter().map(|t| (t.flow, t.job)).collect();
+        let going = if cursor.is_look() { Vec::new() } else { cursor.places() };
+        let mut places: Vec<_> = going.iter().map(|t| (t.flow, t.job)).collect();
         places.sort_unstable();
         places
     }

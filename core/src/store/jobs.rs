@@ -375,7 +375,7 @@ pub struct Tenant {
 pub async fn claim_on(
     pool: &PgPool,
     session: i64,
-    tenants: &[Tenant],
+    tenants: &[&Tenant],
     shared_by: usize,
     room: i64,
 ) -> Result<Vec<ClaimedJob>, StoreError> {
@@ -388,7 +388,7 @@ pub async fn claim_on(
         &tenants.iter().map(|t| t.job).collect::<Vec<_>>(),
         room,
         millis(DEADLINE_GRACE),
-        i64::try_from(shared_by.max(1)).unwrap_or(i64::MAX),
+        i64::try_from(shared_by).unwrap_or(i64::MAX),
     )
     .fetch_all(pool)
     .await?;
