@@ -10,17 +10,9 @@ begin
         perform month_move(whole, whole, plain, '00000000-0000-0000-0000-000000000000', 'ffffffff-ffff-ffff-ffff-ffffffffffff');
         execute format('drop table %I cascade', whole);
         execute format('alter table %I rename to %I', plain, whole);
-        execute format('grant select, insert, update, delete on %I to capx_api, capx_system', whole);
-        execute format('alter table %I enable row level security', whole);
-        execute format('alter table %I force row level security', whole);
-        execute format('create policy everything on %I to capx_system using (true) with check (true)', whole);
+        perform month_wall(whole);
     end loop;
 end $$;
-create policy tenant on events to capx_api using (exists (select from companies c where c.id = events.company_id));
-create policy tenant on deliveries to capx_api
-    using (exists (select from webhooks w where w.id = deliveries.webhook_id));
-create policy tenant on delivery_attempts to capx_api
-    using (exists (select from webhooks w where w.id = delivery_attempts.webhook_id));
 create trigger events_tell_webhooks after insert on events
     referencing new table as fresh for each statement execute function tell_webhooks();
 -- As they were called before.
@@ -43,5 +35,5 @@ begin
 end $$;
 drop index events_run;
 create unique index events_run on events (company_id, run_id, seq) where run_id is not null;
-drop function refuse_places, drop_month, make_months, month_move, month_like, month_key, time_of_id, least_id;
+drop function refuse_places, drop_month, make_months, month_move, month_like, month_wall, month_key, time_of_id, least_id;
 drop table months;

@@ -68,6 +68,22 @@ begin
     );
 end $$;
 
+-- Who may do what with a table as a whole.
+create function month_wall(whole text) returns void language plpgsql as $$
+declare
+    owner text := case whole when 'events' then 'companies' else 'webhooks' end;
+    owned_by text := case whole when 'events' then 'company_id' else 'webhook_id' end;
+begin
+    execute format('grant select, insert, update, delete on %I to capx_api, capx_system', whole);
+    execute format('alter table %I enable row level security', whole);
+    execute format('alter table %I force row level security', whole);
+    execute format('create policy everything on %I to capx_system using (true) with check (true)', whole);
+    execute format(
+        'create policy tenant on %1$I to capx_api using (exists (select from %2$I o where o.id = %1$I.%3$I))',
+        whole, owner, owned_by
+    );
+end $$;
+
 -- Makes a table's months up to so long ahead of now, off its far end, which is empty but for what
 -- somebody wrote whose clock is wrong. Whoever uses the table waits for it, and it waits for them
 -- half a second: then it fails, to be tried again.
@@ -185,7 +201,7 @@ begin
             execute format('alter index %s rename to %I', i.name, 'past_' || i.name);
         end loop;
         execute format('create table %I (like %I including all) partition by range (%I)', whole, past, month_key(whole));
-        execute format('grant select, insert, update, delete on %I to capx_api, capx_system', whole);
+        perform month_wall(whole);
         -- Whom an administrator has let read it.
         for i in
             select a.privilege_type, a.grantee::regrole::text as name
@@ -194,9 +210,6 @@ begin
         loop
             execute format('grant %s on %I to %s', i.privilege_type, whole, i.name);
         end loop;
-        execute format('alter table %I enable row level security', whole);
-        execute format('alter table %I force row level security', whole);
-        execute format('create policy everything on %I to capx_system using (true) with check (true)', whole);
         perform month_like(whole || '_far', past);
         -- What somebody wrote whose clock is wrong.
         perform month_move(whole, past, whole || '_far', least_id(first), 'ffffffff-ffff-ffff-ffff-ffffffffffff');
@@ -207,11 +220,6 @@ begin
         perform make_months(whole, interval '62 days');
     end loop;
 end $$;
-create policy tenant on events to capx_api using (exists (select from companies c where c.id = events.company_id));
-create policy tenant on deliveries to capx_api
-    using (exists (select from webhooks w where w.id = deliveries.webhook_id));
-create policy tenant on delivery_attempts to capx_api
-    using (exists (select from webhooks w where w.id = delivery_attempts.webhook_id));
 create trigger events_tell_webhooks after insert on events
     referencing new table as fresh for each statement execute function tell_webhooks();
 

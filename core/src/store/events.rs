@@ -213,26 +213,18 @@ macro_rules! page {
                                and ($8::timestamptz is null or e.at < $8)
                                and e.xid >= coalesce((select oldest from event_marks where at <= $7 order by at desc limit 1), '0')
                                and e.xid < coalesce((select newest from event_marks where at >= $8::timestamptz + interval '1 minute' order by at limit 1), '9223372036854775807')
-                           order by e.xid "#
-                + $order
-                + ", e.id "
+                           "#
                 + $order
                 + r#" limit $9
                        ) e
-                       order by e.xid "#
-                + $order
-                + ", e.id "
+                       "#
                 + $order
                 + r#" limit $9
                    ) e
                    where c.account_id = $1 and ($10::uuid is null or c.id = $10)
-                   order by e.xid "#
+                   "#
                 + $order
-                + ", e.id "
-                + $order
-                + " limit $9) e order by e.xid "
-                + $order
-                + ", e.id "
+                + " limit $9) e "
                 + $order,
             filter.account.0,
             place.map(|place| place.xid.to_string()),
@@ -268,10 +260,10 @@ pub async fn feed(
     let (all, each) = if filter.is_rare() { (None, filter.kinds) } else { (filter.kinds, None) };
     let given = (&filter, all, each, limit);
     match (newest_first, filter.is_rare()) {
-        (true, false) => feed_rows!(page!("<", "desc", all, given).fetch_all(tx).await?),
-        (true, true) => feed_rows!(page!("<", "desc", each, given).fetch_all(tx).await?),
-        (false, false) => feed_rows!(page!(">", "asc", all, given).fetch_all(tx).await?),
-        (false, true) => feed_rows!(page!(">", "asc", each, given).fetch_all(tx).await?),
+        (true, false) => feed_rows!(page!("<", "order by e.xid desc, e.id desc", all, given).fetch_all(tx).await?),
+        (true, true) => feed_rows!(page!("<", "order by e.xid desc, e.id desc", each, given).fetch_all(tx).await?),
+        (false, false) => feed_rows!(page!(">", "order by e.xid, e.id", all, given).fetch_all(tx).await?),
+        (false, true) => feed_rows!(page!(">", "order by e.xid, e.id", each, given).fetch_all(tx).await?),
     }
 }
 

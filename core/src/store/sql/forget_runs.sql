@@ -6,7 +6,7 @@ with looked as materialized (
     select r.id
     from runs r
     where ($1::uuid is null or r.id > $1)
-        and r.id < (lpad(to_hex(greatest((extract(epoch from now()) * 1000)::bigint - least($2::bigint, $3::bigint), 0)), 12, '0') || repeat('0', 20))::uuid
+        and r.id < least_id(now() - least($2::bigint, $3::bigint) * interval '1 millisecond')
     order by r.id limit $4
 ),
 old as materialized (
